@@ -1,0 +1,172 @@
+"""A causal LM whose key-value cache follows any sequence of `input_ids`."""
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class LockstepLM:
+    """
+    Next-token logits of a causal LM for whatever `input_ids` it is called with, at the cost of the new tokens only.
+
+    There is no notion of a step. The cache is keyed by the tokens that are in it: each row of a call is matched with
+    the cached row that shares its longest prefix, the cache is reordered and cropped to what is shared, and the rest is
+    forwarded. So beams that permute, drafts that are rejected and a new prompt are all the same case, and the result
+    is always that of a forward pass from scratch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A decoder-only language model. It is called, never changed.
+
+    Raises:
+        TypeError: if the model is not a decoder-only causal LM.
+    """
+
+    # Assisted decoding asks again for the lengths that drafting went through; it has one row, and drafts are short.
+    KEPT_LOGITS = 64
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        network = model.get_base_model() if isinstance(model, PeftModel) else model
+        if network.config.is_encoder_decoder or not network.can_generate():
+            raise TypeError(
+                f"`{type(network).__name__}` can't be a reward model: an autoregressive reward model is a decoder-only "
+                "causal LM whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`."
+            )
+        self.model = model
+        # Of the network itself: `PeftModel.forward` takes anything.
+        self._forward_args = inspect.signature(network.forward).parameters.keys()
+        self._state: _State | None = None
+
+    def reset(self) -> None:
+        """Frees the memory of the cache. Never needed for a right result."""
+        self._state = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+                Token ids, on any device.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
+                1 for tokens, 0 for padding. The last column must be all ones.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, vocab_size)`: the logits of the next token, in the dtype and on the
+            device of the model.
+        """
+        first_token = int(attention_mask.any(dim=0).nonzero()[0])  # columns that only pad carry nothing
+        input_ids = input_ids[:, first_token:].to(self.model.device)
+        attention_mask = attention_mask[:, first_token:].to(self.model.device)
+        length = input_ids.shape[1]
+
+        # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.
+        state, self._state = self._state, None
+        if state is None or state.watch.changed():
+            state = self._new_state(input_ids)
+        rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
+        if rows is not None and shared > 0:
+            state.select_rows(rows)
+        if length not in state.logits or shared < length:
+            # The logits of the last token are wanted, so at least that one is forwarded.
+            state = self._rewind(state, min(shared, length - 1))
+            state.extend(input_ids, attention_mask, self._forward(state, input_ids, attention_mask))
+        self._state = state
+        return state.logits[length]
+
+    def _new_state(self, input_ids: Tensor) -> "_State":
+        cache = DynamicCache(config=self.model.config)
+        # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
+        cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
+        empty = input_ids[:, :0]
+        return _State(empty, empty, cache, _Watch(self.model))
+
+    def _rewind(self, state: "_State", length: int) -> "_State":
+        """Drops what is cached past `length`: cropped where the cache allows it, else everything."""
+        surplus = state.input_ids.shape[1] - length
+        if surplus == 0:
+            return state
+        if length == 0 or any(type(layer) is not DynamicLayer for layer in state.cache.layers):
+            return self._new_state(state.input_ids)
+        state.cache.crop(-surplus)
+        state.input_ids, state.attention_mask = state.input_ids[:, :length], state.attention_mask[:, :length]
+        state.logits = {at: logits for at, logits in state.logits.items() if at <= length}
+        return state
+
+    def _forward(self, state: "_State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        cached = state.input_ids.shape[1]
+        inputs = {
+            "input_ids": input_ids[:, cached:],
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, cached:],
+            "past_key_values": state.cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        logits = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args}).logits
+        if state.cache.get_seq_length() != input_ids.shape[1]:
+            raise RuntimeError(
+                f"`{type(self.model).__name__}` did not fill its key-value cache. A model in training mode with "
+                "gradient checkpointing turns the cache off: call `reward_model.eval()` first."
+            )
+        return logits[:, -1]
+
+
+@dataclass
+class _State:
+    """What has been forwarded: the tokens, the cache that they left, and the logits that followed some lengths."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    cache: DynamicCache
+    watch: "_Watch"
+    logits: dict[int, Tensor] = field(default_factory=dict)
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
+        self.logits = {at: logits[rows] for at, logits in self.logits.items()}
+
+    def extend(self, input_ids: Tensor, attention_mask: Tensor, logits: Tensor) -> None:
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        length = input_ids.shape[1]
+        oldest = length - LockstepLM.KEPT_LOGITS if len(input_ids) == 1 else length
+        self.logits = {at: value for at, value in self.logits.items() if at > oldest} | {length: logits}
+
+
+def _longest_shared_prefix(state: _State, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor | None, int]:
+    """Returns which cached row serves each row (`None`: its own) and how many leading columns serve all of them."""
+    length = min(state.input_ids.shape[1], input_ids.shape[1])
+    # A masked token is never seen, whatever its id: -1 makes padding alike, and unlike any token.
+    cached = torch.where(state.attention_mask[:, :length] == 1, state.input_ids[:, :length], -1)
+    wanted = torch.where(attention_mask[:, :length] == 1, input_ids[:, :length], -1)
+    if torch.equal(cached, wanted):
+        return None, length
+    shared = (wanted[:, None] == cached[None]).long().cumprod(dim=-1).sum(dim=-1)  # (rows, cached rows)
+    longest, rows = shared.max(dim=-1)
+    return rows, int(longest.min())
+
+
+class _Watch:
+    """Tells whether the weights, the active adapters or the training mode changed since it was made."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.modules())
+        self._parameters = list(model.parameters())
+        self._adapters = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
+        self._before = self._now()
+
+    def _now(self) -> tuple:
+        return (
+            self._modules[0].training,
+            [(x.disable_adapters, x.active_adapters, x.merged_adapters.copy()) for x in self._adapters],
+            [(x.data_ptr(), x._version) for x in self._parameters],
+        )
+
+    def changed(self) -> bool:
+        return self._now() != self._before

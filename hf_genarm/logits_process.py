@@ -1,0 +1,191 @@
+"""The logits processor that steers `model.generate` with autoregressive reward models."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from .functional import guided_log_probs
+from .lockstep import LockstepLM
+from .padding import PromptMask
+from .reward_model import load_reward_model
+
+
+class GenARMLogitsProcessor(LogitsProcessor):
+    r"""
+    [`LogitsProcessor`] that makes `generate` sample from the base model guided by autoregressive reward models
+    ([GenARM](https://hf.co/papers/2410.08193), Eq. 7):
+
+    $$\pi(y_t \mid \cdot) \propto \pi_\text{base}(y_t \mid \cdot) \prod_k \pi_{r,k}(y_t \mid \cdot)^{\alpha_k}$$
+
+    The reward models run in lockstep with `generate`, each with a key-value cache that is keyed by the tokens in it.
+    One instance can serve any number of `generate` calls, in any order.
+
+    Args:
+        reward_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], or a list of them):
+            One or several decoder-only language models with the tokenizer of the base model.
+        alpha (`float` or list of `float`, *optional*, defaults to 1.0):
+            Strength of the guidance, $1/\beta$ in the paper; one for all rewards, or one for each. At 0 a reward model
+            is not run, and with all at 0 `generate` returns exactly what it does without the processor. Can be set
+            between calls: `processor.alpha = 0.5`.
+        pad_token_id (`int`, *optional*):
+            The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
+            token of the first reward model's config or, as in `generate`, its eos token.
+        attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
+            The mask that goes to `generate`, needed only where tokens can't tell padding from text (you are told).
+            Can be set between calls: `processor.attention_mask = inputs["attention_mask"]`.
+
+    Raises:
+        TypeError: if a reward model is not a decoder-only causal LM.
+        ValueError: if `alpha` does not fit the reward models; on a call, if the vocabularies differ, if a reward model
+            returns NaN, or if the padding can't be told from the text.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from hf_genarm import GenARMLogitsProcessor
+    >>> from hf_genarm.demo import demo_model
+
+    >>> model = AutoModelForCausalLM.from_pretrained(demo_model())
+    >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    >>> inputs = tokenizer("The weather today is", return_tensors="pt")
+
+    >>> processor = GenARMLogitsProcessor.from_pretrained("model_cards/arm-smollm2-135m-sentiment", base_model=model)
+    >>> output = model.generate(**inputs, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=20)
+    ```
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        reward_model: PreTrainedModel | PeftModel | Sequence[PreTrainedModel | PeftModel],
+        alpha: float | Sequence[float] = 1.0,
+        *,
+        pad_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
+    ):
+        models = reward_model if isinstance(reward_model, Sequence) else [reward_model]
+        if not models:
+            raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
+        self._reward_models = [LockstepLM(model) for model in models]
+        self.alpha = alpha
+        if pad_token_id is None:
+            pad_token_id = _pad_token_id(models[0])
+        self._prompt_mask = PromptMask(pad_token_id, models[0].config.get_text_config().bos_token_id, attention_mask)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Sequence[str],
+        base_model: PreTrainedModel | None = None,
+        alpha: float | Sequence[float] = 1.0,
+        *,
+        pad_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> "GenARMLogitsProcessor":
+        """
+        Loads one or several reward models, adapters or full models, and makes the processor.
+
+        Args:
+            pretrained_model_name_or_path (`str` or list of `str`):
+                Hub ids or local folders.
+            base_model ([`~transformers.PreTrainedModel`], *optional*):
+                The model to be steered. An adapter that was trained on it shares its weights instead of loading them a
+                second time; the model itself stays as it is. Has no effect on other reward models.
+            alpha, pad_token_id, attention_mask:
+                As for the class.
+            **kwargs:
+                Passed to `from_pretrained` of every reward model: `revision`, `subfolder`, `token`, `dtype`,
+                `device_map`, `quantization_config`, …
+        """
+        names = pretrained_model_name_or_path
+        models = [
+            load_reward_model(name, base_model, **kwargs) for name in ([names] if isinstance(names, str) else names)
+        ]
+        return cls(models, alpha, pad_token_id=pad_token_id, attention_mask=attention_mask)
+
+    @property
+    def alpha(self) -> list[float]:
+        """The strength of each reward."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float | Sequence[float]) -> None:
+        alphas = alpha if isinstance(alpha, Sequence) else [alpha] * len(self._reward_models)
+        if len(alphas) != len(self._reward_models):
+            raise ValueError(
+                f"`alpha` is {alpha}, which has {len(alphas)} values, but there are {len(self._reward_models)} reward "
+                "models. Give one value for each, or a single one for all."
+            )
+        if not all(math.isfinite(value) for value in alphas):
+            raise ValueError(f"`alpha` is {alpha}, but strengths must be finite numbers.")
+        self._alpha = [float(value) for value in alphas]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The explicit mask of the prompts, if one was given."""
+        return self._prompt_mask.attention_mask
+
+    @attention_mask.setter
+    def attention_mask(self, attention_mask: Tensor | None) -> None:
+        self._prompt_mask.attention_mask = attention_mask
+
+    def reset(self) -> None:
+        """Frees the memory of the reward models' caches. Never needed for a right result."""
+        for reward_model in self._reward_models:
+            reward_model.reset()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The prompts and what has been generated so far.
+            scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
+                Logits or log-probabilities of the base model.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
+            a new tensor; with all strengths at 0, `scores` itself.
+        """
+        active = [(index, alpha) for index, alpha in enumerate(self._alpha) if alpha != 0]
+        if not active:
+            return scores
+        attention_mask = self._prompt_mask(input_ids)
+        rewards = [self._reward_log_probs(index, input_ids, attention_mask, scores) for index, _ in active]
+        return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
+
+    def _reward_log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
+        reward_model = self._reward_models[index]
+        logits = reward_model(input_ids, attention_mask).to(scores.device)
+        if logits.shape[-1] != scores.shape[-1]:
+            raise ValueError(
+                f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
+                "Guidance multiplies probabilities token by token, so both need the same vocabulary: use a reward "
+                "model that was trained with the tokenizer of the base model."
+            )
+        log_probs = logits.float().log_softmax(dim=-1)
+        if log_probs.isnan().any():
+            raise ValueError(
+                f"{self._name(index)} returned NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it "
+                "with `dtype=torch.float32`, or check its training."
+            )
+        return log_probs
+
+    def _name(self, index: int) -> str:
+        return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"
+
+
+def _pad_token_id(model: PreTrainedModel | PeftModel) -> int | None:
+    config = model.config.get_text_config()
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    eos_token_id = config.eos_token_id
+    return eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id

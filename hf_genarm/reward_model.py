@@ -1,0 +1,68 @@
+"""How an autoregressive reward model is loaded: a PEFT adapter or a full model, from the Hub or a folder."""
+
+import copy
+import logging
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+logger = logging.getLogger(__name__)
+
+# What `from_pretrained` needs to find a file; everything else says how to load the weights of the language model.
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def load_reward_model(
+    pretrained_model_name_or_path: str, base_model: PreTrainedModel | None = None, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """
+    Loads an autoregressive reward model for inference.
+
+    An adapter that was trained on `base_model` shares its weights: the reward model is a second set of modules around
+    the *same* parameters, with the adapter in it. No weight is copied, and `base_model` itself is not touched.
+
+    Args:
+        pretrained_model_name_or_path (`str`):
+            Hub id or local folder of a PEFT adapter or of a full causal LM.
+        base_model ([`~transformers.PreTrainedModel`], *optional*):
+            The model to be steered. Its weights are shared if it is a plain model whose name ends like the adapter's
+            `base_model_name_or_path`, and no argument asks for other weights.
+        **kwargs:
+            Passed to `from_pretrained`: `revision`, `subfolder`, `token`, `dtype`, `device_map`, …
+            For an adapter, `revision` and `subfolder` are those of the adapter, and the arguments about weights are
+            those of the model that it is loaded onto.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], in evaluation mode.
+    """
+    hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
+    if find_adapter_config_file(pretrained_model_name_or_path, **hub_kwargs) is None:
+        return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **kwargs)
+
+    adapter = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+    trained_on = adapter.base_model_name_or_path
+    if base_model is not None and not kwargs and _is_plain(base_model) and _same_name(base_model, trained_on):
+        logger.info("The adapter %s shares the weights of the base model.", pretrained_model_name_or_path)
+        network = _share_weights(base_model)
+    else:
+        logger.info("The adapter %s is loaded onto its own %s.", pretrained_model_name_or_path, trained_on)
+        base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+        network = AutoModelForCausalLM.from_pretrained(trained_on, revision=adapter.revision, **base_kwargs, **kwargs)
+    return PeftModel.from_pretrained(network, pretrained_model_name_or_path, **hub_kwargs).eval()
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    return not isinstance(model, PeftModel) and not model._hf_peft_config_loaded
+
+
+def _same_name(model: PreTrainedModel, trained_on: str) -> bool:
+    # The last part: the same model has another folder on every machine.
+    return model.name_or_path.rstrip("/").split("/")[-1] == trained_on.rstrip("/").split("/")[-1]
+
+
+def _share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a copy of the modules of a model around its very own parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
