@@ -1,0 +1,249 @@
+"""The trainer of autoregressive reward models: TRL's `RewardTrainer` with another reward."""
+
+import copy
+import inspect
+import os
+import warnings
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, TaskType
+from torch import Tensor
+from torch.nn import Module
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from trl import RewardTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from .config import AutoregressiveRewardConfig
+from .functional import shared_prefix_length, token_log_probs
+from .model_card import reward_model_card
+
+
+class AutoregressiveRewardTrainer(RewardTrainer):
+    r"""
+    Trainer for autoregressive reward models (ARM), from [GenARM](https://hf.co/papers/2410.08193).
+
+    It is a [`~trl.RewardTrainer`] in which the reward of a response is its log-probability under a causal LM, scaled by
+    `beta`, so the loss is Eq. 5 of the paper, that of a reference-free DPO:
+
+    $$-\log\sigma\big(\beta_r\log\pi_r(y_w \mid x) - \beta_r\log\pi_r(y_l \mid x)\big)$$
+
+    Datasets, arguments, metrics and everything else are those of [`~trl.RewardTrainer`]. The tokens that the two
+    responses of a pair share at the start, the prompt above all, cancel in the loss: they are left out of the rewards.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Id or folder of a causal LM, or the model itself. A string is loaded with
+            `AutoModelForCausalLM.from_pretrained` and `args.model_init_kwargs`, in float32 unless they name a `dtype`.
+        args ([`AutoregressiveRewardConfig`], *optional*):
+            Configuration of the trainer.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. Defaults to that of the model.
+        quantization_config ([`~transformers.BitsAndBytesConfig`] or another, *optional*):
+            Quantisation of a model that is given as a string.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train, for instance `LoraConfig()`. Without it, all weights of a plain model are trained.
+        **kwargs:
+            As for [`~trl.RewardTrainer`]: `train_dataset`, `eval_dataset`, `callbacks`, …
+
+    Raises:
+        TypeError: if the model is not a decoder-only causal LM.
+        ValueError: if a dataset is empty, has no pairs, or lacks the columns of the preference type.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from peft import LoraConfig
+    >>> from hf_genarm import AutoregressiveRewardTrainer
+
+    >>> trainer = AutoregressiveRewardTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...     train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    ...     peft_config=LoraConfig(),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names: ClassVar = ["trl", "genarm", "autoregressive-reward-model", "reward-model"]
+    _name = "GenARM"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: AutoregressiveRewardConfig | None = None,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = AutoregressiveRewardConfig(f"{model_id.split('/')[-1]}-ARM")
+        init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(
+                    model, revision=(init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+                )
+            model = _load(model, args, quantization_config)
+            args.model_init_kwargs = None  # used; RewardTrainer warns about those that it can't use
+        elif quantization_config is not None:
+            raise ValueError(
+                "`quantization_config` says how to load a model, but `model` is loaded already. Pass its id instead, "
+                "or give `quantization_config` to its `from_pretrained`."
+            )
+        _check_causal_lm(model)
+        if peft_config is not None:
+            peft_config = _as_causal_lm(peft_config)
+
+        # RewardTrainer wants a classifier with one label; the causal LM answers to that name while it is set up.
+        config = model.config
+        labels = config.id2label, config.label2id
+        config.num_labels = 1
+        try:
+            super().__init__(model, args, processing_class=processing_class, peft_config=peft_config, **kwargs)
+        finally:
+            config.id2label, config.label2id = labels
+            args.model_init_kwargs = init_kwargs
+
+        network = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._keeps_logits = "logits_to_keep" in inspect.signature(network.forward).parameters
+
+    def compute_loss(
+        self,
+        model: Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        # All but the reward is RewardTrainer's: margin, metrics, gathering.
+        loss, outputs = super().compute_loss(partial(self._rewards, model), inputs, True, num_items_in_batch)
+        if not return_outputs:
+            return loss
+        # One row for each pair, (chosen, rejected): the Trainer gathers and cuts predictions by the number of pairs.
+        return loss, SequenceClassifierOutput(logits=torch.cat(outputs.logits.chunk(2), dim=1))
+
+    def _rewards(self, model: Module, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        """Stands in for the classifier: returns `beta * log π_r(y|x)` as its logits, of shape `(2 * batch_size, 1)`."""
+        chosen_ids, rejected_ids = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
+        # The first token of a text has nothing to be predicted from.
+        start = shared_prefix_length(chosen_ids, rejected_ids).clamp(min=1).repeat(2)
+        first = int(start.min())
+        targets = input_ids[:, first:]
+        # No logits for what all pairs share; the last position predicts nothing.
+        kept = {"logits_to_keep": targets.shape[1] + 1} if self._keeps_logits else {}
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept)
+        log_probs = token_log_probs(output.logits[:, -targets.shape[1] - 1 : -1], targets)
+        position = first + input_ids.new_ones(targets.shape).cumsum(dim=1) - 1
+        is_response = (position >= start[:, None]) & (attention_mask[:, first:] == 1)
+        rewards = self.args.beta * (log_probs * is_response).sum(dim=1)
+        return SequenceClassifierOutput(logits=rewards[:, None])
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: AutoregressiveRewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"The {dataset_name} dataset is empty, so there is nothing to learn from.")
+        columns = get_dataset_column_names(dataset)
+        if not any({"chosen" + suffix, "rejected" + suffix} <= set(columns) for suffix in ("", "_ids", "_input_ids")):
+            raise ValueError(
+                f"The {dataset_name} dataset has the columns {sorted(columns)}, but preference data need `chosen` and "
+                "`rejected` (text or messages), with or without `prompt`. Rename yours: "
+                "`dataset.rename_columns({'better': 'chosen', 'worse': 'rejected'})`."
+            )
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return _without_identical_pairs(dataset, dataset_name, args)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes `README.md` into `args.output_dir`; the arguments are those of [`~transformers.Trainer`]."""
+        if not self.is_world_process_zero():
+            return
+        base_model = get_config_model_id(self.model.config)
+        evaluations = [logs for logs in self.state.log_history if "eval_accuracy" in logs]
+        names = ("eval_loss", "eval_accuracy", "eval_margin")
+        card = reward_model_card(
+            model_name=model_name or os.path.basename(self.args.output_dir),
+            hub_model_id=self.hub_model_id,
+            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            is_adapter=is_peft_model(self.model),
+            beta=self.args.beta,
+            metrics={name: evaluations[-1][name] for name in names} if evaluations else {},
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+
+def _load(
+    model_id: str, args: AutoregressiveRewardConfig, quantization_config: QuantizationConfigMixin | None
+) -> PreTrainedModel:
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError(
+                "`quantization_config` is given both to the trainer and in `args.model_init_kwargs`. Keep the first."
+            )
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None  # each process holds the whole model
+    return create_model_from_path(model_id, AutoModelForCausalLM, **kwargs)
+
+
+def _check_causal_lm(model: PreTrainedModel | PeftModel) -> None:
+    network = model.get_base_model() if is_peft_model(model) else model
+    if network.config.is_encoder_decoder or not network.can_generate():
+        raise TypeError(
+            f"`model` is a `{type(network).__name__}`, but an autoregressive reward model is a decoder-only causal LM, "
+            "whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`, or pass its id."
+        )
+
+
+def _as_causal_lm(peft_config: PeftConfig) -> PeftConfig:
+    if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"`peft_config.task_type` is {peft_config.task_type}, but an autoregressive reward model is a causal LM. "
+            "Use `task_type='CAUSAL_LM'`."
+        )
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = TaskType.CAUSAL_LM  # without it, `AutoPeftModel` can't load what is published
+    return peft_config
+
+
+def _differs(example: dict[str, Any]) -> bool:
+    return example["chosen_ids"] != example["rejected_ids"]
+
+
+def _without_identical_pairs(
+    dataset: Dataset | IterableDataset, name: str, args: AutoregressiveRewardConfig
+) -> Dataset | IterableDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_differs)  # a stream is not counted before it is read
+    if len(dataset) == 0:
+        raise ValueError(f"No pair of the {name} dataset is within `max_length={args.max_length}` tokens. Raise it.")
+    distinct = dataset.filter(_differs, num_proc=args.dataset_num_proc, desc=f"Comparing the pairs of {name} dataset")
+    n_identical = len(dataset) - len(distinct)
+    if len(distinct) == 0:
+        raise ValueError(f"Chosen and rejected are identical in all {n_identical} pairs of the {name} dataset.")
+    if n_identical:
+        warnings.warn(
+            f"Chosen and rejected are identical in {n_identical} of {len(dataset)} pairs of the {name} dataset; they "
+            "are skipped, since there is nothing to learn from them.",
+            stacklevel=2,
+        )
+    return distinct

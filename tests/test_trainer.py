@@ -1,0 +1,398 @@
+"""The trainer: its loss against a closed form and TRL's own, every dataset format, what it changes and saves."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+
+PROMPTS = ["How was the train ride? ", "What is the weather like? ", "Tell me about the food. "]
+CHOSEN = ["It was fine and the view was kind.", "It is a fine and warm day today.", "The food was warm."]
+REJECTED = ["It was late.", "The sun is cold.", "The food was cold, but the people were hard and late."]
+
+STANDARD = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def message(role, text):
+    return [{"role": role, "content": text.strip()}]
+
+
+def conversational(explicit):
+    prompts = [message("user", prompt) for prompt in PROMPTS]
+    chosen, rejected = [[message("assistant", text) for text in side] for side in (CHOSEN, REJECTED)]
+    if explicit:
+        return {"prompt": prompts, "chosen": chosen, "rejected": rejected}
+    return {
+        "chosen": [prompt + text for prompt, text in zip(prompts, chosen, strict=True)],
+        "rejected": [prompt + text for prompt, text in zip(prompts, rejected, strict=True)],
+    }
+
+
+def implicit():
+    return {
+        "chosen": [prompt + text for prompt, text in zip(PROMPTS, CHOSEN, strict=True)],
+        "rejected": [prompt + text for prompt, text in zip(PROMPTS, REJECTED, strict=True)],
+    }
+
+
+def model_for(tokenizer, seed=0, **config):
+    return tiny_llama(seed, vocab_size=len(tokenizer), **config)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    def make(data=STANDARD, model=None, trainer_class=AutoregressiveRewardTrainer, **kwargs):
+        options = {
+            "output_dir": str(tmp_path / "arm"),
+            "per_device_train_batch_size": 3,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "seed": 0,
+        }
+        names = [name for name in kwargs if name not in ("eval_dataset", "peft_config", "quantization_config")]
+        options |= {name: kwargs.pop(name) for name in names}
+        return trainer_class(
+            model=model_for(tokenizer) if model is None else model,
+            args=AutoregressiveRewardConfig(**options),
+            train_dataset=Dataset.from_dict(data) if isinstance(data, dict) else data,
+            processing_class=copy.deepcopy(tokenizer),
+            **kwargs,
+        )
+
+    return make
+
+
+def log_prob(model, ids, start):
+    """`log π(ids[start:] | ids[:start])` of one unpadded row, in float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+    return sum(logits[at - 1, ids[at]] for at in range(start, len(ids)))
+
+
+def naive_loss(model, pairs, beta, margins=None):
+    """Eq. 5, pair by pair, over the whole texts: what a pair shares cancels."""
+    losses = []
+    for index, (chosen, rejected) in enumerate(pairs):
+        difference = beta * (log_prob(model, chosen, 1) - log_prob(model, rejected, 1))
+        losses.append(-torch.nn.functional.logsigmoid(difference - (margins[index] if margins else 0)))
+    return torch.stack(losses).mean()
+
+
+def pairs_of(dataset):
+    return [(row["chosen_ids"], row["rejected_ids"]) for row in dataset]
+
+
+def loss_of(trainer, rows=None):
+    rows = rows or list(trainer.train_dataset)
+    return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+
+
+# --- the loss ---
+
+
+def test_loss_closed_form(make_trainer, tokenizer):
+    """
+    A uniform model gives every token the probability 1/V. The chosen response has 3 tokens more than the rejected one,
+    so the loss is log(1 + V^(3β)).
+    """
+    model = model_for(tokenizer)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    data = {"chosen_ids": [[5, 6, 7, 8, 9, 10]], "rejected_ids": [[5, 6, 11]]}
+    trainer = make_trainer(data, model, beta=0.1)
+    expected = math.log1p(len(tokenizer) ** (3 * 0.1))
+    torch.testing.assert_close(loss_of(trainer).item(), expected, atol=1e-5, rtol=0)
+    assert trainer._metrics["eval"]["accuracy"] == [0.0]
+    torch.testing.assert_close(trainer._metrics["eval"]["margin"][0], -3 * 0.1 * math.log(len(tokenizer)))
+    torch.testing.assert_close(trainer._metrics["eval"]["max_reward"][0], -0.1 * math.log(len(tokenizer)))
+
+
+@pytest.mark.parametrize("keeps_logits", [True, False])
+def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path, keeps_logits):
+    """The sigmoid CPO loss without its SFT term is Eq. 5, from TRL's own hands."""
+    oracle = CPOTrainer(
+        model=model_for(tokenizer),
+        args=CPOConfig(
+            output_dir=str(tmp_path / "cpo"),
+            loss_type="sigmoid",
+            cpo_alpha=0.0,
+            beta=0.3,
+            bf16=False,
+            report_to="none",
+            remove_unused_columns=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict(STANDARD),
+        processing_class=copy.deepcopy(tokenizer),
+    )
+    batch = oracle.data_collator(list(oracle.train_dataset))
+    expected, _ = oracle.get_batch_loss_metrics(oracle.model, batch)
+    expected.backward()
+
+    rows = [
+        {f"{side}_ids": row[f"{side}_input_ids"] for side in ("chosen", "rejected")} for row in oracle.train_dataset
+    ]
+    trainer = make_trainer(Dataset.from_list(rows), beta=0.3)
+    assert trainer._keeps_logits
+    trainer._keeps_logits = keeps_logits
+    loss = loss_of(trainer)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    gradients = dict(oracle.model.named_parameters())
+    assert max(parameter.grad.abs().max() for parameter in gradients.values()) > 1e-2
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
+    """The longer response ends in the pad token, as it does where pad is eos: text in one row, padding in the other."""
+    eos = tokenizer.pad_token_id
+    pairs = [([5, 6, 7, eos], [5, 6, 7]), ([5, 9], [8, 6, 7])]
+    rows = [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs]
+    trainer = make_trainer(Dataset.from_list(rows), beta=0.5)
+    expected = naive_loss(trainer.model, pairs, 0.5)
+    torch.testing.assert_close(loss_of(trainer, rows).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_gradient_accumulation_equals_one_large_batch(make_trainer):
+    steps = []
+    for size, accumulate in ((2, 1), (1, 2)):
+        trainer = make_trainer(
+            {name: column[:2] for name, column in STANDARD.items()},
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            optim="sgd",
+        )
+        trainer.train()
+        steps.append(trainer.model.state_dict())
+    for name, value in steps[0].items():
+        torch.testing.assert_close(value, steps[1][name], atol=1e-6, rtol=0)
+
+
+# --- data ---
+
+
+@pytest.mark.parametrize(
+    "data",
+    [STANDARD, implicit(), conversational(True), conversational(False)],
+    ids=["standard", "standard, implicit prompt", "conversational", "conversational, implicit prompt"],
+)
+def test_dataset_formats(make_trainer, tokenizer, data):
+    trainer = make_trainer(data, beta=0.2)
+    text = tokenizer.decode(trainer.train_dataset[0]["chosen_ids"])
+    assert PROMPTS[0].strip() in text
+    assert CHOSEN[0] in text
+    torch.testing.assert_close(
+        loss_of(trainer).double(), naive_loss(trainer.model, pairs_of(trainer.train_dataset), 0.2), atol=1e-4, rtol=0
+    )
+
+
+def test_margin(make_trainer):
+    margins = [0.5, 0.0, -1.0]
+    trainer = make_trainer(STANDARD | {"margin": margins}, beta=0.2)
+    pairs = pairs_of(trainer.train_dataset)
+    expected = naive_loss(trainer.model, pairs, 0.2, margins)
+    assert abs(expected - naive_loss(trainer.model, pairs, 0.2)) > 1e-2
+    torch.testing.assert_close(loss_of(trainer).double(), expected, atol=1e-4, rtol=0)
+
+
+def test_streaming(make_trainer):
+    rows = [dict(zip(STANDARD, values, strict=True)) for values in zip(*STANDARD.values(), strict=True)]
+    same = {"prompt": "How? ", "chosen": "Fine.", "rejected": "Fine."}
+    trainer = make_trainer(IterableDataset.from_generator(lambda: iter([*rows, same])), max_steps=2)
+    assert len(list(trainer.train_dataset)) == 3
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_several_evaluation_sets(make_trainer):
+    dataset = Dataset.from_dict(STANDARD)
+    trainer = make_trainer(eval_dataset={"one": dataset, "two": dataset.select([0])}, beta=0.2)
+    metrics = trainer.evaluate()
+    for name, part in (("one", [0, 1, 2]), ("two", [0])):
+        pairs = [pairs_of(trainer.train_dataset)[index] for index in part]
+        torch.testing.assert_close(
+            metrics[f"eval_{name}_loss"], naive_loss(trainer.model, pairs, 0.2).item(), atol=1e-4, rtol=0
+        )
+    for metric in ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "num_tokens"):
+        assert any(f"eval_{metric}" in logs for logs in trainer.state.log_history)
+
+
+def test_predict_returns_the_rewards_of_each_pair(make_trainer):
+    trainer = make_trainer(beta=0.2, per_device_eval_batch_size=2)
+    rewards = torch.tensor(trainer.predict(trainer.train_dataset).predictions)
+    pairs = pairs_of(trainer.train_dataset)
+    starts = [next(at for at, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in pairs]
+    expected = [
+        [0.2 * log_prob(trainer.model, ids, start) for ids in pair] for pair, start in zip(pairs, starts, strict=True)
+    ]
+    torch.testing.assert_close(rewards.double(), torch.tensor(expected).double(), atol=1e-4, rtol=0)
+
+
+# --- what is trained, saved and resumed ---
+
+
+def changed(before, model):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def test_full_training_changes_every_parameter(make_trainer, tokenizer):
+    trainer = make_trainer(num_train_epochs=2)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert changed(before, trainer.model) == {name for name, _ in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("given_as", ["peft_config", "PeftModel"])
+def test_lora_training_changes_the_adapter_only(make_trainer, tokenizer, given_as):
+    config = LoraConfig(**LORA)
+    if given_as == "peft_config":
+        trainer = make_trainer(peft_config=config, num_train_epochs=2)
+        assert config.task_type is None  # the user's object is left as it is
+        assert trainer.model.peft_config["default"].task_type == "CAUSAL_LM"
+    else:
+        trainer = make_trainer(model=get_peft_model(model_for(tokenizer), config), num_train_epochs=2)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    adapter = {name for name in before if "lora_" in name}
+    assert len(adapter) == 8
+    assert changed(before, trainer.model) == adapter
+
+
+def test_a_trained_reward_model_prefers_what_was_chosen(make_trainer, tokenizer):
+    trainer = make_trainer(conversational(True), num_train_epochs=20)
+    before = trainer.evaluate(trainer.train_dataset)
+    trainer.train()
+    after = trainer.evaluate(trainer.train_dataset)
+    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    assert trainer.state.log_history[-1]["eval_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "LoRA"])
+def test_saved_and_loaded_the_log_probs_are_the_same_bit_for_bit(make_trainer, tokenizer, tmp_path, peft_config):
+    model = model_for(tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=str(tmp_path / "base"), peft_config=peft_config, num_train_epochs=2)
+    trainer.train()
+    trainer.save_model()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    processor = GenARMLogitsProcessor.from_pretrained(trainer.args.output_dir, base_model=base)
+    ids, scores = torch.randint(3, len(tokenizer), (2, 6)), torch.zeros(2, len(tokenizer))
+    expected = GenARMLogitsProcessor(trainer.model.eval())(ids, scores)
+    assert torch.equal(processor(ids, scores), expected)
+    assert not torch.allclose(GenARMLogitsProcessor(base)(ids, scores), expected, atol=1e-3)
+
+
+def test_training_resumes_from_a_checkpoint(make_trainer, tokenizer):
+    options = {"max_steps": 4, "save_steps": 2, "peft_config": LoraConfig(**LORA), "per_device_train_batch_size": 1}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    losses = [[logs["loss"] for logs in trainer.state.log_history if "loss" in logs] for trainer in (whole, resumed)]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_the_config_of_the_model_is_left_as_it_was(make_trainer, tokenizer):
+    model = model_for(tokenizer)
+    before = model.config.num_labels, model.config.id2label
+    trainer = make_trainer(model=model)
+    assert (trainer.model.config.num_labels, trainer.model.config.id2label) == before
+    assert trainer.args.model_init_kwargs is None
+
+
+def test_a_model_id_is_loaded_as_a_causal_lm(make_trainer, tokenizer, tmp_path):
+    model_for(tokenizer).save_pretrained(tmp_path / "base")
+    init_kwargs = {"attn_implementation": "eager"}
+    trainer = make_trainer(model=str(tmp_path / "base"), model_init_kwargs=init_kwargs)
+    assert type(trainer.model).__name__ == "LlamaForCausalLM"
+    assert trainer.model.config._attn_implementation == "eager"
+    assert trainer.model.dtype == torch.float32
+    assert trainer.args.model_init_kwargs == init_kwargs
+
+
+def test_the_card_describes_a_reward_model(make_trainer, tokenizer):
+    trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD))
+    trainer.evaluate()
+    trainer.create_model_card(model_name="my-arm", dataset_name="me/my-pairs", tags="polite")
+    with open(f"{trainer.args.output_dir}/README.md") as file:
+        card = file.read()
+    for part in ("library_name: peft", "- genarm", "- polite", "GenARMLogitsProcessor", "β = 0.05", "eval_accuracy"):
+        assert part in card
+    assert "pipeline" not in card
+
+
+def test_an_adapter_on_the_lm_head_is_trained_like_any_other(make_trainer, tokenizer):
+    trainer = make_trainer(peft_config=LoraConfig(r=4, target_modules=["lm_head"]), beta=0.2)
+    torch.testing.assert_close(
+        loss_of(trainer).double(), naive_loss(trainer.model, pairs_of(trainer.train_dataset), 0.2), atol=1e-4, rtol=0
+    )
+    loss_of(trainer).backward()
+    assert trainer.model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().max() > 0
+
+
+# --- bad input ---
+
+
+def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
+    with pytest.raises(ValueError, match=r"`center_rewards_coefficient` is 0.01.*never centred"):
+        make_trainer(center_rewards_coefficient=0.01)
+    with pytest.raises(ValueError, match="`beta` is 0"):
+        make_trainer(beta=0)
+    classifier = AutoModelForSequenceClassification.from_config(model_for(tokenizer).config)
+    with pytest.raises(TypeError, match=r"LlamaForSequenceClassification.*AutoModelForCausalLM"):
+        make_trainer(model=classifier)
+    with pytest.raises(ValueError, match=r"SEQ_CLS.*CAUSAL_LM"):
+        make_trainer(peft_config=LoraConfig(**LORA, task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="quantization_config"):
+        make_trainer(quantization_config=object())
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, lambda rows: IterableDataset.from_generator(lambda: iter(rows))])
+def test_an_empty_dataset(make_trainer, kind):
+    with pytest.raises(ValueError, match="The train dataset is empty"):
+        make_trainer(kind([]), max_steps=1)
+
+
+def test_missing_columns(make_trainer):
+    with pytest.raises(ValueError, match=r"columns \['better', 'worse'\].*`chosen` and `rejected`"):
+        make_trainer({"better": CHOSEN, "worse": REJECTED})
+    with pytest.raises(ValueError, match="eval dataset has the columns"):
+        make_trainer(eval_dataset=Dataset.from_dict({"chosen": CHOSEN}))
+
+
+def test_identical_pairs_are_counted_and_skipped(make_trainer):
+    data = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": [REJECTED[0], CHOSEN[1], CHOSEN[2]]}
+    with pytest.warns(UserWarning, match="identical in 2 of 3 pairs of the train dataset"):
+        trainer = make_trainer(data)
+    assert len(trainer.train_dataset) == 1
+    with pytest.raises(ValueError, match="identical in all 3 pairs"):
+        make_trainer(data | {"rejected": CHOSEN})
+
+
+def test_pairs_that_are_all_too_long(make_trainer):
+    with pytest.raises(ValueError, match="`max_length=4`"):
+        make_trainer(max_length=4)
+
+
+def test_peft_loads_what_is_saved(make_trainer, tokenizer):
+    trainer = make_trainer(peft_config=LoraConfig(**LORA), num_train_epochs=1)
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(model_for(tokenizer), trainer.args.output_dir)
+    ids = torch.randint(3, len(tokenizer), (1, 5))
+    assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
