@@ -1,6 +1,7 @@
 """A causal LM whose key-value cache follows any sequence of `input_ids`."""
 
 import inspect
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+logger = logging.getLogger(__name__)
 
 
 class LockstepLM:
@@ -41,6 +44,18 @@ class LockstepLM:
         self.model = model
         # Of the network itself: `PeftModel.forward` takes anything.
         self._forward_args = inspect.signature(network.forward).parameters.keys()
+        # Recurrent states can't be rolled back, and some models keep them in their modules, out of reach.
+        self._has_cache = (
+            "past_key_values" in self._forward_args
+            and not network._is_stateful
+            and all(type(layer) is DynamicLayer for layer in self._new_cache().layers)
+        )
+        if not self._has_cache:
+            logger.warning(
+                "%s has recurrent states, or no key-value cache that could be rolled back. As a reward model it reads "
+                "the whole text again for every token: exact, but slow.",
+                type(network).__name__,
+            )
         self._state: _State | None = None
 
     def reset(self) -> None:
@@ -74,47 +89,52 @@ class LockstepLM:
             state.select_rows(rows)
         if length not in state.logits or shared < length:
             # The logits of the last token are wanted, so at least that one is forwarded.
-            state = self._rewind(state, min(shared, length - 1))
-            state.extend(input_ids, attention_mask, self._forward(state, input_ids, attention_mask))
+            kept = min(shared, length - 1)
+            if kept == 0:
+                state = self._new_state(input_ids)
+            state.crop(kept)
+            forward = self._forward if self._has_cache else self._forward_afresh
+            state.extend(input_ids, attention_mask, forward(state, input_ids, attention_mask))
         self._state = state
         return state.logits[length]
 
-    def _new_state(self, input_ids: Tensor) -> "_State":
+    def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-        empty = input_ids[:, :0]
-        return _State(empty, empty, cache, _Watch(self.model))
+        return cache
 
-    def _rewind(self, state: "_State", length: int) -> "_State":
-        """Drops what is cached past `length`: cropped where the cache allows it, else everything."""
-        surplus = state.input_ids.shape[1] - length
-        if surplus == 0:
-            return state
-        if length == 0 or any(type(layer) is not DynamicLayer for layer in state.cache.layers):
-            return self._new_state(state.input_ids)
-        state.cache.crop(-surplus)
-        state.input_ids, state.attention_mask = state.input_ids[:, :length], state.attention_mask[:, :length]
-        state.logits = {at: logits for at, logits in state.logits.items() if at <= length}
-        return state
+    def _new_state(self, input_ids: Tensor) -> "_State":
+        empty = input_ids[:, :0]
+        return _State(empty, empty, self._new_cache() if self._has_cache else DynamicCache(), _Watch(self.model))
 
     def _forward(self, state: "_State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         cached = state.input_ids.shape[1]
-        inputs = {
-            "input_ids": input_ids[:, cached:],
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, cached:],
-            "past_key_values": state.cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        logits = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args}).logits
+        logits = self._call(
+            {
+                "input_ids": input_ids[:, cached:],
+                "attention_mask": attention_mask,
+                "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, cached:],
+                "past_key_values": state.cache,
+                "use_cache": True,
+            }
+        )
         if state.cache.get_seq_length() != input_ids.shape[1]:
             raise RuntimeError(
                 f"`{type(self.model).__name__}` did not fill its key-value cache. A model in training mode with "
                 "gradient checkpointing turns the cache off: call `reward_model.eval()` first."
             )
-        return logits[:, -1]
+        return logits
+
+    def _forward_afresh(self, _: "_State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Without a cache, and row by row, since such a model may not know padding either."""
+        rows = [row[mask == 1][None] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        return torch.cat([self._call({"input_ids": row, "use_cache": False}) for row in rows])
+
+    def _call(self, inputs: dict) -> Tensor:
+        inputs["logits_to_keep"] = 1
+        output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
+        return output.logits[:, -1]
 
 
 @dataclass
@@ -131,6 +151,11 @@ class _State:
         self.cache.reorder_cache(rows)
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.logits = {at: logits[rows] for at, logits in self.logits.items()}
+
+    def crop(self, length: int) -> None:
+        self.cache.crop(length - self.input_ids.shape[1])
+        self.input_ids, self.attention_mask = self.input_ids[:, :length], self.attention_mask[:, :length]
+        self.logits = {at: logits for at, logits in self.logits.items() if at <= length}
 
     def extend(self, input_ids: Tensor, attention_mask: Tensor, logits: Tensor) -> None:
         self.input_ids, self.attention_mask = input_ids, attention_mask

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import PurePath
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -27,8 +28,9 @@ def load_reward_model(
         pretrained_model_name_or_path (`str`):
             Hub id or local folder of a PEFT adapter or of a full causal LM.
         base_model ([`~transformers.PreTrainedModel`], *optional*):
-            The model to be steered. Its weights are shared if it is a plain model whose name ends like the adapter's
-            `base_model_name_or_path`, and no argument asks for other weights.
+            The model to be steered. Its weights are shared if it is a plain model (no `PeftModel`), its name is that of
+            the adapter's `base_model_name_or_path` (whatever stands before the last `/`), and no argument asks for
+            other weights.
         **kwargs:
             Passed to `from_pretrained`: `revision`, `subfolder`, `token`, `dtype`, `device_map`, …
             For an adapter, `revision` and `subfolder` are those of the adapter, and the arguments about weights are
@@ -43,23 +45,33 @@ def load_reward_model(
 
     adapter = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
     trained_on = adapter.base_model_name_or_path
-    if base_model is not None and not kwargs and _is_plain(base_model) and _same_name(base_model, trained_on):
+    if base_model is not None and not kwargs and _is_plain(base_model) and _same_model(base_model, trained_on):
         logger.info("The adapter %s shares the weights of the base model.", pretrained_model_name_or_path)
-        network = _share_weights(base_model)
+        trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
+        model = PeftModel.from_pretrained(_share_weights(base_model), pretrained_model_name_or_path, **hub_kwargs)
+        for parameter in trainable:
+            parameter.requires_grad_(True)  # PEFT freezes what it wraps, and these are the base model's own
     else:
         logger.info("The adapter %s is loaded onto its own %s.", pretrained_model_name_or_path, trained_on)
         base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
         network = AutoModelForCausalLM.from_pretrained(trained_on, revision=adapter.revision, **base_kwargs, **kwargs)
-    return PeftModel.from_pretrained(network, pretrained_model_name_or_path, **hub_kwargs).eval()
+        model = PeftModel.from_pretrained(network, pretrained_model_name_or_path, **hub_kwargs)
+    return model.eval()
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
     return not isinstance(model, PeftModel) and not model._hf_peft_config_loaded
 
 
-def _same_name(model: PreTrainedModel, trained_on: str) -> bool:
-    # The last part: the same model has another folder on every machine.
-    return model.name_or_path.rstrip("/").split("/")[-1] == trained_on.rstrip("/").split("/")[-1]
+def _same_model(model: PreTrainedModel, trained_on: str) -> bool:
+    return bool(model.name_or_path) and _short_name(model.name_or_path) == _short_name(trained_on)
+
+
+def _short_name(name_or_path: str) -> str:
+    """`SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`, `/models/SmolLM2-135M` and a folder of the Hub's cache."""
+    parts = PurePath(name_or_path).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return cached[-1].split("--")[-1] if cached else parts[-1]
 
 
 def _share_weights(model: PreTrainedModel) -> PreTrainedModel:

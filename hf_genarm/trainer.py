@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
 from torch.nn import Module
@@ -171,13 +172,23 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes `README.md` into `args.output_dir`; the arguments are those of [`~transformers.Trainer`]."""
-        if not self.is_world_process_zero():
-            return
+        """Writes `README.md` into `args.output_dir`; the arguments are those of TRL's trainers."""
+        if self.is_world_process_zero():
+            self._card(model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            # PEFT has left a card there that calls the adapter a text generator.
+            self._card().save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+
+    def _card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> ModelCard:
         base_model = get_config_model_id(self.model.config)
         evaluations = [logs for logs in self.state.log_history if "eval_accuracy" in logs]
         names = ("eval_loss", "eval_accuracy", "eval_margin")
-        card = reward_model_card(
+        return reward_model_card(
             model_name=model_name or os.path.basename(self.args.output_dir),
             hub_model_id=self.hub_model_id,
             base_model=base_model if base_model and not os.path.isdir(base_model) else None,
@@ -187,7 +198,6 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             beta=self.args.beta,
             metrics={name: evaluations[-1][name] for name in names} if evaluations else {},
         )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
 
 
 def _load(

@@ -157,3 +157,17 @@ def test_a_model_that_turns_its_cache_off_is_named():
     ids = random_prompts(1, 4)
     with pytest.raises(RuntimeError, match=r"LlamaForCausalLM.*reward_model.eval\(\)"):
         LockstepLM(model)(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_no_logits_outlive_their_text(lockstep, has_cache):
+    """A kept length belongs to the text that it was computed for, not to another one that was read since."""
+    lockstep._has_cache = has_cache
+    first, second = random_prompts(1, 8, seed=0), random_prompts(1, 8, seed=1)
+    second[:, :3] = first[:, :3]
+    for length in range(3, 8):
+        check(lockstep, first[:, :length])
+    check(lockstep, second)
+    for length in range(3, 8):
+        assert not torch.equal(first[:, :length], second[:, :length]) or length == 3
+        check(lockstep, second[:, :length])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,11 +287,11 @@ def test_saved_and_loaded_the_log_probs_are_the_same_bit_for_bit(make_trainer, t
     trainer = make_trainer(model=str(tmp_path / "base"), peft_config=peft_config, num_train_epochs=2)
     trainer.train()
     trainer.save_model()
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    processor = GenARMLogitsProcessor.from_pretrained(trainer.args.output_dir, base_model=base)
+    processor = GenARMLogitsProcessor.from_pretrained(trainer.args.output_dir)
     ids, scores = torch.randint(3, len(tokenizer), (2, 6)), torch.zeros(2, len(tokenizer))
     expected = GenARMLogitsProcessor(trainer.model.eval())(ids, scores)
     assert torch.equal(processor(ids, scores), expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert not torch.allclose(GenARMLogitsProcessor(base)(ids, scores), expected, atol=1e-3)
 
 
@@ -328,9 +329,11 @@ def test_a_model_id_is_loaded_as_a_causal_lm(make_trainer, tokenizer, tmp_path):
 def test_the_card_describes_a_reward_model(make_trainer, tokenizer):
     trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD))
     trainer.evaluate()
+    trainer.save_model()
+    readme = Path(trainer.args.output_dir, "README.md")
+    assert "GenARMLogitsProcessor" in readme.read_text()
     trainer.create_model_card(model_name="my-arm", dataset_name="me/my-pairs", tags="polite")
-    with open(f"{trainer.args.output_dir}/README.md") as file:
-        card = file.read()
+    card = readme.read_text()
     for part in ("library_name: peft", "- genarm", "- polite", "GenARMLogitsProcessor", "β = 0.05", "eval_accuracy"):
         assert part in card
     assert "pipeline" not in card
@@ -395,4 +398,4 @@ def test_peft_loads_what_is_saved(make_trainer, tokenizer):
     trainer.save_model()
     loaded = PeftModel.from_pretrained(model_for(tokenizer), trainer.args.output_dir)
     ids = torch.randint(3, len(tokenizer), (1, 5))
-    assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5, rtol=0)

