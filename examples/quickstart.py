@@ -27,7 +27,7 @@ ALPHAS = (0.5, 1.0, 2.0)
 
 
 def train(
-    model_path: str, tokenizer, output_dir: Path, n_pairs: int = 96, epochs: int = 1, learning_rate: float = 2e-3
+    model_path: str, tokenizer, output_dir: Path, n_pairs: int = 96, epochs: int = 1, learning_rate: float = 3e-3
 ) -> AutoregressiveRewardTrainer:
     """Trains an adapter on the pairs that differ most."""
     pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
@@ -36,11 +36,11 @@ def train(
         output_dir=str(output_dir),
         learning_rate=learning_rate,
         num_train_epochs=epochs,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
         gradient_checkpointing=False,
         lr_scheduler_type="cosine",
         warmup_steps=2,
-        logging_steps=4,
+        logging_steps=6,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
@@ -135,11 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", help="folder or Hub id of a trained adapter; without it, one is trained")
     parser.add_argument("--n-pairs", type=int, default=96, help="preference pairs to train on (default: 96)")
-    parser.add_argument("--n-prompts", type=int, default=36, help="held-out prompts to answer (default: 36)")
+    parser.add_argument("--n-prompts", type=int, help="held-out prompts (default: 36, with --adapter 24)")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     args = parser.parse_args()
+    n_prompts = args.n_prompts or (24 if args.adapter else 36)
     args.output.mkdir(parents=True, exist_ok=True)
 
     try:
@@ -158,7 +159,7 @@ def main() -> None:
     # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.
     control = GenARMLogitsProcessor(model)
 
-    prompts = held_out_prompts(args.n_prompts)
+    prompts = held_out_prompts(n_prompts)
     steer = Steering(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     texts, scores = {}, {}
     with tqdm(total=len(ALPHAS) + 2, desc="Generating") as progress:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
             Logits or log-probabilities of the base model: the softmax that normalises the result makes no difference
             between the two. Tokens at $-\infty$ stay there.
         reward_log_probs (sequence of `torch.Tensor` of shape `(batch_size, vocab_size)`):
-            Next-token log-probabilities of each reward model, in float32.
+            Next-token log-probabilities of each reward model, in float32; NaN for tokens that it can't score.
         alphas (sequence of `float`):
             Strength of each reward; $1/\beta$ in the paper.
 
@@ -26,8 +27,31 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
     """
     guided = scores.float()
     for log_probs, alpha in zip(reward_log_probs, alphas, strict=True):
-        guided = guided + alpha * log_probs
+        guided = guided + fill_unscored(alpha * log_probs, scores)
     return guided.log_softmax(dim=-1)
+
+
+def fill_unscored(rewards: Tensor, scores: Tensor) -> Tensor:
+    r"""
+    Gives the tokens that a reward model can't score, marked by NaN, the reward that leaves their probability as it is.
+
+    Guidance multiplies the probability of the scored tokens $S$ by $\sum_{v \in S} \pi_\text{base}(v) e^{r(v)} /
+    \sum_{v \in S} \pi_\text{base}(v)$ before it normalises; with this factor as their own, the others keep their share.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+            $r = \alpha \log\pi_r$, NaN where unknown.
+        scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+            Logits or log-probabilities of the base model.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, vocab_size)`.
+    """
+    unscored = rewards.isnan()
+    base = scores.float().masked_fill(unscored, float("-inf"))
+    neutral = (base + rewards.masked_fill(unscored, 0.0)).logsumexp(-1) - base.logsumexp(-1)
+    # Where no scored token is allowed, there is nothing to be neutral against.
+    return torch.where(unscored, neutral.nan_to_num(0.0)[:, None], rewards)
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .advice import Advice
+from .engines import refuse_continuous_batching
 from .functional import guided_log_probs
 from .lockstep import LockstepLM
 from .padding import PromptMask
-from .reward_model import load_reward_model
+from .reward_model import find_tokenizer, load_reward_model, shares_weights
+from .vocab import VocabMap
 
 
 class GenARMLogitsProcessor(LogitsProcessor):
@@ -34,15 +37,21 @@ class GenARMLogitsProcessor(LogitsProcessor):
             between calls: `processor.alpha = 0.5`.
         pad_token_id (`int`, *optional*):
             The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
-            token of the first reward model's config or, as in `generate`, its eos token.
+            token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model's config.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
             The mask that goes to `generate`, needed only where tokens can't tell padding from text (you are told).
             Can be set between calls: `processor.attention_mask = inputs["attention_mask"]`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of the base model, needed only if that of a reward model is another one.
+        reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
+            The tokenizer of each reward model. Tokens are then aligned by their strings; those that a reward model
+            can't score keep the probability that the base model gives them.
 
     Raises:
         TypeError: if a reward model is not a decoder-only causal LM.
-        ValueError: if `alpha` does not fit the reward models; on a call, if the vocabularies differ, if a reward model
-            returns NaN, or if the padding can't be told from the text.
+        ValueError: if `alpha` does not fit the reward models, or the tokenizers can't be aligned; on a call, if the
+            vocabularies differ, if a reward model returns NaN, if the padding can't be told from the text, or if the
+            base model is an encoder-decoder.
 
     Example:
 
@@ -69,15 +78,20 @@ class GenARMLogitsProcessor(LogitsProcessor):
         *,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
     ):
         models = reward_model if isinstance(reward_model, Sequence) else [reward_model]
         if not models:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
         self._reward_models = [LockstepLM(model) for model in models]
         self.alpha = alpha
+        self._vocab_maps = _vocab_maps(tokenizer, reward_tokenizer, len(models))
+        special_tokens = tokenizer if tokenizer is not None else models[0].config.get_text_config()
         if pad_token_id is None:
-            pad_token_id = _pad_token_id(models[0])
-        self._prompt_mask = PromptMask(pad_token_id, models[0].config.get_text_config().bos_token_id, attention_mask)
+            pad_token_id = _pad_token_id(special_tokens)
+        self._prompt_mask = PromptMask(pad_token_id, special_tokens.bos_token_id, attention_mask)
+        self._advice = Advice()
 
     @classmethod
     def from_pretrained(
@@ -88,6 +102,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         *,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> "GenARMLogitsProcessor":
         """
@@ -101,15 +116,33 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 second time; the model itself stays as it is. Has no effect on other reward models.
             alpha, pad_token_id, attention_mask:
                 As for the class.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                The tokenizer of the base model. Defaults to the one in the folder of `base_model`. It is compared with
+                the tokenizers of reward models that don't share the weights of the base model.
             **kwargs:
                 Passed to `from_pretrained` of every reward model: `revision`, `subfolder`, `token`, `dtype`,
                 `device_map`, `quantization_config`, …
         """
-        names = pretrained_model_name_or_path
-        models = [
-            load_reward_model(name, base_model, **kwargs) for name in ([names] if isinstance(names, str) else names)
-        ]
-        return cls(models, alpha, pad_token_id=pad_token_id, attention_mask=attention_mask)
+        given = pretrained_model_name_or_path
+        names = [given] if isinstance(given, str) else list(given)
+        models = [load_reward_model(name, base_model, **kwargs) for name in names]
+        if tokenizer is None and base_model is not None:
+            tokenizer = find_tokenizer(base_model.name_or_path)
+        if tokenizer is None:
+            return cls(models, alpha, pad_token_id=pad_token_id, attention_mask=attention_mask)
+        reward_tokenizers = []
+        for name, model in zip(names, models, strict=True):
+            # Ids that index the same embeddings are the same ids.
+            shared = base_model is not None and shares_weights(model, base_model)
+            reward_tokenizers.append(None if shared else find_tokenizer(name, model.name_or_path))
+        return cls(
+            models,
+            alpha,
+            pad_token_id=pad_token_id,
+            attention_mask=attention_mask,
+            tokenizer=tokenizer,
+            reward_tokenizer=reward_tokenizers,
+        )
 
     @property
     def alpha(self) -> list[float]:
@@ -158,18 +191,22 @@ class GenARMLogitsProcessor(LogitsProcessor):
         active = [(index, alpha) for index, alpha in enumerate(self._alpha) if alpha != 0]
         if not active:
             return scores
+        self._advice(input_ids)
         attention_mask = self._prompt_mask(input_ids)
         rewards = [self._reward_log_probs(index, input_ids, attention_mask, scores) for index, _ in active]
         return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
 
     def _reward_log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
-        reward_model = self._reward_models[index]
-        logits = reward_model(input_ids, attention_mask).to(scores.device)
-        if logits.shape[-1] != scores.shape[-1]:
+        vocab_map = self._vocab_maps[index]
+        if vocab_map is not None:
+            input_ids = vocab_map.reward_ids(input_ids, attention_mask)
+        logits = self._reward_models[index](input_ids, attention_mask).to(scores.device)
+        if vocab_map is None and logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
-                "Guidance multiplies probabilities token by token, so both need the same vocabulary: use a reward "
-                "model that was trained with the tokenizer of the base model."
+                "Guidance multiplies probabilities token by token. If the two tokenizers have the same tokens, pass "
+                "both (`tokenizer`, `reward_tokenizer`) to align them; else use a reward model trained with the "
+                "tokenizer of the base model."
             )
         log_probs = logits.float().log_softmax(dim=-1)
         if log_probs.isnan().any():
@@ -177,15 +214,36 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 f"{self._name(index)} returned NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it "
                 "with `dtype=torch.float32`, or check its training."
             )
-        return log_probs
+        return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, scores.shape[-1])
 
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"
 
 
-def _pad_token_id(model: PreTrainedModel | PeftModel) -> int | None:
-    config = model.config.get_text_config()
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    eos_token_id = config.eos_token_id
+def _pad_token_id(special_tokens: PreTrainedTokenizerBase | PreTrainedConfig) -> int | None:
+    if special_tokens.pad_token_id is not None:
+        return special_tokens.pad_token_id
+    eos_token_id = special_tokens.eos_token_id
     return eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+
+
+def _vocab_maps(
+    tokenizer: PreTrainedTokenizerBase | None,
+    reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    n_models: int,
+) -> list[VocabMap | None]:
+    if tokenizer is None or reward_tokenizer is None:
+        if reward_tokenizer is not None:
+            raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer` too.")
+        return [None] * n_models
+    many = isinstance(reward_tokenizer, list | tuple)
+    reward_tokenizers = list(reward_tokenizer) if many else [reward_tokenizer] * n_models
+    if len(reward_tokenizers) != n_models:
+        raise ValueError(
+            f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {n_models} reward models. Give "
+            "one for each, or a single one for all."
+        )
+    return [None if other is None else VocabMap(tokenizer, other) for other in reward_tokenizers]
+
+
+refuse_continuous_batching(GenARMLogitsProcessor)

@@ -1,12 +1,13 @@
 """How an autoregressive reward model is loaded: a PEFT adapter or a full model, from the Hub or a folder."""
 
+import contextlib
 import copy
 import logging
 from pathlib import PurePath
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,19 @@ def load_reward_model(
         network = AutoModelForCausalLM.from_pretrained(trained_on, revision=adapter.revision, **base_kwargs, **kwargs)
         model = PeftModel.from_pretrained(network, pretrained_model_name_or_path, **hub_kwargs)
     return model.eval()
+
+
+def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> bool:
+    """Whether the reward model is an adapter around the very weights of the base model."""
+    return model.get_input_embeddings().weight is base_model.get_input_embeddings().weight
+
+
+def find_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the first of these folders or repositories that has one."""
+    for name_or_path in names_or_paths:
+        with contextlib.suppress(OSError, ValueError):
+            return AutoTokenizer.from_pretrained(name_or_path)
+    return None
 
 
 def _is_plain(model: PreTrainedModel) -> bool:

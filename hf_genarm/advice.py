@@ -1,0 +1,77 @@
+"""What the running `generate` call does that works against guidance, or that guidance can't serve."""
+
+import sys
+import warnings
+from types import FrameType
+
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+)
+
+
+class GuidanceWarning(UserWarning):
+    """A setting that works against guidance. `warnings.simplefilter("ignore", GuidanceWarning)` switches these off."""
+
+
+class Advice:
+    """Warns once of each setting that works against guidance, and refuses base models that hide the prompt from it."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def __call__(self, input_ids: Tensor) -> None:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+                What the processor was called with.
+
+        Raises:
+            ValueError: if the base model is an encoder-decoder, or the prompt contains images.
+        """
+        processors, model = _running_generation()
+        for processor in processors:
+            if isinstance(processor, TopKLogitsWarper) and processor.top_k == 50:
+                self._warn(
+                    "`generate` keeps only the 50 likeliest tokens of the guided distribution (`top_k=50`, its default "
+                    "when sampling). Pass `top_k=0` to sample from all of it."
+                )
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+                self._warn(
+                    f"`repetition_penalty={processor.penalty}` acts on the logits of the base model alone, before "
+                    "guidance, and can undo it. Set it to 1.0 in the generation config or in `generate`."
+                )
+        if model is None:
+            return
+        if model.training:
+            self._warn("The base model is in training mode, so dropout makes its text random. Call `model.eval()`.")
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The base model is a `{type(model).__name__}`, whose encoder reads the prompt. A reward model sees "
+                "only what logits processors see, the decoder's tokens. Guidance needs a decoder-only base model."
+            )
+        image_token_id = getattr(model.config, "image_token_id", None)
+        if image_token_id is not None and (input_ids == image_token_id).any():
+            raise ValueError(
+                "The prompt contains images, which the reward model can't see. Guide the model on text prompts only."
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._given:
+            self._given.add(message)
+            warnings.warn(message, GuidanceWarning, stacklevel=2)
+
+
+def _running_generation() -> tuple[LogitsProcessorList, PreTrainedModel | None]:
+    """The processors and the model of the `generate` call, read from its frames, since a processor is not told."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(4):  # the processor itself, and what decorates it
+        caller = frame.f_locals.get("self") if frame else None
+        if frame and isinstance(caller, LogitsProcessorList):
+            model = frame.f_back.f_locals.get("self") if frame.f_back else None
+            return caller, model if isinstance(model, PreTrainedModel) else None
+        frame = frame.f_back if frame else None
+    return LogitsProcessorList(), None

@@ -1,0 +1,84 @@
+"""How the vocabulary of a reward model lines up with that of the base model: by the strings of the tokens."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class VocabMap:
+    """
+    Carries token ids from the base model's vocabulary to a reward model's, and log-probabilities back.
+
+    The two may number their tokens differently, pad their embeddings to other sizes, and have added tokens that the
+    other lacks, such as a pad token. The regular tokens must be the same strings: a reward model that splits text
+    into other pieces has nothing to say about the base model's next token.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the base model.
+        reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the reward model.
+
+    Raises:
+        ValueError: if a regular token of the base model is not in the reward model's vocabulary.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase):
+        vocab, reward_vocab = tokenizer.get_vocab(), reward_tokenizer.get_vocab()
+        missing = sorted(vocab.keys() - reward_vocab.keys() - tokenizer.get_added_vocab().keys())
+        if missing:
+            raise ValueError(
+                f"The tokenizers of the base model (`{tokenizer.name_or_path}`, {len(vocab)} tokens) and of the reward "
+                f"model (`{reward_tokenizer.name_or_path}`, {len(reward_vocab)} tokens) differ: {len(missing)} tokens "
+                f"of the base model, such as {missing[:5]}, are unknown to the reward model. Guidance multiplies "
+                "probabilities token by token: use a reward model trained with the tokenizer of the base model."
+            )
+        shared = [(index, reward_vocab[token]) for token, index in vocab.items() if token in reward_vocab]
+        self._base_ids, self._reward_ids = torch.tensor(shared, dtype=torch.long).T
+        self._tokens: Mapping[int, str] = {index: token for token, index in vocab.items()}
+        self._lookup = torch.full((max(vocab.values()) + 1,), -1)
+        self._lookup[self._base_ids] = self._reward_ids
+
+    def reward_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """
+        The same text in the reward model's ids. Padding, which the reward model never sees, becomes 0.
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`)
+
+        Raises:
+            ValueError: if the text has a token that the reward model lacks.
+        """
+        self._lookup = self._lookup.to(input_ids.device)
+        text = input_ids.masked_fill(attention_mask == 0, int(self._base_ids[0]))
+        reward_ids = self._lookup[text.clamp(max=len(self._lookup) - 1)]
+        unknown = text[(reward_ids < 0) | (text >= len(self._lookup))]
+        if len(unknown):
+            index = int(unknown[0])
+            raise ValueError(
+                f"The text contains the token {self._tokens.get(index, '')!r} (id {index}), which is not in the "
+                "vocabulary of the reward model. Leave it out of the prompt and suppress it in `generate` "
+                f"(`suppress_tokens=[{index}]`), or use a reward model that knows it."
+            )
+        return reward_ids.masked_fill(attention_mask == 0, 0)
+
+    def base_log_probs(self, log_probs: Tensor, vocab_size: int) -> Tensor:
+        """
+        Log-probabilities in the order of the base model's ids, NaN for the tokens that the reward model can't score.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(batch_size, reward_vocab_size)`):
+                Next-token log-probabilities of the reward model.
+            vocab_size (`int`):
+                Number of logits of the base model.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, vocab_size)`.
+        """
+        device = log_probs.device
+        self._base_ids, self._reward_ids = self._base_ids.to(device), self._reward_ids.to(device)
+        aligned = log_probs.new_full((len(log_probs), vocab_size), torch.nan)
+        aligned[:, self._base_ids] = log_probs[:, self._reward_ids]
+        return aligned

@@ -1,0 +1,244 @@
+"""
+What works with what: one list, from which the tests and the table in the README are made.
+
+    python tests/support.py        # writes the table into README.md
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor
+
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- support: begin -->", "<!-- support: end -->"
+
+EXACT, REFUSED = "exact", "refused"
+
+BASE, ARM, ASSISTANT = tiny_llama(0), tiny_llama(1), tiny_llama(3)
+
+# A prompt that repeats itself, so that prompt lookup finds something.
+ONE = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 5, 6, 7]]), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+BATCH = left_padded([4, 8, 6])
+SAMPLING = {"do_sample": True, "top_k": 0}
+FILTERS = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95}
+
+
+@dataclass
+class Mode:
+    """A way to call `generate`, and what to expect of a guided call."""
+
+    name: str
+    options: dict | Callable[[], dict] = field(default_factory=dict)
+    inputs: dict = field(default_factory=lambda: BATCH)
+    expected: str = EXACT
+    error: str = ""
+    why: str = ""
+
+    def kwargs(self) -> dict:
+        return self.options() if callable(self.options) else dict(self.options)
+
+
+class Ban(LogitsProcessor):
+    """Constrained decoding: some tokens at minus infinity, wherever it stands in the list."""
+
+    tokens = (4, 5, 6, 7, 8, 9)
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.tokens] = -torch.inf
+        return scores
+
+
+def chat_continues() -> dict:
+    cache = DynamicCache(config=BASE.config)
+    with torch.no_grad():
+        BASE(input_ids=ONE["input_ids"][:, :5], past_key_values=cache, use_cache=True)
+    return {"past_key_values": cache}
+
+
+def embeddings() -> dict:
+    return {"inputs_embeds": BASE.get_input_embeddings()(ONE["input_ids"])}
+
+
+def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """A decoding method of the user's own."""
+    processors = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+    return GenerationMixin._sample(model, input_ids, generation_config=generation_config, **processors, **kwargs)
+
+
+MODES = [
+    Mode("greedy"),
+    Mode("sampling", SAMPLING),
+    Mode("temperature, top-k, top-p, min-p, typical", SAMPLING | FILTERS),
+    Mode("`num_return_sequences`", SAMPLING | {"num_return_sequences": 3}),
+    Mode("beam search", {"num_beams": 3, "num_return_sequences": 2}),
+    Mode("beam search, early stopping", {"num_beams": 4, "early_stopping": True, "length_penalty": 0.5}),
+    Mode("beam sampling", SAMPLING | {"num_beams": 3}),
+    Mode("assisted decoding, another model", {"assistant_model": ASSISTANT}, ONE),
+    Mode("assisted decoding, sampling", SAMPLING | {"assistant_model": ASSISTANT}, ONE),
+    Mode("assisted decoding by the base itself", {"assistant_model": BASE}, ONE),
+    Mode("assisted decoding, early exit", {"assistant_early_exit": 1}, ONE),
+    Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
+    Mode("prompt lookup, sampling", SAMPLING | {"prompt_lookup_num_tokens": 3}, ONE),
+    Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
+    Mode("`use_cache=False`", {"use_cache": False}),
+    Mode("static cache of the base", {"cache_implementation": "static"}),
+    Mode("`past_key_values` that continues a chat", chat_continues, ONE),
+    Mode("`inputs_embeds` beside `input_ids`", embeddings, ONE),
+    Mode("classifier-free guidance", {"guidance_scale": 1.5}, ONE),
+    Mode("`min_new_tokens`", {"min_new_tokens": 6}),
+    Mode("repetition and n-gram penalties", {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
+    Mode("`forced_eos_token_id`", {"forced_eos_token_id": EOS}),
+    Mode("`suppress_tokens`, `bad_words_ids`", {"suppress_tokens": [4, 5], "bad_words_ids": [[6], [7, 8]]}),
+    Mode("`sequence_bias`", {"sequence_bias": [[[4], 3.0]]}),
+    Mode("`prefix_allowed_tokens_fn`", {"prefix_allowed_tokens_fn": lambda *_: [3, 4, 5, 6, EOS]}),
+    Mode("`exponential_decay_length_penalty`", {"exponential_decay_length_penalty": (3, 1.2)}),
+    Mode("`renormalize_logits`", {"num_beams": 2, "renormalize_logits": True}),
+    Mode(
+        "`inputs_embeds` alone",
+        lambda: embeddings() | {"input_ids": None},
+        ONE,
+        REFUSED,
+        "no prompt tokens",
+        "the reward model can't read embeddings of the base",
+    ),
+    Mode(
+        'continuous batching: `cache_implementation="paged"`, `generate_batch`',
+        {"cache_implementation": "paged"},
+        ONE,
+        REFUSED,
+        "continuous batching",
+        "the engine ignores logits processors",
+    ),
+    Mode(
+        "group and constrained beams, contrastive search, DoLa",
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        BATCH,
+        REFUSED,
+        "trust_remote_code",
+        "transformers moved them to code on the Hub, which it won't load unasked; not tested with it",
+    ),
+]
+
+
+@dataclass
+class Architecture:
+    """A family of reward models. `note` says what is special about it."""
+
+    name: str
+    config: str
+    sizes: dict
+    note: str = ""
+
+    def model(self):
+        torch.manual_seed(5)
+        config = getattr(transformers, self.config)(**self.sizes)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+TOKENS = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SIZES = TOKENS | {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.4}
+LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+AFRESH = "read afresh for every token: exact, slow"
+
+ARCHITECTURES = [
+    Architecture("Llama", "LlamaConfig", SIZES),
+    Architecture("Qwen2", "Qwen2Config", SIZES),
+    Architecture("Qwen3", "Qwen3Config", SIZES | {"head_dim": 8}),
+    Architecture("Mistral", "MistralConfig", SIZES | {"sliding_window": 4}, "sliding window shorter than the text"),
+    Architecture(
+        "Gemma 2", "Gemma2Config", SIZES | {"head_dim": 8, "sliding_window": 4}, "alternating windows, soft-caps"
+    ),
+    Architecture(
+        "Gemma 3",
+        "Gemma3TextConfig",
+        SIZES | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "alternating windows",
+    ),
+    Architecture(
+        "GPT-2",
+        "GPT2Config",
+        GPT2 | {"vocab_size": VOCAB_SIZE, "bos_token_id": PAD, "eos_token_id": PAD, "pad_token_id": PAD},
+        "absolute positions; pad = bos, so a padded batch needs its mask",
+    ),
+    Architecture(
+        "Mixtral", "MixtralConfig", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "mixture of experts"
+    ),
+    Architecture(
+        "Bloom", "BloomConfig", TOKENS | {"hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+    ),
+    Architecture("Mamba", "MambaConfig", TOKENS | {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}, AFRESH),
+    Architecture("LFM2", "Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention"] * 2}, "hybrid; " + AFRESH),
+    Architecture(
+        "Qwen3-Next",
+        "Qwen3NextConfig",
+        SIZES
+        | {
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        }
+        | LINEAR
+        | EXPERTS,
+        "hybrid; " + AFRESH,
+    ),
+    Architecture(
+        "RecurrentGemma",
+        "RecurrentGemmaConfig",
+        TOKENS
+        | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        | {"lru_width": 16, "attention_window_size": 4},
+        "states in its modules; " + AFRESH,
+    ),
+]
+
+
+def table() -> str:
+    lines = ["| `generate` with | guided text |", "|---|---|"]
+    lines += [f"| {mode.name} | {mode.expected}{f': {mode.why}' if mode.why else ''} |" for mode in MODES]
+    lines += ["", "| reward model | guided text |", "|---|---|"]
+    lines += [f"| {family.name}{f' ({family.note})' if family.note else ''} | exact |" for family in ARCHITECTURES]
+    lines += [f"| {name} | {outcome} |" for name, outcome in OTHER_REWARD_MODELS]
+    lines += ["", "| prompts and vocabularies | guided text |", "|---|---|"]
+    lines += [f"| {name} | {outcome} |" for name, outcome in PROMPTS_AND_VOCABULARIES]
+    return "\n".join(lines)
+
+
+# Each of these is a test of its own.
+OTHER_REWARD_MODELS = [
+    ("LoRA adapter on the base, sharing its weights", "exact"),
+    ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
+    ("encoder-decoder or classifier", "refused: not a causal LM"),
+]
+PROMPTS_AND_VOCABULARIES = [
+    ("left padding, inferred or given; masks with holes", "exact"),
+    ("a text that starts with the pad token, or pad = bos", "refused until the mask is given, then exact"),
+    ("right padding", "refused"),
+    ("encoder-decoder base; images in the prompt", "refused: the reward model can't see the prompt"),
+    ("ids in another order, other padded sizes, added tokens", "exact, aligned by the strings of the tokens"),
+    ("other tokens", "refused"),
+]
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(START)
+    README.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

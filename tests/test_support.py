@@ -1,0 +1,273 @@
+"""Every line of the support table: guided `generate` against recomputation from scratch."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Recompute
+from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, README, REFUSED, START, Ban, table
+from tiny import EOS, VOCAB_SIZE, left_padded, tiny_llama
+from transformers import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.advice import GuidanceWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+
+
+def generate(processors, inputs, seed=0, base=BASE, **options):
+    torch.manual_seed(seed)
+    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
+    return base.generate(**(dict(inputs) | defaults | options), logits_processor=processors)
+
+
+def assert_same(output, expected, atol=1e-4):
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    assert len(output.scores) == len(expected.scores) > 0
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def oracle(inputs, models=(ARM,), alphas=(1.0,)):
+    return Recompute(list(models), list(alphas), inputs.get("attention_mask"))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.expected == EXACT], ids=lambda mode: mode.name)
+def test_exact(mode):
+    output = generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
+    expected = generate([oracle(mode.inputs)], mode.inputs, **mode.kwargs())
+    unguided = generate([], mode.inputs, **mode.kwargs())
+    assert output.sequences.tolist() != unguided.sequences.tolist()
+    assert_same(output, expected)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.expected == REFUSED], ids=lambda mode: mode.name)
+def test_refused(mode):
+    with pytest.raises((ValueError, NotImplementedError), match=mode.error):
+        generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
+
+
+def test_the_table_in_the_readme_is_this_list():
+    assert README.read_text().split(START)[1].split(END)[0].strip() == table()
+
+
+# --- one instance in any order ---
+
+PROMPTS = [BATCH, ONE, left_padded([3, 7], 1), left_padded([9], 2), {"input_ids": ONE["input_ids"][:, :6]}]
+CALLS = [
+    {},
+    {"do_sample": True, "top_k": 0},
+    {"num_beams": 2},
+    {"num_beams": 2, "do_sample": True, "top_k": 0},
+    {"num_return_sequences": 2, "do_sample": True, "top_k": 0},
+    {"use_cache": False},
+]
+CALLS_FOR_ONE = [{"assistant_model": tiny_llama(3)}, {"prompt_lookup_num_tokens": 2}]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_one_instance_in_random_order(data):
+    """Any sequence of calls, prompts, strengths, resets and changes of the weights, on one instance."""
+    arm = copy.deepcopy(ARM)
+    processor = GenARMLogitsProcessor(arm)
+    for seed in range(data.draw(st.integers(2, 5))):
+        inputs = data.draw(st.sampled_from(PROMPTS))
+        calls = CALLS + CALLS_FOR_ONE if len(inputs["input_ids"]) == 1 else CALLS
+        options = data.draw(st.sampled_from(calls))
+        processor.alpha = data.draw(st.sampled_from([1.0, 0.3, -0.5]))
+        event = data.draw(st.sampled_from(["none", "reset", "mask", "weights"]))
+        if event == "reset":
+            processor.reset()
+        if event == "weights":
+            torch.nn.init.normal_(arm.model.layers[0].self_attn.q_proj.weight, std=0.4)
+        processor.attention_mask = inputs.get("attention_mask") if event == "mask" else None
+        output = generate([processor], inputs, seed, max_new_tokens=5, **options)
+        expected = generate([oracle(inputs, [arm], processor.alpha)], inputs, seed, max_new_tokens=5, **options)
+        assert_same(output, expected, atol=2e-4)
+
+
+def test_many_threads_each_with_its_own_instance():
+    expected = [generate([oracle(BATCH)], BATCH, **{"num_beams": beams}) for beams in (1, 2, 3)]
+    outputs = [None] * 3
+
+    def work(index):
+        processor = GenARMLogitsProcessor(ARM)
+        for _ in range(3):
+            outputs[index] = generate([processor], BATCH, **{"num_beams": index + 1})
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for output, other in zip(outputs, expected, strict=True):
+        assert_same(output, other)
+
+
+# --- beside other processors, criteria and streamers ---
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_forbidden_tokens_stay_forbidden(first):
+    guided = [GenARMLogitsProcessor(ARM)], [oracle(BATCH)]
+    output, expected = (generate([Ban(), *it] if first else [*it, Ban()], BATCH) for it in guided)
+    assert_same(output, expected)
+    assert all((scores[:, Ban.tokens] == -torch.inf).all() for scores in output.scores)
+    free = generate(guided[0], BATCH)
+    assert output.sequences.tolist() != free.sequences.tolist()
+
+
+def test_raw_logits_are_those_of_the_base():
+    output = generate([GenARMLogitsProcessor(ARM)], BATCH, output_logits=True)
+    again = generate([oracle(BATCH)], BATCH, output_logits=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(output.logits, again.logits, strict=True))
+
+
+class LongEnough(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 13)
+
+
+def test_stopping_criteria_and_stop_strings(tokenizer):
+    stop = {"stopping_criteria": StoppingCriteriaList([LongEnough()])}
+    output = generate([GenARMLogitsProcessor(ARM)], BATCH, **stop)
+    assert output.sequences.shape[1] == 13
+    assert_same(output, generate([oracle(BATCH)], BATCH, **stop))
+
+    base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
+    inputs = tokenizer("How was the train ride?", return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    free = generate([GenARMLogitsProcessor(arm)], inputs, base=base)
+    text = tokenizer.decode(free.sequences[0, inputs["input_ids"].shape[1] :][2:4])
+    stop = {"stop_strings": [text], "tokenizer": tokenizer}
+    output = generate([GenARMLogitsProcessor(arm)], inputs, base=base, **stop)
+    assert output.sequences.shape[1] < free.sequences.shape[1]
+    assert_same(output, generate([oracle(inputs, [arm])], inputs, base=base, **stop))
+
+
+def test_streaming(tokenizer, capsys):
+    base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
+    inputs = {"input_ids": tokenizer("How was the train ride?", return_tensors="pt").input_ids}
+    expected = generate([oracle(inputs, [arm])], inputs, base=base)
+    text = tokenizer.decode(expected.sequences[0])
+    generate([GenARMLogitsProcessor(arm)], inputs, base=base, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.strip() == text.strip()
+
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    call = threading.Thread(
+        target=generate, args=([GenARMLogitsProcessor(arm)], inputs), kwargs={"base": base, "streamer": streamer}
+    )
+    call.start()
+    assert "".join(streamer) == text
+    call.join()
+
+
+def test_pipelines_with_batches_and_chats(tokenizer):
+    base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False, "batch_size": 2}
+    generator = pipeline("text-generation", model=base, tokenizer=tokenizer)
+    chats = [
+        [{"role": "user", "content": text}] for text in ("How was the food?", "Tell me about the sun and the day.")
+    ]
+    for prompts in (["The weather", "How was the train ride today?"], chats):
+        guided = generator(prompts, logits_processor=[GenARMLogitsProcessor(arm)], **options)
+        texts = [
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            if isinstance(prompt, list)
+            else prompt
+            for prompt in prompts
+        ]
+        for prompt, output in zip(texts, guided, strict=True):
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=isinstance(prompts[0], str)).input_ids
+            expected = base.generate(ids, logits_processor=[Recompute([arm], [1.0])], max_new_tokens=6, do_sample=False)
+            text = output[0]["generated_text"]
+            assert text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+# --- reward models ---
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES, ids=lambda family: family.name)
+def test_reward_models(family):
+    arm = family.model()
+    for options, inputs in (
+        ({}, left_padded([4, 12, 7])),
+        ({"num_beams": 3}, left_padded([9, 12])),
+        ({"assistant_model": tiny_llama(3)}, ONE),
+    ):
+        processor = GenARMLogitsProcessor(arm, attention_mask=inputs["attention_mask"])
+        output = generate([processor], inputs, max_new_tokens=12, **options)
+        assert_same(output, generate([oracle(inputs, [arm])], inputs, max_new_tokens=12, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """
+    Half the bits make the order of a sum matter, so cached and uncached forward passes of a model differ in their last
+    bits. Ours differs from the latter by no more than a few times what transformers' own cached generation does.
+    """
+    arm = copy.deepcopy(ARM).to(dtype)
+    inputs = left_padded([8, 8])
+    output = generate([GenARMLogitsProcessor(arm)], inputs)
+    assert output.scores[0].dtype == torch.float32
+    expected = generate([oracle(inputs, [arm])], inputs)
+    own = [generate([], inputs, base=arm, use_cache=cache, output_logits=True).logits for cache in (True, False)]
+    noise = max((one.float() - other.float()).abs().max() for one, other in zip(*own, strict=True))
+    assert_same(output, expected, atol=max(4 * noise.item(), 0.1))
+
+
+# --- warnings ---
+
+
+@pytest.mark.filterwarnings("error::hf_genarm.advice.GuidanceWarning")
+def test_correct_use_is_silent():
+    processor = GenARMLogitsProcessor(ARM)
+    generate([processor], BATCH, do_sample=True, top_k=0)
+    generate([processor], BATCH, num_beams=2)
+
+
+@pytest.mark.filterwarnings("always::hf_genarm.advice.GuidanceWarning")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"do_sample": True}, "top_k=50"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"), ({}, "training mode")],
+)
+def test_likely_mistakes_are_warned_about_once(options, message):
+    base = copy.deepcopy(BASE).train() if "training" in message else BASE
+    processor = GenARMLogitsProcessor(ARM)
+    with pytest.warns(GuidanceWarning, match=message):
+        generate([processor], BATCH, base=base, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuidanceWarning)
+        generate([processor], BATCH, base=base, **options)
+
+
+def test_continuous_batching_is_refused_where_it_is_called():
+    with pytest.raises(NotImplementedError, match="unguided"):
+        BASE.generate_batch(inputs=[[5, 6, 7]], logits_processor=[GenARMLogitsProcessor(ARM)])
+
+
+def test_base_models_that_hide_the_prompt_are_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 3}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, eos_token_id=EOS, pad_token_id=0, **sizes))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
+        generate([GenARMLogitsProcessor(ARM)], ONE, base=t5)
+    vision = copy.deepcopy(BASE)
+    vision.config.image_token_id = 9
+    with pytest.raises(ValueError, match="contains images"):
+        generate([GenARMLogitsProcessor(ARM)], ONE, base=vision)
+    text = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert 9 not in generate([oracle(text)], text).sequences
+    assert_same(generate([GenARMLogitsProcessor(ARM)], text, base=vision), generate([oracle(text)], text))
