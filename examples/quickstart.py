@@ -27,7 +27,7 @@ ALPHAS = (0.5, 1.0, 2.0)
 
 
 def train(
-    model_path: str, tokenizer, output_dir: Path, n_pairs: int = 96, epochs: int = 1, learning_rate: float = 3e-3
+    model_path: str, tokenizer, output_dir: Path, n_pairs: int = 96, epochs: int = 1, learning_rate: float = 5e-3
 ) -> AutoregressiveRewardTrainer:
     """Trains an adapter on the pairs that differ most."""
     pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")

@@ -18,9 +18,18 @@ class GuidanceWarning(UserWarning):
 
 
 class Advice:
-    """Warns once of each setting that works against guidance, and refuses base models that hide the prompt from it."""
+    """
+    Warns once of each setting that works against guidance, and refuses base models that hide the prompt from it.
 
-    def __init__(self) -> None:
+    Args:
+        generation_prompt_ids (list of `int`, *optional*):
+            Tokens with which a chat template asks for an answer, if the reward model was trained on chats. A prompt
+            without them is warned about.
+    """
+
+    def __init__(self, generation_prompt_ids: list[int] | None = None) -> None:
+        self._generation_prompt_ids = generation_prompt_ids or []
+        self._next_shape: tuple[int, int] | None = None  # of `input_ids` if the same generation goes on
         self._given: set[str] = set()
 
     def __call__(self, input_ids: Tensor) -> None:
@@ -44,6 +53,13 @@ class Advice:
                     f"`repetition_penalty={processor.penalty}` acts on the logits of the base model alone, before "
                     "guidance, and can undo it. Set it to 1.0 in the generation config or in `generate`."
                 )
+        is_prompt = input_ids.shape != self._next_shape
+        self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
+        if is_prompt and self._generation_prompt_ids and not _all_contain(input_ids, self._generation_prompt_ids):
+            self._warn(
+                "A prompt is not in the chat template, but the reward model was trained on chats, and knows little of "
+                "other text. Use `tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
+            )
         if model is None:
             return
         if model.training:
@@ -63,6 +79,13 @@ class Advice:
         if message not in self._given:
             self._given.add(message)
             warnings.warn(message, GuidanceWarning, stacklevel=2)
+
+
+def _all_contain(input_ids: Tensor, pattern: list[int]) -> bool:
+    if input_ids.shape[1] < len(pattern):
+        return False
+    windows = input_ids.unfold(1, len(pattern), 1)  # (batch_size, positions, len(pattern))
+    return bool((windows == input_ids.new_tensor(pattern)).all(dim=-1).any(dim=-1).all())
 
 
 def _running_generation() -> tuple[LogitsProcessorList, PreTrainedModel | None]:

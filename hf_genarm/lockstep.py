@@ -73,11 +73,13 @@ class LockstepLM:
 
         Returns:
             `torch.Tensor` of shape `(batch_size, vocab_size)`: the logits of the next token, in the dtype and on the
-            device of the model.
+            device of the model's output.
         """
         first_token = int(attention_mask.any(dim=0).nonzero()[0])  # columns that only pad carry nothing
-        input_ids = input_ids[:, first_token:].to(self.model.device)
-        attention_mask = attention_mask[:, first_token:].to(self.model.device)
+        # Offloaded weights are on no device until they are needed; hooks then fetch the inputs too.
+        device = input_ids.device if self.model.device.type == "meta" else self.model.device
+        input_ids = input_ids[:, first_token:].to(device)
+        attention_mask = attention_mask[:, first_token:].to(device)
         length = input_ids.shape[1]
 
         # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.

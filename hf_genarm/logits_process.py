@@ -14,7 +14,7 @@ from .engines import refuse_continuous_batching
 from .functional import guided_log_probs
 from .lockstep import LockstepLM
 from .padding import PromptMask
-from .reward_model import find_tokenizer, load_reward_model, shares_weights
+from .reward_model import find_tokenizer, generation_prompt_ids, load_reward_model, shares_weights
 from .vocab import VocabMap
 
 
@@ -135,7 +135,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             # Ids that index the same embeddings are the same ids.
             shared = base_model is not None and shares_weights(model, base_model)
             reward_tokenizers.append(None if shared else find_tokenizer(name, model.name_or_path))
-        return cls(
+        processor = cls(
             models,
             alpha,
             pad_token_id=pad_token_id,
@@ -143,6 +143,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
             tokenizer=tokenizer,
             reward_tokenizer=reward_tokenizers,
         )
+        processor._advice = Advice(generation_prompt_ids(names[0], tokenizer, kwargs.get("token")))
+        return processor
 
     @property
     def alpha(self) -> list[float]:
@@ -206,7 +208,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
                 "Guidance multiplies probabilities token by token. If the two tokenizers have the same tokens, pass "
                 "both (`tokenizer`, `reward_tokenizer`) to align them; else use a reward model trained with the "
-                "tokenizer of the base model."
+                "tokenizer of the base model. An assistant model must have the tokenizer of the base model, too."
             )
         log_probs = logits.float().log_softmax(dim=-1)
         if log_probs.isnan().any():

@@ -3,9 +3,10 @@
 import contextlib
 import copy
 import logging
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
@@ -71,6 +72,26 @@ def find_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase | None:
         with contextlib.suppress(OSError, ValueError):
             return AutoTokenizer.from_pretrained(name_or_path)
     return None
+
+
+def generation_prompt_ids(
+    pretrained_model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, token: str | None = None
+) -> list[int] | None:
+    """
+    The tokens with which the chat template asks for an answer, if the card of the reward model has the tag
+    `conversational`, which the trainer gives to those that were trained on chats.
+    """
+    card = Path(pretrained_model_name_or_path, "README.md")
+    try:
+        tags = ModelCard.load(card if card.exists() else pretrained_model_name_or_path, token=token).data.tags or []
+    except (OSError, ValueError):  # no card, or none within reach
+        return None
+    if "conversational" not in tags or tokenizer.chat_template is None:
+        return None
+    chat = [{"role": "user", "content": "?"}]
+    question = tokenizer.apply_chat_template(chat, tokenize=False)
+    asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(asked.removeprefix(question), add_special_tokens=False)["input_ids"]
 
 
 def _is_plain(model: PreTrainedModel) -> bool:

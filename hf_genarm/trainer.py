@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import RewardTrainer
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, is_conversational
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .config import AutoregressiveRewardConfig
@@ -159,6 +159,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"The {dataset_name} dataset is empty, so there is nothing to learn from.")
+        if dataset_name == "train":
+            self._is_conversational = "chosen" in first and is_conversational(first)
         columns = get_dataset_column_names(dataset)
         if not any({"chosen" + suffix, "rejected" + suffix} <= set(columns) for suffix in ("", "_ids", "_input_ids")):
             raise ValueError(
@@ -193,7 +195,11 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             hub_model_id=self.hub_model_id,
             base_model=base_model if base_model and not os.path.isdir(base_model) else None,
             dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=[
+                *self._tag_names,
+                *(["conversational"] if self._is_conversational else []),
+                *([tags] if isinstance(tags, str) else tags or []),
+            ],
             is_adapter=is_peft_model(self.model),
             beta=self.args.beta,
             metrics={name: evaluations[-1][name] for name in names} if evaluations else {},

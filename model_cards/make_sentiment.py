@@ -63,7 +63,7 @@ def main() -> None:
             language="en",
             library_name="peft",
             license="apache-2.0",
-            tags=["genarm", "autoregressive-reward-model", "reward-model", "trl"],
+            tags=["genarm", "autoregressive-reward-model", "reward-model", "trl", "conversational"],
             model_name=NAME,
             eval_results=[
                 EvalResult(

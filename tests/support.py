@@ -37,6 +37,7 @@ class Mode:
     expected: str = EXACT
     error: str = ""
     why: str = ""
+    tested_in: str = "test_support.py"
 
     def kwargs(self) -> dict:
         return self.options() if callable(self.options) else dict(self.options)
@@ -82,6 +83,14 @@ MODES = [
     Mode("assisted decoding, sampling", SAMPLING | {"assistant_model": ASSISTANT}, ONE),
     Mode("assisted decoding by the base itself", {"assistant_model": BASE}, ONE),
     Mode("assisted decoding, early exit", {"assistant_early_exit": 1}, ONE),
+    Mode(
+        "assisted decoding, an assistant with another tokenizer, greedy",
+        {"assistant_model": ASSISTANT, "tokenizer": 1, "assistant_tokenizer": 2},
+        ONE,
+        REFUSED,
+        tested_in="test_vocab.py",
+        why="drafts would be guided on the assistant's tokens; with sampling they are not, and it is exact",
+    ),
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
     Mode("prompt lookup, sampling", SAMPLING | {"prompt_lookup_num_tokens": 3}, ONE),
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
@@ -221,6 +230,7 @@ def table() -> str:
 # Each of these is a test of its own.
 OTHER_REWARD_MODELS = [
     ("LoRA adapter on the base, sharing its weights", "exact"),
+    ("weights that are offloaded (`device_map`)", "exact"),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
     ("encoder-decoder or classifier", "refused: not a causal LM"),
 ]
@@ -229,6 +239,7 @@ PROMPTS_AND_VOCABULARIES = [
     ("a text that starts with the pad token, or pad = bos", "refused until the mask is given, then exact"),
     ("right padding", "refused"),
     ("encoder-decoder base; images in the prompt", "refused: the reward model can't see the prompt"),
+    ("vision-language base, text prompt", "exact"),
     ("ids in another order, other padded sizes, added tokens", "exact, aligned by the strings of the tokens"),
     ("other tokens", "refused"),
 ]

@@ -6,14 +6,20 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
-from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, README, REFUSED, START, Ban, table
+from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, README, START, Ban, table
 from tiny import EOS, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     StoppingCriteria,
     StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
@@ -51,7 +57,7 @@ def test_exact(mode):
     assert_same(output, expected)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.expected == REFUSED], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.error], ids=lambda mode: mode.name)
 def test_refused(mode):
     with pytest.raises((ValueError, NotImplementedError), match=mode.error):
         generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
@@ -211,6 +217,16 @@ def test_reward_models(family):
         assert_same(output, generate([oracle(inputs, [arm])], inputs, max_new_tokens=12, **options))
 
 
+def test_a_reward_model_whose_weights_are_offloaded():
+    """Its weights are on no device between forward passes, as with `device_map` on a machine with little memory."""
+    arm = cpu_offload(copy.deepcopy(ARM), execution_device="cpu")
+    assert arm.device.type == "meta"
+    for options in ({}, {"num_beams": 2}):
+        assert_same(
+            generate([GenARMLogitsProcessor(arm)], BATCH, **options), generate([oracle(BATCH)], BATCH, **options)
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     """
@@ -258,16 +274,22 @@ def test_continuous_batching_is_refused_where_it_is_called():
 
 
 def test_base_models_that_hide_the_prompt_are_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
-
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 3}
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, eos_token_id=EOS, pad_token_id=0, **sizes))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
         generate([GenARMLogitsProcessor(ARM)], ONE, base=t5)
-    vision = copy.deepcopy(BASE)
-    vision.config.image_token_id = 9
+
+
+def test_a_vision_language_base_is_guided_on_text():
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config=BASE.config.to_dict(),
+        vision_config=CLIPVisionConfig(**vision, image_size=4, patch_size=2).to_dict(),
+        image_token_id=VOCAB_SIZE - 1,
+    )
+    torch.manual_seed(4)
+    base = LlavaForConditionalGeneration(config).eval()
+    output = generate([GenARMLogitsProcessor(ARM)], BATCH, base=base)
+    assert_same(output, generate([oracle(BATCH)], BATCH, base=base))
     with pytest.raises(ValueError, match="contains images"):
-        generate([GenARMLogitsProcessor(ARM)], ONE, base=vision)
-    text = {"input_ids": torch.tensor([[5, 6, 7]])}
-    assert 9 not in generate([oracle(text)], text).sequences
-    assert_same(generate([GenARMLogitsProcessor(ARM)], text, base=vision), generate([oracle(text)], text))
+        generate([GenARMLogitsProcessor(ARM)], {"input_ids": torch.tensor([[5, VOCAB_SIZE - 1, 7]])}, base=base)

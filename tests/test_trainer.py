@@ -337,6 +337,14 @@ def test_the_card_describes_a_reward_model(make_trainer, tokenizer):
     for part in ("library_name: peft", "- genarm", "- polite", "GenARMLogitsProcessor", "β = 0.05", "eval_accuracy"):
         assert part in card
     assert "pipeline" not in card
+    assert "conversational" not in card
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_the_card_says_if_the_data_were_chats(make_trainer, explicit):
+    trainer = make_trainer(conversational(explicit))
+    trainer.create_model_card()
+    assert "- conversational" in Path(trainer.args.output_dir, "README.md").read_text()
 
 
 def test_an_adapter_on_the_lm_head_is_trained_like_any_other(make_trainer, tokenizer):

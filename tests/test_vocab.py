@@ -1,0 +1,221 @@
+"""Reward models whose tokenizer is another one: permuted, padded to another size, with tokens of its own."""
+
+import copy
+import json
+
+import pytest
+import torch
+from oracle import Recompute, guided, next_token_log_probs
+from tiny import CORPUS, tiny_llama, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.advice import GuidanceWarning
+from hf_genarm.functional import fill_unscored
+from hf_genarm.vocab import VocabMap
+
+
+def permuted(tokenizer, seed=0):
+    """The same tokens and merges, numbered otherwise, and the permutation from old to new ids."""
+    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: int(order[index]) for token, index in vocab.items()}
+    for token in state["added_tokens"]:
+        token["id"] = int(order[token["id"]])
+    tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **tokens)
+    return other, order
+
+
+def renumbered(model, order, vocab_size):
+    """The same distribution over strings, with the ids of the permuted tokenizer and some rows of padding."""
+    twin = tiny_llama(9, vocab_size=vocab_size)
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = twin.state_dict()[name].clone()
+        rows[order] = state[name][: len(order)]
+        state[name] = rows
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.fixture(scope="module")
+def setup():
+    tokenizer = tiny_tokenizer()
+    return tokenizer, tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
+
+
+def generate(base, processor, inputs, **options):
+    torch.manual_seed(0)
+    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
+    return base.generate(**inputs, logits_processor=[processor], **(defaults | options))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
+def test_permuted_ids_are_aligned_by_string(setup, options):
+    tokenizer, base, arm = setup
+    other, order = permuted(tokenizer)
+    twin = renumbered(arm, order, len(tokenizer))
+    inputs = tokenizer([*CORPUS[:2], "It is"], return_tensors="pt", padding=True)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = generate(base, Recompute([arm], [1.0], inputs["attention_mask"]), inputs, **options)
+    processor = GenARMLogitsProcessor(twin, tokenizer=tokenizer, reward_tokenizer=other)
+    output = generate(base, processor, inputs, **options)
+    unaligned = generate(base, GenARMLogitsProcessor(twin), inputs, **options)
+    assert unaligned.sequences.tolist() != expected.sequences.tolist()
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("larger", ["base", "reward model"])
+def test_embeddings_padded_to_other_sizes(setup, larger):
+    """As Qwen2.5 0.5B (151,936 rows) and 7B (152,064), which share a tokenizer."""
+    tokenizer, base, arm = setup
+    size = len(tokenizer)
+    if larger == "base":
+        base = renumbered(base, torch.arange(size), size + 8)
+    else:
+        arm = renumbered(arm, torch.arange(size), size + 8)
+    ids = tokenizer(CORPUS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        scores = base(ids).logits[:, -1]
+    with pytest.raises(ValueError, match=r"pass both \(`tokenizer`, `reward_tokenizer`\)"):
+        GenARMLogitsProcessor(arm)(ids, scores)
+    result = GenARMLogitsProcessor(arm, 1.5, tokenizer=tokenizer, reward_tokenizer=tokenizer)(ids, scores)
+    assert result.shape == scores.shape
+    base_log_probs = scores.log_softmax(-1)
+    reward = next_token_log_probs(arm, ids[0])[:size]
+    scored = guided(base_log_probs[0, :size].double(), [reward], [1.5])
+    torch.testing.assert_close(result[0, :size].log_softmax(-1).double(), scored, atol=1e-4, rtol=0)
+    # What the reward model can't score keeps its probability.
+    torch.testing.assert_close(result[0, size:], base_log_probs[0, size:], atol=1e-4, rtol=0)
+
+
+def test_an_added_token(setup):
+    """As Llama with 32,000 tokens and with a pad token added to it: 32,001."""
+    tokenizer, _, arm = setup
+    with_pad = copy.deepcopy(tokenizer)
+    with_pad.add_special_tokens({"pad_token": "[PAD]"})
+    base = tiny_llama(0, vocab_size=len(with_pad))
+    batch = with_pad(["The sun", CORPUS[0]], return_tensors="pt", padding=True)
+    assert batch.input_ids[0, 0] == len(tokenizer)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    processor = GenARMLogitsProcessor(arm, tokenizer=with_pad, reward_tokenizer=tokenizer)
+    output = generate(base, processor, inputs, suppress_tokens=[len(tokenizer)])
+    alone = inputs["input_ids"][0][inputs["attention_mask"][0] == 1][None]
+    expected = generate(base, processor, {"input_ids": alone}, suppress_tokens=[len(tokenizer)])
+    torch.testing.assert_close(output.scores[0][0], expected.scores[0][0], atol=1e-4, rtol=0)
+    # The other way round, the reward model knows one token more.
+    result = GenARMLogitsProcessor(base, tokenizer=tokenizer, reward_tokenizer=with_pad)(
+        alone, torch.zeros(1, len(tokenizer))
+    )
+    reward = next_token_log_probs(base, alone[0])[: len(tokenizer)]
+    torch.testing.assert_close(result[0].double(), reward.log_softmax(-1), atol=1e-4, rtol=0)
+
+    real = torch.cat([alone, torch.tensor([[len(tokenizer)]])], dim=1)
+    with pytest.raises(ValueError, match=rf"'\[PAD\]' \(id {len(tokenizer)}\).*suppress_tokens"):
+        processor(torch.cat([real, alone[:, :1]], dim=1), torch.zeros(1, len(with_pad)))
+
+
+def test_other_tokens_are_refused(setup):
+    tokenizer, _, arm = setup
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "the": 1, "train": 2}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    with pytest.raises(ValueError, match=r"differ: \d+ tokens of the base model, such as .* are unknown"):
+        GenARMLogitsProcessor(arm, tokenizer=tokenizer, reward_tokenizer=other)
+    with pytest.raises(ValueError, match="pass that as `tokenizer` too"):
+        GenARMLogitsProcessor(arm, reward_tokenizer=other)
+    with pytest.raises(ValueError, match="2 tokenizers, but there are 1 reward models"):
+        GenARMLogitsProcessor(arm, tokenizer=tokenizer, reward_tokenizer=[tokenizer, tokenizer])
+
+
+def test_from_pretrained_compares_the_tokenizers_that_it_finds(setup, tmp_path):
+    tokenizer, base, arm = setup
+    other, order = permuted(tokenizer)
+    for name, model, its_tokenizer in (
+        ("base", base, tokenizer),
+        ("arm", renumbered(arm, order, len(tokenizer)), other),
+    ):
+        model.save_pretrained(tmp_path / name)
+        its_tokenizer.save_pretrained(tmp_path / name)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "the": 1}, unk_token="<pad>"))
+    arm.save_pretrained(tmp_path / "foreign")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path / "foreign")
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = tokenizer(CORPUS[1], return_tensors="pt").input_ids
+    scores = torch.randn(1, len(tokenizer))
+    processor = GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base)
+    torch.testing.assert_close(processor(ids, scores), Recompute([arm], [1.0])(ids, scores), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="are unknown to the reward model"):
+        GenARMLogitsProcessor.from_pretrained(str(tmp_path / "foreign"), base_model=base)
+
+
+@pytest.mark.filterwarnings("error::hf_genarm.advice.GuidanceWarning")
+def test_a_prompt_without_the_chat_template_is_warned_about(setup, tmp_path):
+    tokenizer, base, arm = setup
+    for name, model in (("base", base), ("arm", arm)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    card = tmp_path / "arm" / "README.md"
+    chats = [[{"role": "user", "content": text}] for text in ("How was the food?", "Is the sun warm today?")]
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    chat = tokenizer.apply_chat_template(chats, **options)
+    chat = {name: chat[name] for name in ("input_ids", "attention_mask")}
+    text = {"input_ids": tokenizer("How was the food?", return_tensors="pt").input_ids}
+
+    card.write_text("---\ntags: [genarm]\n---\n")
+    generate(base, GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base), text)
+    card.write_text("---\ntags: [genarm, conversational]\n---\n")
+    processor = GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base)
+    generate(base, processor, chat)
+    generate(base, processor, chat, num_beams=2)
+    with pytest.warns(GuidanceWarning, match="not in the chat template"):
+        generate(base, processor, text)
+    generate(base, processor, text)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_universal_assisted_decoding(setup, do_sample):
+    """Greedy drafts are made with our processor on the assistant's tokens: refused. Sampled ones are not: exact."""
+    tokenizer, base, arm = setup
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["hello", "world"])
+    ids = tokenizer(CORPUS[1], return_tensors="pt").input_ids
+    options = {"tokenizer": tokenizer, "assistant_tokenizer": other, "do_sample": do_sample, "top_k": 0}
+    options["assistant_model"] = tiny_llama(3, vocab_size=len(other))
+    if not do_sample:
+        with pytest.raises(ValueError, match="An assistant model must have the tokenizer of the base model"):
+            generate(base, GenARMLogitsProcessor(arm), {"input_ids": ids}, **options)
+        return
+    output = generate(base, GenARMLogitsProcessor(arm), {"input_ids": ids}, **options)
+    # The number of drafts depends on earlier calls, and with it the random numbers: compare along the text.
+    assert len(output.scores) == output.sequences.shape[1] - ids.shape[1] > 4
+    for step, scores in enumerate(output.scores):
+        text = output.sequences[0, : ids.shape[1] + step]
+        expected = guided(next_token_log_probs(base, text), [next_token_log_probs(arm, text)], [1.0])
+        torch.testing.assert_close(scores[0].double(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_token_that_cant_be_scored_keeps_its_probability():
+    scores = torch.randn(4, 6).log_softmax(-1)
+    rewards = 2.0 * torch.randn(4, 6).log_softmax(-1)
+    rewards[:, [1, 4]] = torch.nan
+    result = (scores + fill_unscored(rewards, scores)).log_softmax(-1)
+    torch.testing.assert_close(result[:, [1, 4]], scores[:, [1, 4]], atol=1e-5, rtol=0)
+    assert (result - scores).abs().max() > 0.1
+    only_unscored = scores.clone()
+    only_unscored[:, [0, 2, 3, 5]] = -torch.inf
+    result = (only_unscored + fill_unscored(rewards, only_unscored)).log_softmax(-1)
+    torch.testing.assert_close(result, only_unscored.log_softmax(-1))
+
+
+def test_identical_tokenizers_map_to_themselves(setup):
+    tokenizer = setup[0]
+    ids = tokenizer(CORPUS[0], return_tensors="pt").input_ids
+    assert torch.equal(VocabMap(tokenizer, tokenizer).reward_ids(ids, torch.ones_like(ids)), ids)
