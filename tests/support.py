@@ -37,7 +37,7 @@ class Mode:
     expected: str = EXACT
     error: str = ""
     why: str = ""
-    tested_in: str = "test_support.py"
+    elsewhere: str = ""  # the test, if it is not the one that goes through this list
 
     def kwargs(self) -> dict:
         return self.options() if callable(self.options) else dict(self.options)
@@ -88,7 +88,7 @@ MODES = [
         {"assistant_model": ASSISTANT, "tokenizer": 1, "assistant_tokenizer": 2},
         ONE,
         REFUSED,
-        tested_in="test_vocab.py",
+        elsewhere="test_universal_assisted_decoding",
         why="drafts would be guided on the assistant's tokens; with sampling they are not, and it is exact",
     ),
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
@@ -96,6 +96,7 @@ MODES = [
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
     Mode("`use_cache=False`", {"use_cache": False}),
     Mode("static cache of the base", {"cache_implementation": "static"}),
+    Mode("quantised cache of the base (quanto)", elsewhere="test_a_quantised_cache_of_the_base"),
     Mode("`past_key_values` that continues a chat", chat_continues, ONE),
     Mode("`inputs_embeds` beside `input_ids`", embeddings, ONE),
     Mode("classifier-free guidance", {"guidance_scale": 1.5}, ONE),
@@ -231,6 +232,7 @@ def table() -> str:
 OTHER_REWARD_MODELS = [
     ("LoRA adapter on the base, sharing its weights", "exact"),
     ("weights that are offloaded (`device_map`)", "exact"),
+    ("int8 weights of base and reward model (torchao)", "exact for those weights"),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
     ("encoder-decoder or classifier", "refused: not a causal LM"),
 ]

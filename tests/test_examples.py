@@ -99,17 +99,24 @@ def test_demo_model_is_an_instruct_model(smollm2):
 
 
 @pytest.mark.slow
-def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2):
+@pytest.mark.parametrize("mode", ["greedy", "beams", "assistant", "lookup"])
+def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2, mode):
     model, tokenizer = smollm2
     processor = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model)
+    # The longest one last: it is not padded.
     prompts = ["What did you think of the hotel?", "Hello", "Describe a rainy Monday in one sentence, please."]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
     arm = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model)._reward_models[0].model
+    if "assistant" in mode or "lookup" in mode:
+        inputs = {name: inputs[name][2:] for name in ("input_ids", "attention_mask")}
     oracle = Recompute([arm], [1.0], inputs["attention_mask"])
-    options = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True}
+    options = {"do_sample": False, "max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
+    options |= {"greedy": {}, "beams": {"num_beams": 2}, "lookup": {"prompt_lookup_num_tokens": 3}}.get(
+        mode, {"assistant_model": model}
+    )
     output = model.generate(**inputs, logits_processor=[processor], **options)
     expected = model.generate(**inputs, logits_processor=[oracle], **options)
     unguided = model.generate(**inputs, **options)

@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
-from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, README, START, Ban, table
+from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, README, REFUSED, START, Ban, table
 from tiny import EOS, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import (
     CLIPVisionConfig,
@@ -44,11 +44,15 @@ def assert_same(output, expected, atol=1e-4):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
+def listed(expected):
+    return [mode for mode in MODES if mode.expected == expected and not mode.elsewhere]
+
+
 def oracle(inputs, models=(ARM,), alphas=(1.0,)):
     return Recompute(list(models), list(alphas), inputs.get("attention_mask"))
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.expected == EXACT], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", listed(EXACT), ids=lambda mode: mode.name)
 def test_exact(mode):
     output = generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
     expected = generate([oracle(mode.inputs)], mode.inputs, **mode.kwargs())
@@ -57,7 +61,7 @@ def test_exact(mode):
     assert_same(output, expected)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.error], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", listed(REFUSED), ids=lambda mode: mode.name)
 def test_refused(mode):
     with pytest.raises((ValueError, NotImplementedError), match=mode.error):
         generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
@@ -119,6 +123,50 @@ def test_many_threads_each_with_its_own_instance():
         thread.join()
     for output, other in zip(outputs, expected, strict=True):
         assert_same(output, other)
+
+
+# --- no waste ---
+
+
+class Recording(GenARMLogitsProcessor):
+    """Remembers every text that it was asked about."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.texts = set()
+
+    def __call__(self, input_ids, scores):
+        self.texts |= {tuple(row) for row in input_ids.tolist()}
+        return super().__call__(input_ids, scores)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 0},
+        {"num_beams": 3},
+        {"assistant_model": tiny_llama(3)},
+        {"assistant_model": BASE},
+    ],
+    ids=["greedy", "sampling", "beam search", "assisted", "assisted by the base"],
+)
+def test_each_token_is_forwarded_once(options):
+    arm = copy.deepcopy(ARM)
+    forwarded = []
+    arm.register_forward_pre_hook(
+        lambda _, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    inputs = ONE if "assistant_model" in options else left_padded([8, 8])
+    processor = Recording(arm)
+    output = generate([processor], inputs, **options)
+    rows = len(inputs["input_ids"]) * options.get("num_beams", 1)
+    prompt = rows * inputs["input_ids"].shape[1]
+    if "assistant_model" in options:
+        # One forward pass for each text that was asked about, drafted or accepted; the prompt is one of them.
+        assert sum(forwarded) <= prompt + len(processor.texts) - 1
+    else:
+        assert sum(forwarded) == prompt + rows * (len(output.scores) - 1)
 
 
 # --- beside other processors, criteria and streamers ---
