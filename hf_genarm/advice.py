@@ -2,10 +2,13 @@
 
 import sys
 import warnings
+from collections.abc import Mapping
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
@@ -32,16 +35,24 @@ class Advice:
         self._next_shape: tuple[int, int] | None = None  # of `input_ids` if the same generation goes on
         self._given: set[str] = set()
 
-    def __call__(self, input_ids: Tensor) -> None:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 What the processor was called with.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
+                What the reward models are about to see.
 
         Raises:
-            ValueError: if the base model is an encoder-decoder, or the prompt contains images.
+            ValueError: if the base model sees another mask, is an encoder-decoder, or the prompt contains images.
         """
-        processors, model = _running_generation()
+        processors, model, base_mask = _running_generation()
+        if base_mask is not None and _differ(base_mask, attention_mask):
+            raise ValueError(
+                "The reward model would take other tokens for padding than the base model does. Give the processor the "
+                "mask that `generate` gets (`processor.attention_mask = inputs['attention_mask']`), and pass one to "
+                "`generate` if the prompts are padded."
+            )
         for processor in processors:
             if isinstance(processor, TopKLogitsWarper) and processor.top_k == 50:
                 self._warn(
@@ -88,13 +99,31 @@ def _all_contain(input_ids: Tensor, pattern: list[int]) -> bool:
     return bool((windows == input_ids.new_tensor(pattern)).all(dim=-1).any(dim=-1).all())
 
 
-def _running_generation() -> tuple[LogitsProcessorList, PreTrainedModel | None]:
-    """The processors and the model of the `generate` call, read from its frames, since a processor is not told."""
+def _differ(base_mask: Tensor, attention_mask: Tensor) -> bool:
+    # One may be ahead of the other by tokens that were just written.
+    length = min(base_mask.shape[1], attention_mask.shape[1])
+    return bool((base_mask[:, :length].to(attention_mask.device) != attention_mask[:, :length]).any())
+
+
+def _running_generation() -> tuple[LogitsProcessorList, PreTrainedModel | None, Tensor | None]:
+    """
+    The processors, the model and the attention mask of the `generate` call, as far as they can be read from its frames:
+    a processor is told of none of them.
+    """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(4):  # the processor itself, and what decorates it
         caller = frame.f_locals.get("self") if frame else None
         if frame and isinstance(caller, LogitsProcessorList):
-            model = frame.f_back.f_locals.get("self") if frame.f_back else None
-            return caller, model if isinstance(model, PreTrainedModel) else None
+            decoding = frame.f_back.f_locals if frame.f_back else {}
+            model = decoding.get("self")
+            return caller, model if isinstance(model, PreTrainedModel) else None, _base_mask(decoding)
         frame = frame.f_back if frame else None
-    return LogitsProcessorList(), None
+    return LogitsProcessorList(), None, None
+
+
+def _base_mask(decoding: Mapping[str, Any]) -> Tensor | None:
+    """The 2D mask among the variables of transformers' decoding loops; drafts, which decide nothing, have none."""
+    config, mask = decoding.get("generation_config"), decoding.get("model_kwargs", {}).get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(config, GenerationConfig) and not config.is_assistant:
+        return mask
+    return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from .advice import Advice
 from .engines import refuse_continuous_batching
@@ -37,7 +37,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             between calls: `processor.alpha = 0.5`.
         pad_token_id (`int`, *optional*):
             The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
-            token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model's config.
+            token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
             The mask that goes to `generate`, needed only where tokens can't tell padding from text (you are told).
             Can be set between calls: `processor.attention_mask = inputs["attention_mask"]`.
@@ -87,7 +87,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._reward_models = [LockstepLM(model) for model in models]
         self.alpha = alpha
         self._vocab_maps = _vocab_maps(tokenizer, reward_tokenizer, len(models))
-        special_tokens = tokenizer if tokenizer is not None else models[0].config.get_text_config()
+        special_tokens = tokenizer if tokenizer is not None else models[0].generation_config
         if pad_token_id is None:
             pad_token_id = _pad_token_id(special_tokens)
         self._prompt_mask = PromptMask(pad_token_id, special_tokens.bos_token_id, attention_mask)
@@ -193,8 +193,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         active = [(index, alpha) for index, alpha in enumerate(self._alpha) if alpha != 0]
         if not active:
             return scores
-        self._advice(input_ids)
         attention_mask = self._prompt_mask(input_ids)
+        self._advice(input_ids, attention_mask)
         rewards = [self._reward_log_probs(index, input_ids, attention_mask, scores) for index, _ in active]
         return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
 
@@ -222,7 +222,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"
 
 
-def _pad_token_id(special_tokens: PreTrainedTokenizerBase | PreTrainedConfig) -> int | None:
+def _pad_token_id(special_tokens: PreTrainedTokenizerBase | GenerationConfig) -> int | None:
     if special_tokens.pad_token_id is not None:
         return special_tokens.pad_token_id
     eos_token_id = special_tokens.eos_token_id

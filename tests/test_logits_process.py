@@ -264,9 +264,20 @@ def test_padding_that_is_text_too_is_asked_for():
     assert_same(generate(real, inputs), generate(Recompute([ARM], [1.0]), inputs))
 
     bos_is_pad = copy.deepcopy(ARM)
-    bos_is_pad.config.bos_token_id = PAD
+    bos_is_pad.generation_config.bos_token_id = PAD
     with pytest.raises(ValueError, match="bos token too"):
         generate(GenARMLogitsProcessor(bos_is_pad), left_padded([3, 5]))
+
+
+def test_a_mask_that_the_base_does_not_share_is_refused():
+    inputs = left_padded([8, 8])
+    with_hole = inputs | {"attention_mask": inputs["attention_mask"].index_fill(1, torch.tensor([3]), 0)}
+    with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
+        generate(GenARMLogitsProcessor(ARM), with_hole)
+    padded = left_padded([3, 8])
+    padded["input_ids"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, 5)
+    with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
+        generate(GenARMLogitsProcessor(ARM), padded, num_beams=2)
 
 
 def test_right_padding_is_refused():
