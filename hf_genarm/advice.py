@@ -47,6 +47,10 @@ class Advice:
             ValueError: if the base model sees another mask, is an encoder-decoder, or the prompt contains images.
         """
         processors, model, base_mask = _running_generation()
+        if model is not None:
+            _refuse_hidden_prompts(model, input_ids)
+            if model.training:
+                self._warn("The base model is in training mode: dropout makes its text random. Call `model.eval()`.")
         if base_mask is not None and _differ(base_mask, attention_mask):
             raise ValueError(
                 "The reward model would take other tokens for padding than the base model does. Give the processor the "
@@ -71,25 +75,24 @@ class Advice:
                 "A prompt is not in the chat template, but the reward model was trained on chats, and knows little of "
                 "other text. Use `tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
             )
-        if model is None:
-            return
-        if model.training:
-            self._warn("The base model is in training mode, so dropout makes its text random. Call `model.eval()`.")
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"The base model is a `{type(model).__name__}`, whose encoder reads the prompt. A reward model sees "
-                "only what logits processors see, the decoder's tokens. Guidance needs a decoder-only base model."
-            )
-        image_token_id = getattr(model.config, "image_token_id", None)
-        if image_token_id is not None and (input_ids == image_token_id).any():
-            raise ValueError(
-                "The prompt contains images, which the reward model can't see. Guide the model on text prompts only."
-            )
 
     def _warn(self, message: str) -> None:
         if message not in self._given:
             self._given.add(message)
             warnings.warn(message, GuidanceWarning, stacklevel=2)
+
+
+def _refuse_hidden_prompts(model: PreTrainedModel, input_ids: Tensor) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"The base model is a `{type(model).__name__}`, whose encoder reads the prompt. A reward model sees "
+            "only what logits processors see, the decoder's tokens. Guidance needs a decoder-only base model."
+        )
+    image_token_id = getattr(model.config, "image_token_id", None)
+    if image_token_id is not None and (input_ids == image_token_id).any():
+        raise ValueError(
+            "The prompt contains images, which the reward model can't see. Guide the model on text prompts only."
+        )
 
 
 def _all_contain(input_ids: Tensor, pattern: list[int]) -> bool:
@@ -122,7 +125,7 @@ def _running_generation() -> tuple[LogitsProcessorList, PreTrainedModel | None, 
 
 
 def _base_mask(decoding: Mapping[str, Any]) -> Tensor | None:
-    """The 2D mask among the variables of transformers' decoding loops; drafts, which decide nothing, have none."""
+    """The 2D mask among the variables of transformers' decoding loops, but not of drafts, which decide nothing."""
     config, mask = decoding.get("generation_config"), decoding.get("model_kwargs", {}).get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(config, GenerationConfig) and not config.is_assistant:
         return mask
