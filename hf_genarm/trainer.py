@@ -144,7 +144,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         kept = {"logits_to_keep": targets.shape[1] + 1} if self._keeps_logits else {}
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept)
         log_probs = token_log_probs(output.logits[:, -targets.shape[1] - 1 : -1], targets)
-        position = first + input_ids.new_ones(targets.shape).cumsum(dim=1) - 1
+        position = torch.arange(first, input_ids.shape[1], device=input_ids.device)
         is_response = (position >= start[:, None]) & (attention_mask[:, first:] == 1)
         rewards = self.args.beta * (log_probs * is_response).sum(dim=1)
         return SequenceClassifierOutput(logits=rewards[:, None])

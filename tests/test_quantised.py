@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from support import ARM, BATCH
 from test_support import assert_same, generate, oracle
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +46,26 @@ def test_quantised_weights(quantised, options):
     ):
         output = generate([processor], BATCH, base=base, **options)
         assert_same(output, generate([oracle(BATCH, [arm])], BATCH, base=base, **options))
+
+
+def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_path):
+    tiny_llama(0, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    trainer = AutoregressiveRewardTrainer(
+        model=str(tmp_path / "base"),
+        args=AutoregressiveRewardConfig(
+            str(tmp_path / "arm"), report_to="none", gradient_checkpointing=False, max_steps=2, learning_rate=1e-2
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["How? "] * 2, "chosen": ["Fine."] * 2, "rejected": ["Cold."] * 2}),
+        processing_class=tokenizer,
+        quantization_config=int8(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    weight = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert "Int8" in type(weight).__name__
+    before = {name: value.clone() for name, value in trainer.model.named_parameters() if "lora_B" in name}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_a_quantised_cache_of_the_base():

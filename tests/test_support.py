@@ -73,38 +73,28 @@ def test_the_table_in_the_readme_is_this_list():
 
 # --- one instance in any order ---
 
-PROMPTS = [BATCH, ONE, left_padded([3, 7], 1), left_padded([9], 2), {"input_ids": ONE["input_ids"][:, :6]}]
-CALLS = [
-    {},
-    {"do_sample": True, "top_k": 0},
-    {"num_beams": 2},
-    {"num_beams": 2, "do_sample": True, "top_k": 0},
-    {"num_return_sequences": 2, "do_sample": True, "top_k": 0},
-    {"use_cache": False},
-]
-CALLS_FOR_ONE = [{"assistant_model": tiny_llama(3)}, {"prompt_lookup_num_tokens": 2}]
+BATCHES = [BATCH, left_padded([3, 7], 1), left_padded([9], 2), left_padded([8, 8, 8], 3)]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_one_instance_in_random_order(data):
-    """Any sequence of calls, prompts, strengths, resets and changes of the weights, on one instance."""
+    """Any sequence of modes, prompts, strengths, masks, resets and changes of the weights, on one instance."""
     arm = copy.deepcopy(ARM)
     processor = GenARMLogitsProcessor(arm)
     for seed in range(data.draw(st.integers(2, 5))):
-        inputs = data.draw(st.sampled_from(PROMPTS))
-        calls = CALLS + CALLS_FOR_ONE if len(inputs["input_ids"]) == 1 else CALLS
-        options = data.draw(st.sampled_from(calls))
+        mode = data.draw(st.sampled_from(listed(EXACT)))
+        inputs = ONE if mode.inputs is ONE else data.draw(st.sampled_from(BATCHES))
         processor.alpha = data.draw(st.sampled_from([1.0, 0.3, -0.5]))
-        event = data.draw(st.sampled_from(["none", "reset", "mask", "weights"]))
+        processor.attention_mask = data.draw(st.sampled_from([None, inputs["attention_mask"]]))
+        event = data.draw(st.sampled_from(["nothing", "reset", "other weights"]))
         if event == "reset":
             processor.reset()
-        if event == "weights":
+        if event == "other weights":
             torch.nn.init.normal_(arm.model.layers[0].self_attn.q_proj.weight, std=0.4)
-        processor.attention_mask = inputs.get("attention_mask") if event == "mask" else None
-        output = generate([processor], inputs, seed, max_new_tokens=5, **options)
-        expected = generate([oracle(inputs, [arm], processor.alpha)], inputs, seed, max_new_tokens=5, **options)
-        assert_same(output, expected, atol=2e-4)
+        output = generate([processor], inputs, seed, max_new_tokens=5, **mode.kwargs())
+        expected = generate([oracle(inputs, [arm], processor.alpha)], inputs, seed, max_new_tokens=5, **mode.kwargs())
+        assert_same(output, expected)
 
 
 def test_many_threads_each_with_its_own_instance():
