@@ -4,19 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .advice import GuidanceWarning
     from .config import AutoregressiveRewardConfig
     from .logits_process import GenARMLogitsProcessor
     from .trainer import AutoregressiveRewardTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoregressiveRewardConfig", "AutoregressiveRewardTrainer", "GenARMLogitsProcessor"]
+__all__ = ["AutoregressiveRewardConfig", "AutoregressiveRewardTrainer", "GenARMLogitsProcessor", "GuidanceWarning"]
 
 # Loaded on first use, so that steering does not pay for the import of `trl`.
 _MODULES = {
     "AutoregressiveRewardConfig": "config",
     "AutoregressiveRewardTrainer": "trainer",
     "GenARMLogitsProcessor": "logits_process",
+    "GuidanceWarning": "advice",
 }
 
 

@@ -25,8 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.advice import GuidanceWarning
+from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
 

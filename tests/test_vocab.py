@@ -10,8 +10,7 @@ from tiny import CORPUS, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.advice import GuidanceWarning
+from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
 from hf_genarm.functional import fill_unscored
 from hf_genarm.vocab import VocabMap
 
