@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -46,17 +48,14 @@ class Advice:
         Raises:
             ValueError: if the base model sees another mask, is an encoder-decoder, or the prompt contains images.
         """
-        processors, model, base_mask = _running_generation()
-        if model is not None:
+        processors, decoding = _running_generation()
+        model, config = decoding.get("self"), decoding.get("generation_config")
+        # Drafts of an assistant decide nothing.
+        if isinstance(model, PreTrainedModel) and isinstance(config, GenerationConfig) and not config.is_assistant:
             _refuse_hidden_prompts(model, input_ids)
+            _refuse_another_text(decoding, input_ids, attention_mask)
             if model.training:
                 self._warn("The base model is in training mode: dropout makes its text random. Call `model.eval()`.")
-        if base_mask is not None and _differ(base_mask, attention_mask):
-            raise ValueError(
-                "The reward model would take other tokens for padding than the base model does. Give the processor the "
-                "mask that `generate` gets (`processor.attention_mask = inputs['attention_mask']`), and pass one to "
-                "`generate` if the prompts are padded."
-            )
         for processor in processors:
             if isinstance(processor, TopKLogitsWarper) and processor.top_k == 50:
                 self._warn(
@@ -102,31 +101,40 @@ def _all_contain(input_ids: Tensor, pattern: list[int]) -> bool:
     return bool((windows == input_ids.new_tensor(pattern)).all(dim=-1).any(dim=-1).all())
 
 
-def _differ(base_mask: Tensor, attention_mask: Tensor) -> bool:
-    # One may be ahead of the other by tokens that were just written.
-    length = min(base_mask.shape[1], attention_mask.shape[1])
-    return bool((base_mask[:, :length].to(attention_mask.device) != attention_mask[:, :length]).any())
+def _refuse_another_text(decoding: Mapping[str, Any], input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Compares the padding and the length of what base and reward model read."""
+    model_kwargs = decoding.get("model_kwargs", {})
+    if "attention_mask" in model_kwargs:
+        base_mask = model_kwargs["attention_mask"]  # `None`: all ones
+        length = input_ids.shape[1] if base_mask is None else min(base_mask.shape[1], input_ids.shape[1])
+        base_mask = torch.ones_like(attention_mask) if base_mask is None else base_mask.to(attention_mask.device)
+        if not torch.equal(base_mask[:, :length].bool(), attention_mask[:, :length].bool()):
+            raise ValueError(
+                "The reward model would take other tokens for padding than the base model does. Give the processor the "
+                "mask that `generate` gets (`processor.attention_mask = inputs['attention_mask']`), and pass one to "
+                "`generate` if the prompts are padded."
+            )
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, Cache) and not all(cache.is_linear):
+        read = int(cache.get_seq_length())
+        passed = decoding.get("candidate_input_ids", input_ids).shape[1]
+        if read > passed:
+            raise ValueError(
+                f"The base model has read {read} tokens, but `generate` was given {passed}: the others are only in its "
+                "`past_key_values`, where the reward model can't read them. Pass the whole text as `input_ids`; "
+                "what is in the cache is not computed again."
+            )
 
 
-def _running_generation() -> tuple[LogitsProcessorList, PreTrainedModel | None, Tensor | None]:
+def _running_generation() -> tuple[LogitsProcessorList, Mapping[str, Any]]:
     """
-    The processors, the model and the attention mask of the `generate` call, as far as they can be read from its frames:
-    a processor is told of none of them.
+    The processors of the `generate` call and the variables of its decoding loop, read from their frames: a processor is
+    told of neither.
     """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(4):  # the processor itself, and what decorates it
         caller = frame.f_locals.get("self") if frame else None
         if frame and isinstance(caller, LogitsProcessorList):
-            decoding = frame.f_back.f_locals if frame.f_back else {}
-            model = decoding.get("self")
-            return caller, model if isinstance(model, PreTrainedModel) else None, _base_mask(decoding)
+            return caller, frame.f_back.f_locals if frame.f_back else {}
         frame = frame.f_back if frame else None
-    return LogitsProcessorList(), None, None
-
-
-def _base_mask(decoding: Mapping[str, Any]) -> Tensor | None:
-    """The 2D mask among the variables of transformers' decoding loops, but not of drafts, which decide nothing."""
-    config, mask = decoding.get("generation_config"), decoding.get("model_kwargs", {}).get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(config, GenerationConfig) and not config.is_assistant:
-        return mask
-    return None
+    return LogitsProcessorList(), {}

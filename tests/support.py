@@ -240,6 +240,8 @@ PROMPTS_AND_VOCABULARIES = [
     ("left padding, inferred or given; masks with holes", "exact"),
     ("a text that starts with the pad token, or pad = bos", "refused until the mask is given, then exact"),
     ("right padding", "refused"),
+    ("base and reward model would see different padding", "refused"),
+    ("a text that is only in the `past_key_values` of the base", "refused: pass the whole text as `input_ids`"),
     ("encoder-decoder base; images in the prompt", "refused: the reward model can't see the prompt"),
     ("vision-language base, text prompt", "exact"),
     ("ids in another order, other padded sizes, added tokens", "exact, aligned by the strings of the tokens"),

@@ -8,7 +8,7 @@ import torch
 from oracle import Recompute, guided, next_token_log_probs
 from peft import LoraConfig, get_peft_model
 from tiny import EOS, PAD, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
-from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSequenceClassification, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_genarm import GenARMLogitsProcessor
 
@@ -278,6 +278,26 @@ def test_a_mask_that_the_base_does_not_share_is_refused():
     padded["input_ids"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, 5)
     with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
         generate(GenARMLogitsProcessor(ARM), padded, num_beams=2)
+
+
+def test_a_text_that_is_only_in_the_cache_of_the_base_is_refused():
+    ids = random_prompts(1, 9)
+    cache = DynamicCache(config=BASE.config)
+    with torch.no_grad():
+        BASE(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+    inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones(1, 9, dtype=torch.long), "past_key_values": cache}
+    with pytest.raises(ValueError, match="has read 9 tokens, but `generate` was given 4"):
+        generate(GenARMLogitsProcessor(ARM), inputs)
+
+
+def test_text_that_looks_like_padding_is_refused():
+    """The base is told that the pad tokens are text."""
+    inputs = left_padded([3, 8])
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
+        generate(GenARMLogitsProcessor(ARM), inputs)
+    processor = GenARMLogitsProcessor(ARM, attention_mask=inputs["attention_mask"])
+    assert_same(generate(processor, inputs), generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs))
 
 
 def test_right_padding_is_refused():
