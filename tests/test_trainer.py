@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
+from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
@@ -354,6 +355,13 @@ def test_an_adapter_on_the_lm_head_is_trained_like_any_other(make_trainer, token
     )
     loss_of(trainer).backward()
     assert trainer.model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().max() > 0
+
+
+def test_the_config_is_parsed_from_the_command_line():
+    (args,) = HfArgumentParser(AutoregressiveRewardConfig).parse_args_into_dataclasses(
+        ["--output_dir", "my-arm", "--beta", "0.1", "--learning_rate", "1e-3"]
+    )
+    assert (args.beta, args.learning_rate, args.bf16) == (0.1, 1e-3, is_torch_bf16_gpu_available())
 
 
 # --- bad input ---
