@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from tqdm import tqdm
@@ -51,7 +52,7 @@ def train(
         target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
         layers_to_transform=list(range(15, 30)),  # the upper half: the backward pass stops there
     )
-    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     model.config._name_or_path = model.name_or_path = DEMO_MODEL_ID  # what the adapter says that it belongs to
     trainer = AutoregressiveRewardTrainer(
         model=model,
@@ -147,7 +148,7 @@ def main() -> None:
         model_path = demo_model()
     except FileNotFoundError as error:
         sys.exit(f"quickstart: {error}")
-    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
 
     if args.adapter:

@@ -54,8 +54,10 @@ def demo_model() -> str:
     partial = tempfile.mkdtemp(dir=cache)
     try:
         _convert_gguf(str(Path(wheel.origin).parent), partial)
-        with contextlib.suppress(FileExistsError):
-            os.replace(partial, folder)
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return str(folder)

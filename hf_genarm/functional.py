@@ -18,7 +18,7 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
             Logits or log-probabilities of the base model: the softmax that normalises the result makes no difference
             between the two. Tokens at $-\infty$ stay there.
         reward_log_probs (sequence of `torch.Tensor` of shape `(batch_size, vocab_size)`):
-            Next-token log-probabilities of each reward model, in float32; NaN for tokens that it can't score.
+            Next-token log-probabilities of each reward model, in float32.
         alphas (sequence of `float`):
             Strength of each reward; $1/\beta$ in the paper.
 
@@ -27,31 +27,33 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
     """
     guided = scores.float()
     for log_probs, alpha in zip(reward_log_probs, alphas, strict=True):
-        guided = guided + fill_unscored(alpha * log_probs, scores)
+        guided = guided + alpha * log_probs
     return guided.log_softmax(dim=-1)
 
 
-def fill_unscored(rewards: Tensor, scores: Tensor) -> Tensor:
+def fill_unscored(log_probs: Tensor, alpha: float, scores: Tensor) -> Tensor:
     r"""
-    Gives the tokens that a reward model can't score, marked by NaN, the reward that leaves their probability as it is.
+    Gives the tokens that a reward model can't score the log-probability that leaves their guided probability as it is.
 
-    Guidance multiplies the probability of the scored tokens $S$ by $\sum_{v \in S} \pi_\text{base}(v) e^{r(v)} /
+    Guidance multiplies the probability of the scored tokens $S$ by $\sum_{v \in S} \pi_\text{base}(v) \pi_r(v)^\alpha /
     \sum_{v \in S} \pi_\text{base}(v)$ before it normalises; with this factor as their own, the others keep their share.
 
     Args:
-        rewards (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-            $r = \alpha \log\pi_r$, NaN where unknown.
+        log_probs (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+            Next-token log-probabilities of the reward model, NaN where unknown.
+        alpha (`float`):
+            Strength of the reward, not 0.
         scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Logits or log-probabilities of the base model.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, vocab_size)`.
     """
-    unscored = rewards.isnan()
+    unscored = log_probs.isnan()
     base = scores.float().masked_fill(unscored, float("-inf"))
-    neutral = (base + rewards.masked_fill(unscored, 0.0)).logsumexp(-1) - base.logsumexp(-1)
+    factor = (base + alpha * log_probs.masked_fill(unscored, 0.0)).logsumexp(-1) - base.logsumexp(-1)
     # Where no scored token is allowed, there is nothing to be neutral against.
-    return torch.where(unscored, neutral.nan_to_num(0.0)[:, None], rewards)
+    return torch.where(unscored, factor.nan_to_num(0.0)[:, None] / alpha, log_probs)
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 from .advice import Advice
 from .engines import refuse_continuous_batching
-from .functional import guided_log_probs
+from .functional import fill_unscored, guided_log_probs
 from .lockstep import LockstepLM
 from .padding import PromptMask
 from .reward_model import find_tokenizer, generation_prompt_ids, load_reward_model, shares_weights
@@ -127,14 +127,16 @@ class GenARMLogitsProcessor(LogitsProcessor):
         names = [given] if isinstance(given, str) else list(given)
         models = [load_reward_model(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:
-            tokenizer = find_tokenizer(base_model.name_or_path)
+            tokenizer = find_tokenizer(base_model.name_or_path, token=kwargs.get("token"))
         if tokenizer is None:
             return cls(models, alpha, pad_token_id=pad_token_id, attention_mask=attention_mask)
         reward_tokenizers = []
         for name, model in zip(names, models, strict=True):
             # Ids that index the same embeddings are the same ids.
             shared = base_model is not None and shares_weights(model, base_model)
-            reward_tokenizers.append(None if shared else find_tokenizer(name, model.name_or_path))
+            reward_tokenizers.append(
+                None if shared else find_tokenizer(name, model.name_or_path, token=kwargs.get("token"))
+            )
         processor = cls(
             models,
             alpha,
@@ -195,10 +197,12 @@ class GenARMLogitsProcessor(LogitsProcessor):
             return scores
         attention_mask = self._prompt_mask(input_ids)
         self._advice(input_ids, attention_mask)
-        rewards = [self._reward_log_probs(index, input_ids, attention_mask, scores) for index, _ in active]
+        rewards = [self._reward_log_probs(index, alpha, input_ids, attention_mask, scores) for index, alpha in active]
         return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
 
-    def _reward_log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
+    def _reward_log_probs(
+        self, index: int, alpha: float, input_ids: Tensor, attention_mask: Tensor, scores: Tensor
+    ) -> Tensor:
         vocab_map = self._vocab_maps[index]
         if vocab_map is not None:
             input_ids = vocab_map.reward_ids(input_ids, attention_mask)
@@ -216,7 +220,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 f"{self._name(index)} returned NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it "
                 "with `dtype=torch.float32`, or check its training."
             )
-        return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, scores.shape[-1])
+        if vocab_map is None:
+            return log_probs
+        return fill_unscored(vocab_map.base_log_probs(log_probs, scores.shape[-1]), alpha, scores)
 
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"

@@ -66,11 +66,11 @@ def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedMod
     return model.get_input_embeddings().weight is base_model.get_input_embeddings().weight
 
 
-def find_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(*names_or_paths: str, token: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the first of these folders or repositories that has one."""
     for name_or_path in names_or_paths:
         with contextlib.suppress(OSError, ValueError):
-            return AutoTokenizer.from_pretrained(name_or_path)
+            return AutoTokenizer.from_pretrained(name_or_path, token=token)
     return None
 
 

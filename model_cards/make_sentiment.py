@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import load_dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +47,7 @@ def main() -> None:
     shorter = (lengths[:, 0] < lengths[:, 1]) + 0.5 * (lengths[:, 0] == lengths[:, 1])
 
     # Guidance on every held-out prompt, as a user would run it: from the folder that was just written.
-    model = AutoModelForCausalLM.from_pretrained(demo_model())
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     processor = GenARMLogitsProcessor.from_pretrained(str(folder), base_model=model)
     steer = Steering(model, tokenizer, held_out_prompts(), max_new_tokens=48, seed=SEED)
     texts, scores = {}, {}

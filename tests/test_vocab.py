@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
-from hf_genarm.functional import fill_unscored
+from hf_genarm.functional import fill_unscored, guided_log_probs
 from hf_genarm.vocab import VocabMap
 
 
@@ -206,14 +206,14 @@ def test_universal_assisted_decoding(setup, do_sample):
 
 def test_a_token_that_cant_be_scored_keeps_its_probability():
     scores = torch.randn(4, 6).log_softmax(-1)
-    rewards = 2.0 * torch.randn(4, 6).log_softmax(-1)
+    rewards = torch.randn(4, 6).log_softmax(-1)
     rewards[:, [1, 4]] = torch.nan
-    result = (scores + fill_unscored(rewards, scores)).log_softmax(-1)
+    result = guided_log_probs(scores, [fill_unscored(rewards, -2.0, scores)], [-2.0])
     torch.testing.assert_close(result[:, [1, 4]], scores[:, [1, 4]], atol=1e-5, rtol=0)
     assert (result - scores).abs().max() > 0.1
     only_unscored = scores.clone()
     only_unscored[:, [0, 2, 3, 5]] = -torch.inf
-    result = (only_unscored + fill_unscored(rewards, only_unscored)).log_softmax(-1)
+    result = guided_log_probs(only_unscored, [fill_unscored(rewards, 2.0, only_unscored)], [2.0])
     torch.testing.assert_close(result, only_unscored.log_softmax(-1))
 
 

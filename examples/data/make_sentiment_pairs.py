@@ -55,7 +55,7 @@ MAX_NEW_TOKENS = 64
 
 def sample_answers(prompts: list[str], batch_size: int) -> dict[str, list[str]]:
     """Returns the finished answers to each prompt; those cut off at `MAX_NEW_TOKENS` are dropped."""
-    model = AutoModelForCausalLM.from_pretrained(demo_model())
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     answers: dict[str, list[str]] = {prompt: [] for prompt in prompts}
     for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling answers"):
