@@ -245,11 +245,18 @@ def _differs(example: dict[str, Any]) -> bool:
     return example["chosen_ids"] != example["rejected_ids"]
 
 
+def _differs_in_stream(example: dict[str, Any]) -> bool:
+    differs = _differs(example)
+    if not differs:  # can't be counted before the stream is read; Python shows it once
+        warnings.warn("A pair of the stream has identical chosen and rejected; such pairs are skipped.", stacklevel=1)
+    return differs
+
+
 def _without_identical_pairs(
     dataset: Dataset | IterableDataset, name: str, args: AutoregressiveRewardConfig
 ) -> Dataset | IterableDataset:
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(_differs)  # a stream is not counted before it is read
+        return dataset.filter(_differs_in_stream)
     if len(dataset) == 0:
         raise ValueError(f"No pair of the {name} dataset is within `max_length={args.max_length}` tokens. Raise it.")
     distinct = dataset.filter(_differs, num_proc=args.dataset_num_proc, desc=f"Comparing the pairs of {name} dataset")

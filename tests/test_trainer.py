@@ -213,8 +213,10 @@ def test_streaming(make_trainer):
     rows = [dict(zip(STANDARD, values, strict=True)) for values in zip(*STANDARD.values(), strict=True)]
     same = {"prompt": "How? ", "chosen": "Fine.", "rejected": "Fine."}
     trainer = make_trainer(IterableDataset.from_generator(lambda: iter([*rows, same])), max_steps=2)
-    assert len(list(trainer.train_dataset)) == 3
-    trainer.train()
+    with pytest.warns(UserWarning, match="identical chosen and rejected"):
+        assert len(list(trainer.train_dataset)) == 3
+    with pytest.warns(UserWarning, match="identical chosen and rejected"):
+        trainer.train()
     assert trainer.state.global_step == 2
 
 
