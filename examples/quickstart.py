@@ -28,16 +28,16 @@ ALPHAS = (0.5, 1.0, 2.0)
 
 
 def train(
-    model_path: str, tokenizer, output_dir: Path, n_pairs: int = 96, epochs: int = 1, learning_rate: float = 5e-3
+    model_path: str, tokenizer, output_dir: Path, n_pairs: int, epochs: int = 1, batch_size: int = 4, lr: float = 5e-3
 ) -> AutoregressiveRewardTrainer:
-    """Trains an adapter on the pairs that differ most."""
+    """Trains an adapter on the pairs that differ most. The default learning rate is high: there are few steps."""
     pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
     pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
     config = AutoregressiveRewardConfig(
         output_dir=str(output_dir),
-        learning_rate=learning_rate,
+        learning_rate=lr,
         num_train_epochs=epochs,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch_size,
         gradient_checkpointing=False,
         lr_scheduler_type="cosine",
         warmup_steps=2,

@@ -34,7 +34,8 @@ def interval(values: np.ndarray) -> str:
 def main() -> None:
     folder = HERE / NAME
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    trainer = train(demo_model(), tokenizer, HERE.parent / "outputs" / NAME, n_pairs=1000, epochs=2, learning_rate=1e-3)
+    output = HERE.parent / "outputs" / NAME
+    trainer = train(demo_model(), tokenizer, output, n_pairs=1000, epochs=2, batch_size=8, lr=1e-3)
     folder.mkdir(exist_ok=True)
     trainer.model.save_pretrained(folder)  # the tokenizer is that of the base, unchanged
 
