@@ -34,16 +34,17 @@ class Advice:
 
     def __init__(self, generation_prompt_ids: list[int] | None = None) -> None:
         self._generation_prompt_ids = generation_prompt_ids or []
-        self._next_shape: tuple[int, int] | None = None  # of `input_ids` if the same generation goes on
         self._given: set[str] = set()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, is_prompt: bool) -> None:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 What the processor was called with.
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 What the reward models are about to see.
+            is_prompt (`bool`):
+                Whether nothing has been generated yet.
 
         Raises:
             ValueError: if the base model sees another mask, is an encoder-decoder, or the prompt contains images.
@@ -67,8 +68,6 @@ class Advice:
                     f"`repetition_penalty={processor.penalty}` acts on the logits of the base model alone, before "
                     "guidance, and can undo it. Set it to 1.0 in the generation config or in `generate`."
                 )
-        is_prompt = input_ids.shape != self._next_shape
-        self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
         if is_prompt and self._generation_prompt_ids and not _all_contain(input_ids, self._generation_prompt_ids):
             self._warn(
                 "A prompt is not in the chat template, but the reward model was trained on chats, and knows little of "
@@ -105,10 +104,11 @@ def _refuse_another_text(decoding: Mapping[str, Any], input_ids: Tensor, attenti
     """Compares the padding and the length of what base and reward model read."""
     model_kwargs = decoding.get("model_kwargs", {})
     if "attention_mask" in model_kwargs:
-        base_mask = model_kwargs["attention_mask"]  # `None`: all ones
-        length = input_ids.shape[1] if base_mask is None else min(base_mask.shape[1], input_ids.shape[1])
-        base_mask = torch.ones_like(attention_mask) if base_mask is None else base_mask.to(attention_mask.device)
-        if not torch.equal(base_mask[:, :length].bool(), attention_mask[:, :length].bool()):
+        base_mask = model_kwargs["attention_mask"]
+        if base_mask is None:  # which is how `generate` keeps a mask of ones
+            base_mask = torch.ones_like(attention_mask)
+        length = min(base_mask.shape[1], input_ids.shape[1])
+        if not torch.equal(base_mask[:, :length].to(attention_mask.device).bool(), attention_mask[:, :length].bool()):
             raise ValueError(
                 "The reward model would take other tokens for padding than the base model does. Give the processor the "
                 "mask that `generate` gets (`processor.attention_mask = inputs['attention_mask']`), and pass one to "

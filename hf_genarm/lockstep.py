@@ -92,7 +92,7 @@ class LockstepLM:
         if length not in state.logits or shared < length:
             # The logits of the last token are wanted, so at least that one is forwarded.
             kept = min(shared, length - 1)
-            if kept == 0:
+            if kept == 0 and state.logits:  # not new, and of no use
                 state = self._new_state(input_ids)
             state.crop(kept)
             forward = self._forward if self._has_cache else self._forward_afresh

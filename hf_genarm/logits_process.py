@@ -92,6 +92,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             pad_token_id = _pad_token_id(special_tokens)
         self._prompt_mask = PromptMask(pad_token_id, special_tokens.bos_token_id, attention_mask)
         self._advice = Advice()
+        self._next_shape: tuple[int, int] | None = None  # of `input_ids`, if the same generation goes on
 
     @classmethod
     def from_pretrained(
@@ -173,6 +174,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
     @attention_mask.setter
     def attention_mask(self, attention_mask: Tensor | None) -> None:
         self._prompt_mask.attention_mask = attention_mask
+        self._next_shape = None
 
     def reset(self) -> None:
         """Frees the memory of the reward models' caches. Never needed for a right result."""
@@ -195,8 +197,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         active = [(index, alpha) for index, alpha in enumerate(self._alpha) if alpha != 0]
         if not active:
             return scores
-        attention_mask = self._prompt_mask(input_ids)
-        self._advice(input_ids, attention_mask)
+        is_prompt = input_ids.shape != self._next_shape
+        self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
+        attention_mask = self._prompt_mask(input_ids, is_prompt)
+        self._advice(input_ids, attention_mask, is_prompt)
         rewards = [self._reward_log_probs(index, alpha, input_ids, attention_mask, scores) for index, alpha in active]
         return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
 

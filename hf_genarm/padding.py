@@ -45,13 +45,14 @@ class PromptMask:
                 )
         self._attention_mask = attention_mask
         self._prompts: Tensor | None = None  # those that the mask belongs to, once seen
-        self._next_shape: tuple[int, int] | None = None  # of `input_ids` if the same generation goes on
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, is_prompt: bool) -> Tensor:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 The prompts and what has been generated so far.
+            is_prompt (`bool`):
+                Whether nothing has been generated yet.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, length)`: 1 for tokens, 0 for padding.
@@ -65,12 +66,10 @@ class PromptMask:
                 "the reward model can't read the prompt. Pass `input_ids` (beside `inputs_embeds` if need be)."
             )
         if self._attention_mask is None:
-            return self._infer(input_ids)
+            return self._infer(input_ids, is_prompt)
         return self._expand(input_ids, self._attention_mask)
 
-    def _infer(self, input_ids: Tensor) -> Tensor:
-        is_prompt = input_ids.shape != self._next_shape
-        self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
+    def _infer(self, input_ids: Tensor, is_prompt: bool) -> Tensor:
         if self.pad_token_id is None:
             return torch.ones_like(input_ids)
         is_pad = input_ids == self.pad_token_id
