@@ -1,9 +1,7 @@
 """What the running `generate` call does that works against guidance, or that guidance can't serve."""
 
-import sys
 import warnings
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -11,11 +9,12 @@ from torch import Tensor
 from transformers import (
     Cache,
     GenerationConfig,
-    LogitsProcessorList,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
 )
+
+from .running import RunningGeneration
 
 
 class GuidanceWarning(UserWarning):
@@ -36,9 +35,13 @@ class Advice:
         self._generation_prompt_ids = generation_prompt_ids or []
         self._given: set[str] = set()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, is_prompt: bool) -> None:
+    def __call__(
+        self, generation: RunningGeneration, input_ids: Tensor, attention_mask: Tensor, is_prompt: bool
+    ) -> None:
         """
         Args:
+            generation ([`RunningGeneration`]):
+                The `generate` call that runs the processor.
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 What the processor was called with.
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
@@ -49,7 +52,7 @@ class Advice:
         Raises:
             ValueError: if the base model sees another mask, is an encoder-decoder, or the prompt contains images.
         """
-        processors, decoding = _running_generation()
+        decoding = generation.variables
         model, config = decoding.get("self"), decoding.get("generation_config")
         # Drafts of an assistant decide nothing.
         if isinstance(model, PreTrainedModel) and isinstance(config, GenerationConfig) and not config.is_assistant:
@@ -57,7 +60,7 @@ class Advice:
             _refuse_another_text(decoding, input_ids, attention_mask)
             if model.training:
                 self._warn("The base model is in training mode: dropout makes its text random. Call `model.eval()`.")
-        for processor in processors:
+        for processor in generation.processors:
             if isinstance(processor, TopKLogitsWarper) and processor.top_k == 50:
                 self._warn(
                     "`generate` keeps only the 50 likeliest tokens of the guided distribution (`top_k=50`, its default "
@@ -124,17 +127,3 @@ def _refuse_another_text(decoding: Mapping[str, Any], input_ids: Tensor, attenti
                 "`past_key_values`, where the reward model can't read them. Pass the whole text as `input_ids`; "
                 "what is in the cache is not computed again."
             )
-
-
-def _running_generation() -> tuple[LogitsProcessorList, Mapping[str, Any]]:
-    """
-    The processors of the `generate` call and the variables of its decoding loop, read from their frames: a processor is
-    told of neither.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(4):  # the processor itself, and what decorates it
-        caller = frame.f_locals.get("self") if frame else None
-        if frame and isinstance(caller, LogitsProcessorList):
-            return caller, frame.f_back.f_locals if frame.f_back else {}
-        frame = frame.f_back if frame else None
-    return LogitsProcessorList(), {}

@@ -27,6 +27,10 @@ class LockstepLM:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A decoder-only language model. It is called, never changed.
 
+    Attributes:
+        has_cache (`bool`):
+            Whether it keeps a cache. Without one it reads the whole text for every token.
+
     Raises:
         TypeError: if the model is not a decoder-only causal LM.
     """
@@ -45,18 +49,18 @@ class LockstepLM:
         # Of the network itself: `PeftModel.forward` takes anything.
         self._forward_args = inspect.signature(network.forward).parameters.keys()
         # Recurrent states can't be rolled back, and some models keep them in their modules, out of reach.
-        self._has_cache = (
+        self.has_cache = (
             "past_key_values" in self._forward_args
             and not network._is_stateful
             and all(type(layer) is DynamicLayer for layer in self._new_cache().layers)
         )
-        if not self._has_cache:
+        if not self.has_cache:
             logger.warning(
                 "%s has recurrent states, or no key-value cache that could be rolled back. As a reward model it reads "
                 "the whole text again for every token: exact, but slow.",
                 type(network).__name__,
             )
-        self._state: _State | None = None
+        self._state: State | None = None
 
     def reset(self) -> None:
         """Frees the memory of the cache. Never needed for a right result."""
@@ -95,10 +99,43 @@ class LockstepLM:
             if kept == 0 and state.logits:  # not new, and of no use
                 state = self._new_state(input_ids)
             state.crop(kept)
-            forward = self._forward if self._has_cache else self._forward_afresh
+            forward = self._forward if self.has_cache else self._forward_afresh
             state.extend(input_ids, attention_mask, forward(state, input_ids, attention_mask))
         self._state = state
         return state.logits[length]
+
+    @property
+    def watch(self) -> object:
+        """Another object whenever the weights may have changed since it was asked for. Only after a first call."""
+        assert self._state is not None
+        return self._state.watch
+
+    def take(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> "State | None":
+        """
+        Takes the state out, if it has read the leading columns of a coming call and none that follow. So they can be
+        read elsewhere. Give it back with [`~LockstepLM.put_back`]; what is not given back is computed again.
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, longer)`):
+                Of the call.
+            length (`int`):
+                The number of columns that must have been read.
+        """
+        state = self._state
+        if state is None or not self.has_cache:
+            return None
+        rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
+        if shared != length:
+            return None
+        self._state = None
+        if rows is not None:
+            state.select_rows(rows)
+        state.crop(length)
+        return state
+
+    def put_back(self, state: "State") -> None:
+        """Gives back what was taken, with or without more in it."""
+        self._state = state
 
     def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -106,17 +143,17 @@ class LockstepLM:
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
         return cache
 
-    def _new_state(self, input_ids: Tensor) -> "_State":
+    def _new_state(self, input_ids: Tensor) -> "State":
         empty = input_ids[:, :0]
-        return _State(empty, empty, self._new_cache() if self._has_cache else DynamicCache(), _Watch(self.model))
+        return State(empty, empty, self._new_cache() if self.has_cache else DynamicCache(), _Watch(self.model))
 
-    def _forward(self, state: "_State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         cached = state.input_ids.shape[1]
         logits = self._call(
             {
                 "input_ids": input_ids[:, cached:],
                 "attention_mask": attention_mask,
-                "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, cached:],
+                "position_ids": position_ids(attention_mask)[:, cached:],
                 "past_key_values": state.cache,
                 "use_cache": True,
             }
@@ -128,7 +165,7 @@ class LockstepLM:
             )
         return logits
 
-    def _forward_afresh(self, _: "_State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _forward_afresh(self, _: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Without a cache, and row by row, since such a model may not know padding either."""
         rows = [row[mask == 1][None] for row, mask in zip(input_ids, attention_mask, strict=True)]
         return torch.cat([self._call({"input_ids": row, "use_cache": False}) for row in rows])
@@ -136,12 +173,17 @@ class LockstepLM:
     def _call(self, inputs: dict) -> Tensor:
         inputs["logits_to_keep"] = 1
         output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
-        return output.logits[:, -1]
+        return output.logits[:, -1:]
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """The position of each token in its text, as `generate` counts: padding is no part of it."""
+    return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 @dataclass
-class _State:
-    """What has been forwarded: the tokens, the cache that they left, and the logits that followed some lengths."""
+class State:
+    """What has been read: the tokens, the cache that they left, and the logits that followed some lengths."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -160,13 +202,15 @@ class _State:
         self.logits = {at: logits for at, logits in self.logits.items() if at <= length}
 
     def extend(self, input_ids: Tensor, attention_mask: Tensor, logits: Tensor) -> None:
+        """Takes note of what is in the cache by now; `logits[:, -n:]` follow the last n tokens."""
         self.input_ids, self.attention_mask = input_ids, attention_mask
-        length = input_ids.shape[1]
-        oldest = length - LockstepLM.KEPT_LOGITS if len(input_ids) == 1 else length
-        self.logits = {at: value for at, value in self.logits.items() if at > oldest} | {length: logits}
+        length, n_logits = input_ids.shape[1], logits.shape[1]
+        new = {length - n_logits + 1 + index: logits[:, index] for index in range(n_logits)}
+        oldest = length - LockstepLM.KEPT_LOGITS if len(input_ids) == 1 else length - 1
+        self.logits = {at: value for at, value in (self.logits | new).items() if at > oldest}
 
 
-def _longest_shared_prefix(state: _State, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor | None, int]:
+def _longest_shared_prefix(state: State, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor | None, int]:
     """Returns which cached row serves each row (`None`: its own) and how many leading columns serve all of them."""
     length = min(state.input_ids.shape[1], input_ids.shape[1])
     # A masked token is never seen, whatever its id: -1 makes padding alike, and unlike any token.

@@ -1,5 +1,6 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +13,15 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from .advice import Advice
 from .engines import refuse_continuous_batching
 from .functional import fill_unscored, guided_log_probs
+from .fusion import Fusion
 from .lockstep import LockstepLM
 from .padding import PromptMask
-from .reward_model import find_tokenizer, generation_prompt_ids, load_reward_model, shares_weights
+from .reward_model import find_tokenizer, generation_prompt_ids, load_reward_model
+from .running import RunningGeneration
+from .sharing import shares_weights
 from .vocab import VocabMap
+
+logger = logging.getLogger(__name__)
 
 
 class GenARMLogitsProcessor(LogitsProcessor):
@@ -92,6 +98,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
             pad_token_id = _pad_token_id(special_tokens)
         self._prompt_mask = PromptMask(pad_token_id, special_tokens.bos_token_id, attention_mask)
         self._advice = Advice()
+        self._fusion: Fusion | None = None
+        self._engines = ["separate"] * len(models)
         self._next_shape: tuple[int, int] | None = None  # of `input_ids`, if the same generation goes on
 
     @classmethod
@@ -114,7 +122,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights instead of loading them a
-                second time; the model itself stays as it is. Has no effect on other reward models.
+                second time and, if it is plain LoRA on linear layers, is computed in its forward passes
+                ([`~GenARMLogitsProcessor.engine`] says so). Outside of `generate`, the model stays as it is. Has no
+                effect on other reward models.
             alpha, pad_token_id, attention_mask:
                 As for the class.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -129,15 +139,14 @@ class GenARMLogitsProcessor(LogitsProcessor):
         models = [load_reward_model(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:
             tokenizer = find_tokenizer(base_model.name_or_path, token=kwargs.get("token"))
-        if tokenizer is None:
-            return cls(models, alpha, pad_token_id=pad_token_id, attention_mask=attention_mask)
-        reward_tokenizers = []
-        for name, model in zip(names, models, strict=True):
-            # Ids that index the same embeddings are the same ids.
-            shared = base_model is not None and shares_weights(model, base_model)
-            reward_tokenizers.append(
-                None if shared else find_tokenizer(name, model.name_or_path, token=kwargs.get("token"))
-            )
+        # Ids that index the same embeddings are the same ids.
+        shared = [base_model is not None and shares_weights(model, base_model) for model in models]
+        reward_tokenizers = None
+        if tokenizer is not None:
+            reward_tokenizers = [
+                None if same else find_tokenizer(name, model.name_or_path, token=kwargs.get("token"))
+                for name, model, same in zip(names, models, shared, strict=True)
+            ]
         processor = cls(
             models,
             alpha,
@@ -146,8 +155,25 @@ class GenARMLogitsProcessor(LogitsProcessor):
             tokenizer=tokenizer,
             reward_tokenizer=reward_tokenizers,
         )
-        processor._advice = Advice(generation_prompt_ids(names[0], tokenizer, kwargs.get("token")))
+        if tokenizer is not None:
+            processor._advice = Advice(generation_prompt_ids(names[0], tokenizer, kwargs.get("token")))
+        if base_model is not None and any(shared):
+            processor._fusion = Fusion(base_model)
+            for index in [index for index, same in enumerate(shared) if same]:
+                objection = processor._fusion.why_not(processor._reward_models[index])
+                processor._engines[index] = "fused" if objection is None else "shared"
+                why = "it is plain LoRA on the weights of the base" if objection is None else objection
+                logger.info("%s: engine `%s`, because %s.", names[index], processor._engines[index], why)
         return processor
+
+    @property
+    def engine(self) -> str:
+        """
+        How the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in passes of their
+        own over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
+        reward models and separated by commas, if they differ. Makes no difference but in time and memory.
+        """
+        return self._engines[0] if len(set(self._engines)) == 1 else ", ".join(self._engines)
 
     @property
     def alpha(self) -> list[float]:
@@ -200,8 +226,12 @@ class GenARMLogitsProcessor(LogitsProcessor):
         is_prompt = input_ids.shape != self._next_shape
         self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
         attention_mask = self._prompt_mask(input_ids, is_prompt)
-        self._advice(input_ids, attention_mask, is_prompt)
+        generation = RunningGeneration.of_processor()
+        self._advice(generation, input_ids, attention_mask, is_prompt)
         rewards = [self._reward_log_probs(index, alpha, input_ids, attention_mask, scores) for index, alpha in active]
+        if self._fusion is not None:
+            fused = [self._reward_models[index] for index, _ in active if self._engines[index] == "fused"]
+            self._fusion.join_next_pass(fused, generation)
         return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
 
     def _reward_log_probs(

@@ -1,7 +1,6 @@
 """How an autoregressive reward model is loaded: a PEFT adapter or a full model, from the Hub or a folder."""
 
 import contextlib
-import copy
 import logging
 from pathlib import Path, PurePath
 from typing import Any
@@ -10,6 +9,8 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
+
+from .sharing import load_onto_shared_weights, why_it_changes
 
 logger = logging.getLogger(__name__)
 
@@ -43,34 +44,34 @@ def load_reward_model(
     """
     hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
     if find_adapter_config_file(pretrained_model_name_or_path, **hub_kwargs) is None:
+        logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
         return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **kwargs)
 
     adapter = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
     trained_on = adapter.base_model_name_or_path
-    if base_model is not None and not kwargs and _is_plain(base_model) and _same_model(base_model, trained_on):
-        logger.info("The adapter %s shares the weights of the base model.", pretrained_model_name_or_path)
-        trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
-        model = PeftModel.from_pretrained(_share_weights(base_model), pretrained_model_name_or_path, **hub_kwargs)
-        for parameter in trainable:
-            parameter.requires_grad_(True)  # PEFT freezes what it wraps, and these are the base model's own
+    objection = _why_not_shared(base_model, trained_on, kwargs)
+    if base_model is not None and objection is None:
+        objection = why_it_changes(base_model, adapter, pretrained_model_name_or_path, **hub_kwargs)
+    if base_model is not None and objection is None:
+        model = load_onto_shared_weights(base_model, pretrained_model_name_or_path, **hub_kwargs)
     else:
-        logger.info("The adapter %s is loaded onto its own %s.", pretrained_model_name_or_path, trained_on)
+        logger.info(
+            "%s: engine `separate`, with weights of its own, because %s.", pretrained_model_name_or_path, objection
+        )
         base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
         network = AutoModelForCausalLM.from_pretrained(trained_on, revision=adapter.revision, **base_kwargs, **kwargs)
         model = PeftModel.from_pretrained(network, pretrained_model_name_or_path, **hub_kwargs)
     return model.eval()
 
 
-def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> bool:
-    """Whether the reward model is an adapter around the very weights of the base model."""
-    return model.get_input_embeddings().weight is base_model.get_input_embeddings().weight
-
-
 def find_tokenizer(*names_or_paths: str, token: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the first of these folders or repositories that has one."""
     for name_or_path in names_or_paths:
         with contextlib.suppress(OSError, ValueError):
-            return AutoTokenizer.from_pretrained(name_or_path, token=token)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token)
+            # For a folder of weights alone, some architectures get one that knows nothing but its special tokens.
+            if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+                return tokenizer
     return None
 
 
@@ -94,12 +95,16 @@ def generation_prompt_ids(
     return tokenizer(asked.removeprefix(question), add_special_tokens=False)["input_ids"]
 
 
-def _is_plain(model: PreTrainedModel) -> bool:
-    return not isinstance(model, PeftModel) and not model._hf_peft_config_loaded
-
-
-def _same_model(model: PreTrainedModel, trained_on: str) -> bool:
-    return bool(model.name_or_path) and _short_name(model.name_or_path) == _short_name(trained_on)
+def _why_not_shared(base_model: PreTrainedModel | None, trained_on: str, kwargs: dict[str, Any]) -> str | None:
+    if base_model is None:
+        return "no `base_model` was given"
+    if kwargs:
+        return f"arguments ask for other weights ({', '.join(kwargs)})"
+    if isinstance(base_model, PeftModel) or base_model._hf_peft_config_loaded:
+        return "the base has an adapter of its own"
+    if not base_model.name_or_path or _short_name(base_model.name_or_path) != _short_name(trained_on):
+        return f"it was trained on `{trained_on}`, and the base is `{base_model.name_or_path}`"
+    return None
 
 
 def _short_name(name_or_path: str) -> str:
@@ -107,9 +112,3 @@ def _short_name(name_or_path: str) -> str:
     parts = PurePath(name_or_path).parts
     cached = [part for part in parts if part.startswith("models--")]
     return cached[-1].split("--")[-1] if cached else parts[-1]
-
-
-def _share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of the modules of a model around its very own parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

@@ -143,6 +143,8 @@ class Architecture:
     config: str
     sizes: dict
     note: str = ""
+    targets: str | list[str] = "all-linear"
+    fused: bool = True
 
     def model(self):
         torch.manual_seed(5)
@@ -163,6 +165,7 @@ SIZES = TOKENS | {
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.4}
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+ATTENTION = ["q_proj", "v_proj"]
 AFRESH = "read afresh for every token: exact, slow"
 
 ARCHITECTURES = [
@@ -186,13 +189,31 @@ ARCHITECTURES = [
         "absolute positions; pad = bos, so a padded batch needs its mask",
     ),
     Architecture(
-        "Mixtral", "MixtralConfig", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "mixture of experts"
+        "Mixtral",
+        "MixtralConfig",
+        SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "mixture of experts",
+        ATTENTION,
     ),
     Architecture(
         "Bloom", "BloomConfig", TOKENS | {"hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
     ),
-    Architecture("Mamba", "MambaConfig", TOKENS | {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}, AFRESH),
-    Architecture("LFM2", "Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention"] * 2}, "hybrid; " + AFRESH),
+    Architecture(
+        "Mamba",
+        "MambaConfig",
+        TOKENS | {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
+        AFRESH,
+        ["in_proj", "x_proj"],
+        fused=False,
+    ),
+    Architecture(
+        "LFM2",
+        "Lfm2Config",
+        SIZES | {"layer_types": ["conv", "full_attention"] * 2},
+        "hybrid; " + AFRESH,
+        ATTENTION,
+        fused=False,
+    ),
     Architecture(
         "Qwen3-Next",
         "Qwen3NextConfig",
@@ -205,6 +226,8 @@ ARCHITECTURES = [
         | LINEAR
         | EXPERTS,
         "hybrid; " + AFRESH,
+        ATTENTION,
+        fused=False,
     ),
     Architecture(
         "RecurrentGemma",
@@ -213,6 +236,8 @@ ARCHITECTURES = [
         | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
         | {"lru_width": 16, "attention_window_size": 4},
         "states in its modules; " + AFRESH,
+        ATTENTION,
+        fused=False,
     ),
 ]
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from oracle import Recompute
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import VOCAB_SIZE, random_prompts, tiny_llama
+from peft import PeftModel
+from tiny import VOCAB_SIZE, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import GenARMLogitsProcessor
@@ -20,11 +20,8 @@ def saved(tmp_path):
     """A base and two adapters on it, in folders."""
     base = tmp_path / "org" / "tiny-base"
     tiny_llama(0).save_pretrained(base)
-    for seed, name in enumerate(("first", "second")):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / name)
-    return {"base": str(base), "first": str(tmp_path / "first"), "second": str(tmp_path / "second")}
+    adapters = {name: save_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("first", "second"))}
+    return {"base": str(base)} | adapters
 
 
 def pointers(model):

@@ -1,8 +1,9 @@
 """Tiny models and a tiny tokenizer, built in memory, whose distributions are far from uniform and from each other."""
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 48
 PAD, BOS, EOS = 0, 1, 2
@@ -65,3 +66,16 @@ def left_padded(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     input_ids = random_prompts(len(lengths), width, seed)
     mask = (torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]).long()
     return {"input_ids": input_ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+def save_adapter(base: str, folder: str, seed: int = 0, **config) -> str:
+    """Writes a LoRA adapter whose product is far from zero onto the model in the folder `base`."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(**{**settings, **config}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # also biases, magnitudes, copies of modules
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,476 @@
+"""One forward pass for base and reward adapters: the results are the same, and the base never notices."""
+
+import copy
+import gc
+import pickle
+import re
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Recompute
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import ARCHITECTURES, BATCH, EXACT, MODES, ONE
+from tiny import PAD, left_padded, random_prompts, save_adapter, tiny_llama
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hf_genarm import GenARMLogitsProcessor
+
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+
+# Modes in which the base has no growing cache to be joined.
+APART = {"`use_cache=False`", "static cache of the base"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, and two adapters on it."""
+    folder = tmp_path_factory.mktemp("fusion")
+    tiny_llama(0).save_pretrained(folder / "base")
+    save_adapter(folder / "base", folder / "first")
+    save_adapter(folder / "base", folder / "second", 1, target_modules="all-linear", lora_alpha=16)
+    return folder
+
+
+@pytest.fixture
+def base(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+@pytest.fixture
+def adapters(folder):
+    return [str(folder / "first"), str(folder / "second")]
+
+
+def separate(base_folder, adapter):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter).eval()
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """The same adapters, each on weights of its own."""
+    return [separate(folder / "base", folder / "first"), separate(folder / "base", folder / "second")]
+
+
+def generate(base, processors, inputs=BATCH, seed=0, **options):
+    torch.manual_seed(seed)
+    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
+    return base.generate(**(dict(inputs) | defaults | options), logits_processor=processors)
+
+
+def assert_same(output, expected, atol=1e-4):
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    assert_close(output, expected, atol)
+
+
+def assert_close(output, expected, atol=1e-4):
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=atol, rtol=0)
+
+
+def joint_passes(processor):
+    return processor._fusion.joint_passes
+
+
+def is_untouched(base, before):
+    """No replaced forward, no hook, the same modules, the same weights."""
+    assert "forward" not in vars(base)
+    assert not any(vars(module).get("forward") or module._forward_hooks for module in base.modules())
+    assert [type(module) for module in base.modules()] == [type(module) for module in before.modules()]
+    assert all(torch.equal(x, y) for x, y in zip(base.parameters(), before.parameters(), strict=True))
+    ids = random_prompts(3, 7)
+    return torch.equal(base(input_ids=ids).logits, before(input_ids=ids).logits)
+
+
+# --- the same results ---
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m.expected == EXACT and not m.elsewhere], ids=lambda m: m.name)
+def test_exact(mode, base, adapters, models):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])
+    assert processor.engine == "fused"
+    assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
+    output = generate(base, [processor], mode.inputs, **mode.kwargs() | assistant)
+    if not mode.name.startswith("assisted"):  # where an assistant may have asked first
+        assert (joint_passes(processor) > 0) == (mode.name not in APART)
+    oracle = Recompute(models, [1.0, 0.5], mode.inputs["attention_mask"])
+    expected = generate(base, [oracle], mode.inputs, **mode.kwargs() | assistant)
+    unguided = generate(base, [], mode.inputs, **mode.kwargs() | assistant)
+    assert output.sequences.tolist() != unguided.sequences.tolist()
+    assert_same(output, expected)
+    assert is_untouched(base, tiny_llama(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_every_step_after_the_prompt_is_joint(base, adapters, options):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    generate(base, [processor], min_new_tokens=10, **options)
+    assert joint_passes(processor) == 9
+
+
+def test_strengths_that_change_while_it_runs(base, adapters, models):
+    """A reward that is switched off is not run; switched on again, it has to catch up."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    plan = [[1.0, 0.0], [1.0, 0.0], [0.5, 1.0], [0.0, 0.0], [0.0, -0.5], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+
+    class Change(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            alpha = plan[input_ids.shape[1] - BATCH["input_ids"].shape[1]]
+            processor.alpha = oracle.alphas = alpha
+            return scores
+
+    oracle = Recompute(models, [1.0, 1.0], BATCH["attention_mask"])
+    options = {"max_new_tokens": len(plan), "min_new_tokens": len(plan)}
+    output = generate(base, [Change(), processor], **options)
+    assert 0 < joint_passes(processor) < len(plan) - 1
+    assert_same(output, generate(base, [Change(), oracle], **options))
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES, ids=lambda family: family.name)
+def test_architectures(family, tmp_path):
+    base = family.model()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", target_modules=family.targets)
+    model = separate(tmp_path / "base", adapter)
+    fused = 0
+    for options, inputs in (
+        ({}, left_padded([4, 12, 7])),
+        ({"num_beams": 3}, left_padded([9, 12])),
+        ({"prompt_lookup_num_tokens": 3}, ONE),
+    ):
+        if base._is_stateful and "prompt_lookup_num_tokens" in options:
+            continue  # the base can't
+        mask = inputs["attention_mask"]
+        processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base, attention_mask=mask)
+        output = generate(base, [processor], inputs, max_new_tokens=12, **options)
+        assert_same(output, generate(base, [Recompute([model], [1.0], mask)], inputs, max_new_tokens=12, **options))
+        assert processor.engine == ("fused" if family.fused else "shared")
+        fused += joint_passes(processor)
+    assert (fused > 0) == family.fused
+
+
+LORA = {
+    "rank pattern": {"rank_pattern": {"q_proj": 2}},
+    "alpha pattern": {"alpha_pattern": {"q_proj": 32}},
+    "rsLoRA": {"use_rslora": True},
+    "output layer": {"target_modules": ["q_proj", "lm_head"]},
+    "some layers": {"layers_to_transform": [1]},
+    "Gaussian init": {"init_lora_weights": "gaussian"},
+}
+OTHER_LORA = {
+    "DoRA": ({"use_dora": True}, "shared"),
+    "biases of the adapter": ({"lora_bias": True}, "shared"),
+    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "shared"),
+    "tokens": ({"trainable_token_indices": [5, 6]}, "separate"),
+    "modules to save": ({"modules_to_save": ["lm_head"]}, "separate"),
+    "an init that changes the base": ({"init_lora_weights": "pissa"}, "separate"),
+}
+
+
+@pytest.mark.parametrize("name", [*LORA, *OTHER_LORA])
+def test_kinds_of_lora(name, folder, base, tmp_path):
+    config, engine = (LORA[name], "fused") if name in LORA else OTHER_LORA[name]
+    adapter = save_adapter(folder / "base", tmp_path / "arm", **config)
+    processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base)
+    assert processor.engine == engine
+    oracle = Recompute([separate(folder / "base", adapter)], [1.0], BATCH["attention_mask"])
+    output = generate(base, [processor])
+    assert output.sequences.tolist() != generate(base, []).sequences.tolist()
+    assert_same(output, generate(base, [oracle]))
+    assert is_untouched(base, tiny_llama(0))
+
+
+def test_trained_biases(tmp_path):
+    tiny_llama(0, attention_bias=True).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = copy.deepcopy(base)
+    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", bias="all")
+    processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base)
+    assert processor.engine == "separate"
+    oracle = Recompute([separate(tmp_path / "base", adapter)], [1.0], BATCH["attention_mask"])
+    assert_same(generate(base, [processor]), generate(base, [oracle]))
+    assert is_untouched(base, before)
+
+
+def test_engines_mix(base, folder, adapters, models, tmp_path):
+    tiny_llama(7).save_pretrained(tmp_path / "full")
+    dora = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
+    names = [adapters[0], dora, str(tmp_path / "full")]
+    processor = GenARMLogitsProcessor.from_pretrained(names, base_model=base)
+    assert processor.engine == "fused, shared, separate"
+    oracle = Recompute([models[0], separate(folder / "base", dora), tiny_llama(7)], [1.0] * 3, BATCH["attention_mask"])
+    assert_same(generate(base, [processor]), generate(base, [oracle]))
+    assert joint_passes(processor) > 0
+
+
+def test_one_log_line_says_why(base, folder, adapters, tmp_path, caplog):
+    caplog.set_level("INFO", "hf_genarm")
+    dora = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
+    for name, words in ((adapters[0], "engine `fused`"), (dora, "engine `shared`, because `Dora.* is not plain LoRA")):
+        caplog.clear()
+        GenARMLogitsProcessor.from_pretrained(name, base_model=base)
+        (record,) = caplog.records
+        assert name in record.message
+        assert re.search(words, record.message)
+    base.name_or_path = "another"
+    caplog.clear()
+    GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base)
+    (record,) = caplog.records
+    assert "engine `separate`" in record.message
+    assert "`another`" in record.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(base, adapters, models, dtype):
+    base, model = base.to(dtype), copy.deepcopy(models[1]).to(dtype)
+    processor = GenARMLogitsProcessor.from_pretrained(adapters[1], base_model=base)
+    inputs = left_padded([8, 8])
+    output = generate(base, [processor], inputs, max_new_tokens=5)
+    assert joint_passes(processor) == 4
+    atol = 1e-4 if dtype == torch.float64 else 0.25  # half the bits make the order of a sum matter
+    assert_close(output, generate(base, [Recompute([model], [1.0])], inputs, max_new_tokens=5), atol)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_one_instance_in_random_order(data, folder, adapters, models):
+    """Any sequence of modes, prompts, strengths and resets, on one instance, is that of the same without fusion."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    modes = [mode for mode in MODES if mode.expected == EXACT and not mode.elsewhere]
+    for seed in range(data.draw(st.integers(2, 5))):
+        mode = data.draw(st.sampled_from(modes))
+        inputs = ONE if mode.inputs is ONE else data.draw(st.sampled_from([BATCH, left_padded([3, 7], 1)]))
+        processor.alpha = data.draw(st.sampled_from([[1.0, 0.5], [0.3, 0.0], [0.0, 1.0], [-0.5, 0.5]]))
+        if data.draw(st.booleans()):
+            processor.reset()
+        oracle = Recompute(models, processor.alpha, inputs["attention_mask"])
+        output = generate(base, [processor], inputs, seed, max_new_tokens=5, **mode.kwargs())
+        assert_same(output, generate(base, [oracle], inputs, seed, max_new_tokens=5, **mode.kwargs()))
+
+
+# --- the base never notices ---
+
+
+class At(StoppingCriteria):
+    """Does something after the fifth new token."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] == BATCH["input_ids"].shape[1] + 5:
+            self.action()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def raises(error):
+    def action(*args, **kwargs):
+        raise error
+
+    return action
+
+
+def guided_until(base, processor, action, **options):
+    return generate(base, [processor], stopping_criteria=StoppingCriteriaList([At(action)]), **options)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["between two passes", "inside a joint pass"])
+def test_the_base_after_an_error(base, adapters, models, error, where, monkeypatch):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    action = raises(error)
+    if where == "inside a joint pass":
+        fail, action = action, lambda: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    cache = DynamicCache(config=base.config)
+    with pytest.raises(error) as held:  # a traceback keeps the frames of `generate` alive, as it does in a notebook
+        guided_until(base, processor, action, past_key_values=cache)
+    monkeypatch.undo()
+    joint = joint_passes(processor)
+    if where == "between two passes":
+        with torch.no_grad():  # nothing is in effect, even when the same cache goes on
+            new = torch.full((3, 1), 5)
+            ours = base(input_ids=new, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+            theirs = tiny_llama(0)(input_ids=new, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(ours, theirs)
+    unguided = generate(base, [])
+    assert joint_passes(processor) == joint
+    assert_same(generate(base, [processor]), generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+    assert torch.equal(torch.stack(unguided.scores), torch.stack(generate(tiny_llama(0), []).scores))
+    del held
+    gc.collect()
+    assert is_untouched(base, tiny_llama(0))
+
+
+def test_the_base_unguided_in_another_thread(base, adapters, models):
+    expected = {
+        True: generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]),
+        False: generate(base, []),
+    }
+    outputs = {True: [], False: []}
+
+    def work(guided):
+        torch.set_num_threads(1)  # is a setting of each thread, and shows in the last bits
+        processors = [GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)] if guided else []
+        for _ in range(6):
+            outputs[guided].append(generate(base, processors))
+
+    threads = [threading.Thread(target=work, args=(guided,)) for guided in (True, True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for output in outputs[True]:
+        assert_same(output, expected[True])
+    for output in outputs[False]:
+        assert torch.equal(torch.stack(output.scores), torch.stack(expected[False].scores))
+    assert is_untouched(base, tiny_llama(0))
+
+
+def test_the_base_is_used_in_the_middle(base, adapters, models, tmp_path):
+    """Copied, saved, and asked for something else in the same thread, between two steps of a guided generation."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    ids, copies = random_prompts(2, 6), []
+    expected = base(input_ids=ids).logits
+
+    def use():
+        assert "forward" in vars(base)
+        assert torch.equal(base(input_ids=ids).logits, expected)
+        copies.extend([copy.deepcopy(base), pickle.loads(pickle.dumps(base))])
+        base.save_pretrained(tmp_path)
+        torch.save(base, tmp_path / "whole.pt")
+
+    output = guided_until(base, processor, use)
+    assert joint_passes(processor) == 9
+    assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+    copies.append(AutoModelForCausalLM.from_pretrained(tmp_path))
+    copies.append(torch.load(tmp_path / "whole.pt", weights_only=False))
+    for other in copies:
+        torch.nn.init.zeros_(other.lm_head.weight)
+        assert not other(input_ids=ids).logits.any()
+    assert is_untouched(base, tiny_llama(0))
+
+
+def test_the_base_is_trained_and_moved(base, adapters):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    plain = tiny_llama(0)
+    ids = random_prompts(2, 6)
+    for move in (lambda model: model.double(), lambda model: model.float()):
+        generate(base, [processor])
+        for model in (base, plain):
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+            move(model.eval()).zero_grad()
+        joint = joint_passes(processor)
+        adapted = [PeftModel.from_pretrained(copy.deepcopy(plain), adapter) for adapter in adapters]
+        output = generate(base, [processor])
+        assert joint_passes(processor) == joint + 9
+        assert_same(output, generate(base, [Recompute(adapted, [1.0, 1.0], BATCH["attention_mask"])]))
+        assert is_untouched(base, plain)
+
+
+class FlatMLP(LlamaMLP):
+    """Runs its layers on tokens without rows."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view(x.shape)
+
+
+def test_a_network_that_can_not_be_joined(base, adapters, models, caplog):
+    """Found out in the first joint pass, which then counts for nothing; nor is it tried at every step."""
+    caplog.set_level("INFO", "hf_genarm")
+    base.model.layers[0].mlp.__class__ = FlatMLP
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    output = generate(base, [processor])
+    assert joint_passes(processor) == 0
+    assert sum("mixes the rows" in record.message for record in caplog.records) == 1
+    assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+
+
+def test_hooks_on_the_base_are_heard(base, adapters, models):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    seen = []
+    handle = base.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    output = generate(base, [processor])
+    assert joint_passes(processor) == 0
+    assert seen == [3] * 10
+    handle.remove()
+    assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+    generate(base, [processor])
+    assert joint_passes(processor) == 9
+
+
+def test_a_base_that_was_changed_is_run_apart(base, adapters, models):
+    """The reward model is the adapter on the base as it was; the base is what it is now."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    torch.manual_seed(9)
+    config = LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config).eval()
+    output = generate(adapted, [processor])
+    assert joint_passes(processor) == 0
+    assert_same(output, generate(adapted, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+
+
+def test_adapters_that_change(base, adapters, models):
+    """Scaled, switched off, or trained on, between calls and in the middle of one."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters[1], base_model=base)
+    (arm,), model = [x.model for x in processor._reward_models], copy.deepcopy(models[1])
+    oracle = Recompute([model], [1.0], BATCH["attention_mask"])
+    for change in (
+        lambda peft: [torch.nn.init.normal_(x, std=0.3) for name, x in peft.named_parameters() if "lora_B" in name],
+        lambda peft: peft.base_model.disable_adapter_layers(),
+        lambda peft: peft.base_model.enable_adapter_layers(),
+    ):
+        before = generate(base, [processor])
+        for peft in (arm, model):
+            torch.manual_seed(3)
+            change(peft)
+        output = generate(base, [processor])
+        assert output.sequences.tolist() != before.sequences.tolist()
+        assert_same(output, generate(base, [oracle]))
+
+    def train(peft):
+        return lambda: torch.nn.init.ones_(
+            peft.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
+        )
+
+    state = copy.deepcopy(model.state_dict())
+    ours = guided_until(base, processor, train(arm))
+    theirs = generate(base, [oracle], stopping_criteria=StoppingCriteriaList([At(train(model))]))
+    assert_same(ours, theirs)
+    assert any(not torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_no_weight_is_copied(base, adapters):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    generate(base, [processor])
+    own = {x.data_ptr() for x in base.parameters()}
+    assert {x.data_ptr() for x in processor._fusion._network._network.parameters()} == own
+    for reward_model in processor._reward_models:
+        names = {name for name, x in reward_model.model.named_parameters() if x.data_ptr() not in own}
+        assert names
+        assert all("lora_" in name for name in names)
+
+
+def test_memory_of_the_caches(base, adapters):
+    """The rows of the reward models are kept once: in the tensor that the base's rows are a part of."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    output = generate(base, [processor])
+    keys = output.past_key_values.layers[0].keys
+    assert keys.untyped_storage().nbytes() == 3 * keys.numel() * keys.element_size()
+    for reward_model in processor._reward_models:
+        own = reward_model._state.cache.layers[0].keys
+        assert own.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+
+
+def test_padding_columns_that_no_row_uses(base, adapters, models):
+    inputs = left_padded([4, 5])
+    wide = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], (3, 0), value=PAD)}
+    wide["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (3, 0))
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, attention_mask=wide["attention_mask"])
+    output = generate(base, [processor], wide)
+    assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], wide["attention_mask"])], wide))
