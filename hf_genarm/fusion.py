@@ -119,14 +119,17 @@ class Fusion:
         self, states: Sequence[State], input_ids: Tensor, attention_mask: Tensor, inputs: dict
     ) -> ModelOutput | None:
         caches = [inputs["past_key_values"], *(state.cache for state in states)]
-        joint = _join(caches)
         rows = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
         rows = {name: value.repeat(len(caches), 1) for name, value in rows.items() if value is not None}
-        output = self._network(inputs | rows | {"past_key_values": joint}, batch_size=len(input_ids))
+        n_read, n_new = int(caches[0].get_seq_length()), inputs["input_ids"].shape[1]
+        joint, output = _join(caches), None
+        try:
+            output = self._network(inputs | rows | {"past_key_values": joint}, batch_size=len(input_ids))
+        finally:
+            _split(joint, caches, n_read, 0 if output is None else n_new)
         if output is None:
             self._object(f"`{type(self.base).__name__}` mixes the rows of a batch, or returns more than logits")
             return None
-        _split(joint, caches, inputs["input_ids"].shape[1])
         base_logits, *reward_logits = output.logits.split(len(input_ids))
         for state, logits in zip(states, reward_logits, strict=True):
             state.extend(input_ids, attention_mask, logits)
@@ -321,28 +324,37 @@ def _can_be_joined(layer: Any, n_new: int) -> bool:
 
 
 def _join(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache of the rows of all, the base's first."""
+    """
+    One cache of the rows of all, the base's first. It takes their keys and values, so that those of a layer are freed
+    as soon as it has grown; [`_split`] gives them back.
+    """
     joint = copy.copy(caches[0])
     joint.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        layer = copy.copy(layers[0])
+        layer: Any = copy.copy(layers[0])
         length = layer.keys.shape[-2]  # of a sliding window that the caches of reward models don't have
         layer.keys = _concatenate([x.keys[..., -length:, :] for x in layers])
         layer.values = _concatenate([x.values[..., -length:, :] for x in layers])
         joint.layers.append(layer)
+        for x in layers if type(layer) is DynamicLayer else ():
+            x.keys = x.values = None
     return joint
 
 
-def _split(joint: DynamicCache, caches: Sequence[DynamicCache], n_new: int) -> None:
-    """Gives each cache its rows of the joint one, which has read that many new tokens."""
+def _split(joint: DynamicCache, caches: Sequence[DynamicCache], n_read: int, n_new: int) -> None:
+    """Gives each cache its rows of the joint one, with the new tokens, or without them if their number is 0."""
     for layer, *layers in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
-        keys, values = layer.keys.chunk(len(caches)), layer.values.chunk(len(caches))
-        vars(layers[0]).update(vars(layer) | {"keys": keys[0], "values": values[0]})
-        for own, its_keys, its_values in zip(layers[1:], keys[1:], values[1:], strict=True):
-            if type(layer) is DynamicSlidingWindowLayer:
-                own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
-            else:
+        if type(layer) is DynamicLayer:
+            keys, values = layer.keys[..., : n_read + n_new, :], layer.values[..., : n_read + n_new, :]
+            for own, its_keys, its_values in zip(
+                layers, keys.chunk(len(caches)), values.chunk(len(caches)), strict=True
+            ):
                 own.keys, own.values = its_keys, its_values
+        elif n_new:
+            keys, values = layer.keys.chunk(len(caches)), layer.values.chunk(len(caches))
+            vars(layers[0]).update(vars(layer) | {"keys": keys[0], "values": values[0]})
+            for own, its_keys, its_values in zip(layers[1:], keys[1:], values[1:], strict=True):
+                own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
