@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -27,17 +27,18 @@ DATA = Path(__file__).parent / "data" / "sentiment"
 ALPHAS = (0.5, 1.0, 2.0)
 
 
-def train(
-    model_path: str, tokenizer, output_dir: Path, n_pairs: int, epochs: int = 1, batch_size: int = 4, lr: float = 5e-3
-) -> AutoregressiveRewardTrainer:
-    """Trains an adapter on the pairs that differ most. The default learning rate is high: there are few steps."""
+def training_pairs(n_pairs: int | None = None) -> Dataset:
+    """The pairs that differ most in sentiment."""
     pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
     pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
+    return pairs.select(range(min(n_pairs or len(pairs), len(pairs))))
+
+
+def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
+    """Trains an adapter. The default learning rate is high, because there are few steps."""
+    arguments = {"learning_rate": 5e-3, "per_device_train_batch_size": 4} | arguments
     config = AutoregressiveRewardConfig(
         output_dir=str(output_dir),
-        learning_rate=lr,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
         gradient_checkpointing=False,
         lr_scheduler_type="cosine",
         warmup_steps=2,
@@ -45,6 +46,7 @@ def train(
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
+        **arguments,
     )
     adapter = LoraConfig(
         r=4,
@@ -57,7 +59,7 @@ def train(
     trainer = AutoregressiveRewardTrainer(
         model=model,
         args=config,
-        train_dataset=pairs.select(range(min(n_pairs, len(pairs)))),
+        train_dataset=pairs,
         processing_class=copy.deepcopy(tokenizer),
         peft_config=adapter,
     )
@@ -154,7 +156,7 @@ def main() -> None:
     if args.adapter:
         processor = GenARMLogitsProcessor.from_pretrained(args.adapter, base_model=model)
     else:
-        trainer = train(model_path, tokenizer, args.output / "adapter", args.n_pairs)
+        trainer = train(model_path, tokenizer, args.output / "adapter", training_pairs(args.n_pairs))
         print(f"The adapter is in {trainer.args.output_dir}")
         processor = GenARMLogitsProcessor(trainer.model)
     # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.

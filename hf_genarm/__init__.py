@@ -7,18 +7,29 @@ if TYPE_CHECKING:
     from .advice import GuidanceWarning
     from .config import AutoregressiveRewardConfig
     from .logits_process import GenARMLogitsProcessor
+    from .reward_info import RewardInfo
+    from .reward_model import AutoregressiveRewardModel
     from .trainer import AutoregressiveRewardTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoregressiveRewardConfig", "AutoregressiveRewardTrainer", "GenARMLogitsProcessor", "GuidanceWarning"]
+__all__ = [
+    "AutoregressiveRewardConfig",
+    "AutoregressiveRewardModel",
+    "AutoregressiveRewardTrainer",
+    "GenARMLogitsProcessor",
+    "GuidanceWarning",
+    "RewardInfo",
+]
 
 # Loaded on first use, so that steering does not pay for the import of `trl`.
 _MODULES = {
     "AutoregressiveRewardConfig": "config",
+    "AutoregressiveRewardModel": "reward_model",
     "AutoregressiveRewardTrainer": "trainer",
     "GenARMLogitsProcessor": "logits_process",
     "GuidanceWarning": "advice",
+    "RewardInfo": "reward_info",
 }
 
 

@@ -19,6 +19,15 @@ class AutoregressiveRewardConfig(RewardConfig):
             Scale of the reward in the loss, $\beta_r$ in Eq. 5 of the [paper](https://hf.co/papers/2410.08193), which
             uses 0.05 for HH-RLHF. A smaller value lets the reward model move further from its starting point, so that
             the same `alpha` steers more strongly at generation time.
+        objective (`str`, *optional*):
+            What the pairs prefer, in a few words, for the card and the `genarm_config.json` of the reward model.
+        description (`str`, *optional*):
+            What is rewarded and what is not, in a few sentences, for the same.
+        dataset_name (`str`, *optional*):
+            Hub id or name of the preference data, for the same.
+        custom_generate (`bool`, *optional*, defaults to `False`):
+            Whether to save a `custom_generate` folder beside the weights, for
+            `model.generate(custom_generate="user/my-arm", trust_remote_code=True)`.
 
     > [!NOTE]
     > This parameter has another default than in [`~trl.RewardConfig`]:
@@ -31,6 +40,19 @@ class AutoregressiveRewardConfig(RewardConfig):
     beta: float = field(
         default=0.05,
         metadata={"help": "Scale of the reward in the loss (beta_r in Eq. 5 of the GenARM paper)."},
+    )
+
+    objective: str | None = field(
+        default=None, metadata={"help": "What the pairs prefer, in a few words, for the card of the reward model."}
+    )
+    description: str | None = field(
+        default=None, metadata={"help": "What is rewarded and what is not, in a few sentences, for the card."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or name of the preference data, for the card."}
+    )
+    custom_generate: bool = field(
+        default=False, metadata={"help": "Whether to save a `custom_generate` folder beside the weights."}
     )
 
     # Another default than in RewardConfig

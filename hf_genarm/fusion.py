@@ -34,7 +34,7 @@ _STEP_INPUTS |= {"logits_to_keep"}
 # The variables in which decoding loops keep the tokens up to those that they give to the base; the first is the latest.
 _TOKENS_SO_FAR = ("candidate_input_ids", "flat_running_sequences", "input_ids")
 
-# With MKL on an AMD EPYC, `W x` is 2 to 6 times as fast as `x W` for 2 to 4 rows in float32, and as fast for 32.
+# `W x` is 2 to 3 times as fast as `x W` for 2 to 4 rows, and as fast for 32 (`decode_cost.py --products`: MKL, EPYC).
 _FEW_ROWS = 32
 
 

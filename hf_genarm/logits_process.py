@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -11,17 +11,20 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from .advice import Advice
+from .compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
 from .engines import refuse_continuous_batching
 from .functional import fill_unscored, guided_log_probs
 from .fusion import Fusion
 from .lockstep import LockstepLM
 from .padding import PromptMask
-from .reward_model import find_tokenizer, generation_prompt_ids, load_reward_model
+from .reward_model import AutoregressiveRewardModel, find_tokenizer
 from .running import RunningGeneration
-from .sharing import shares_weights
+from .sharing import follow, shares_weights
 from .vocab import VocabMap
 
 logger = logging.getLogger(__name__)
+
+RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
 
 
 class GenARMLogitsProcessor(LogitsProcessor):
@@ -35,7 +38,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
     One instance can serve any number of `generate` calls, in any order.
 
     Args:
-        reward_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], or a list of them):
+        reward_model ([`AutoregressiveRewardModel`], [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or a list):
             One or several decoder-only language models with the tokenizer of the base model.
         alpha (`float` or list of `float`, *optional*, defaults to 1.0):
             Strength of the guidance, $1/\beta$ in the paper; one for all rewards, or one for each. At 0 a reward model
@@ -79,7 +82,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        reward_model: PreTrainedModel | PeftModel | Sequence[PreTrainedModel | PeftModel],
+        reward_model: RewardModel | Sequence[RewardModel],
         alpha: float | Sequence[float] = 1.0,
         *,
         pad_token_id: int | None = None,
@@ -87,9 +90,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         tokenizer: PreTrainedTokenizerBase | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
     ):
-        models = reward_model if isinstance(reward_model, Sequence) else [reward_model]
-        if not models:
+        given = reward_model if isinstance(reward_model, Sequence) else [reward_model]
+        if not given:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
+        models = [x.model if isinstance(x, AutoregressiveRewardModel) else x for x in given]
         self._reward_models = [LockstepLM(model) for model in models]
         self.alpha = alpha
         self._vocab_maps = _vocab_maps(tokenizer, reward_tokenizer, len(models))
@@ -136,19 +140,21 @@ class GenARMLogitsProcessor(LogitsProcessor):
         """
         given = pretrained_model_name_or_path
         names = [given] if isinstance(given, str) else list(given)
-        models = [load_reward_model(name, base_model, **kwargs) for name in names]
+        arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:
             tokenizer = find_tokenizer(base_model.name_or_path, token=kwargs.get("token"))
         # Ids that index the same embeddings are the same ids.
-        shared = [base_model is not None and shares_weights(model, base_model) for model in models]
+        shared = [base_model is not None and shares_weights(arm.model, base_model) for arm in arms]
         reward_tokenizers = None
         if tokenizer is not None:
             reward_tokenizers = [
-                None if same else find_tokenizer(name, model.name_or_path, token=kwargs.get("token"))
-                for name, model, same in zip(names, models, shared, strict=True)
+                None if same or (base_model is not None and has_same_ids(arm, base_model, tokenizer)) else arm.tokenizer
+                for arm, same in zip(arms, shared, strict=True)
             ]
+            for arm, name, same in zip(arms, names, shared, strict=True):
+                warn_of_differences(arm.info, name, tokenizer, same)
         processor = cls(
-            models,
+            arms,
             alpha,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
@@ -156,7 +162,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             reward_tokenizer=reward_tokenizers,
         )
         if tokenizer is not None:
-            processor._advice = Advice(generation_prompt_ids(names[0], tokenizer, kwargs.get("token")))
+            processor._advice = Advice(generation_prompt_ids(arms[0].info, tokenizer))
         if base_model is not None and any(shared):
             processor._fusion = Fusion(base_model)
             for index in [index for index, same in enumerate(shared) if same]:
@@ -226,6 +232,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         is_prompt = input_ids.shape != self._next_shape
         self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
         attention_mask = self._prompt_mask(input_ids, is_prompt)
+        if is_prompt and self._fusion is not None:
+            for reward_model, engine in zip(self._reward_models, self._engines, strict=True):
+                if engine != "separate":
+                    follow(reward_model.model, self._fusion.base)
         generation = RunningGeneration.of_processor()
         self._advice(generation, input_ids, attention_mask, is_prompt)
         rewards = [self._reward_log_probs(index, alpha, input_ids, attention_mask, scores) for index, alpha in active]

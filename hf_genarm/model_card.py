@@ -1,64 +1,105 @@
-"""The model card of a trained autoregressive reward model."""
+"""The model card of an autoregressive reward model, written from what was measured."""
 
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .reward_info import RewardInfo
+
+TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
+
+
+@dataclass
+class Steered:
+    """What guidance at one strength did on held-out prompts. `effect` and `kl` are text, with their intervals."""
+
+    alpha: float
+    effect: str
+    kl: str
 
 
 def reward_model_card(
+    info: RewardInfo,
     model_name: str,
-    hub_model_id: str | None,
-    base_model: str | None,
-    dataset_name: str | None,
-    tags: list[str],
+    model_id: str,
     is_adapter: bool,
-    beta: float,
-    metrics: dict[str, float],
+    *,
+    tags: list[str] | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    effect_name: str | None = None,
+    unguided: str | None = None,
+    steered: list[Steered] | None = None,
+    notes: str = "",
+    command: str | None = None,
 ) -> ModelCard:
     """
-    Writes the card of a reward model from what the trainer knows.
-
     Args:
+        info ([`RewardInfo`]):
+            What is known about the reward model.
         model_name (`str`):
-            Name of the model, the title of the card.
-        hub_model_id (`str`, *optional*):
-            Its Hub id, for the quick start.
-        base_model (`str`, *optional*):
-            Hub id of the model that was trained, or that the adapter belongs to.
-        dataset_name (`str`, *optional*):
-            Hub id of the preference data.
-        tags (list of `str`):
-            Tags for the Hub.
+            The title of the card.
+        model_id (`str`):
+            Hub id or folder, for the quick start.
         is_adapter (`bool`):
             Whether the weights are a PEFT adapter.
-        beta (`float`):
-            The scale of the reward in the loss.
-        metrics (`dict[str, float]`):
-            What the last evaluation measured, by name; may be empty.
+        tags (list of `str`, *optional*):
+            Besides those that every reward model has.
+        license, language (`str`, *optional*):
+            For the Hub.
+        effect_name (`str`, *optional*):
+            What was measured in steered text.
+        unguided (`str`, *optional*):
+            That measure of unguided text.
+        steered (list of [`Steered`], *optional*):
+            That measure at several strengths.
+        notes (`str`, *optional*):
+            Markdown that follows what was measured.
+        command (`str`, *optional*):
+            The command that made the model and the card.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
+    results = None
+    if "pair_accuracy" in info.metrics:
+        results = [
+            EvalResult(
+                task_type="reward-modeling",
+                task_name="Pairwise preference",
+                dataset_type=info.dataset or "preference-pairs",
+                dataset_name=f"{info.dataset or 'preference pairs'}, held out",
+                metric_type=metric,
+                metric_name=name,
+                metric_value=round(info.metrics[metric], 4),
+            )
+            for metric, name in (("pair_accuracy", "Pair accuracy"), ("shorter_accuracy", "Accuracy of the shorter"))
+        ]
     card_data = ModelCardData(
-        base_model=base_model,
-        datasets=dataset_name,
+        base_model=info.base_model,
+        base_model_relation="adapter" if is_adapter and info.base_model else None,
+        datasets=info.dataset if info.dataset and "/" in info.dataset else None,
+        language=language,
         library_name="peft" if is_adapter else "transformers",
+        license=license,
         model_name=model_name,
-        tags=tags,
         # The default, text generation, would present a reward as a chat model.
         pipeline_tag=None,
-        base_model_relation="adapter" if is_adapter and base_model else None,
+        tags=[*TAGS, *(["conversational"] if info.chat_template else []), *(tags or [])],
+        eval_results=results,
     )
     return ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).parent / "templates" / "model_card.md"),
+        info=info,
+        metrics=info.metrics,
         model_name=model_name,
-        model_id=hub_model_id or model_name,
-        base_model=base_model,
-        dataset_name=dataset_name,
+        model_id=model_id,
         is_adapter=is_adapter,
-        beta=beta,
-        metrics=metrics,
-        versions={name: version(name) for name in ("hf_genarm", "trl", "transformers", "peft", "torch", "datasets")},
+        effect_name=effect_name,
+        unguided=unguided,
+        steered=steered or [],
+        notes=notes,
+        command=command,
     )

@@ -1,98 +1,252 @@
-"""How an autoregressive reward model is loaded: a PEFT adapter or a full model, from the Hub or a folder."""
+"""`AutoregressiveRewardModel`: what is published. Weights, tokenizer, and what it says about itself."""
 
-import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import ModelCard
+import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import PushToHubMixin
 
+from .reward_info import INFO_NAME, RewardInfo
+from .scoring import Texts, TokenRewards, token_rewards
 from .sharing import load_onto_shared_weights, why_it_changes
 
 logger = logging.getLogger(__name__)
 
-# What `from_pretrained` needs to find a file; everything else says how to load the weights of the language model.
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Say where to find the files; everything else says how to load the weights of the language model.
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# Pickled weights run code when they are loaded, so they are not even downloaded.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md")
 
 
-def load_reward_model(
-    pretrained_model_name_or_path: str, base_model: PreTrainedModel | None = None, **kwargs: Any
-) -> PreTrainedModel | PeftModel:
-    """
-    Loads an autoregressive reward model for inference.
-
-    An adapter that was trained on `base_model` shares its weights: the reward model is a second set of modules around
-    the *same* parameters, with the adapter in it. No weight is copied, and `base_model` itself is not touched.
+class AutoregressiveRewardModel(PushToHubMixin):
+    r"""
+    An autoregressive reward model ([GenARM](https://hf.co/papers/2410.08193)): a causal LM $\pi_r$, usually an adapter,
+    whose log-probabilities are rewards, $r(x, y) = \sum_t \log\pi_r(y_t \mid x, y_{<t})$.
 
     Args:
-        pretrained_model_name_or_path (`str`):
-            Hub id or local folder of a PEFT adapter or of a full causal LM.
-        base_model ([`~transformers.PreTrainedModel`], *optional*):
-            The model to be steered. Its weights are shared if it is a plain model (no `PeftModel`), its name is that of
-            the adapter's `base_model_name_or_path` (whatever stands before the last `/`), and no argument asks for
-            other weights.
-        **kwargs:
-            Passed to `from_pretrained`: `revision`, `subfolder`, `token`, `dtype`, `device_map`, …
-            For an adapter, `revision` and `subfolder` are those of the adapter, and the arguments about weights are
-            those of the model that it is loaded onto.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The language model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer. Without it, it can steer but not score texts.
+        info ([`RewardInfo`], *optional*):
+            What is known about it. Defaults to nothing.
 
-    Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], in evaluation mode.
+    Example:
+
+    ```python
+    >>> from hf_genarm import AutoregressiveRewardModel
+
+    >>> arm = AutoregressiveRewardModel.from_pretrained("model_cards/arm-smollm2-135m-sentiment")
+    >>> answers = ["I loved it.", "I hated it."]
+    >>> rewards = arm.score(["How was the hotel?"] * 2, answers)
+    >>> best = answers[rewards.argmax()]  # best of n
+    ```
     """
-    hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
-    if find_adapter_config_file(pretrained_model_name_or_path, **hub_kwargs) is None:
-        logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
-        return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **kwargs)
 
-    adapter = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-    trained_on = adapter.base_model_name_or_path
-    objection = _why_not_shared(base_model, trained_on, kwargs)
-    if base_model is not None and objection is None:
-        objection = why_it_changes(base_model, adapter, pretrained_model_name_or_path, **hub_kwargs)
-    if base_model is not None and objection is None:
-        model = load_onto_shared_weights(base_model, pretrained_model_name_or_path, **hub_kwargs)
-    else:
-        logger.info(
-            "%s: engine `separate`, with weights of its own, because %s.", pretrained_model_name_or_path, objection
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        info: RewardInfo | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.info = info or RewardInfo()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        base_model: PreTrainedModel | None = None,
+        *,
+        trust_remote_code: bool = False,
+        subfolder: str = "",
+        **kwargs: Any,
+    ) -> "AutoregressiveRewardModel":
+        """
+        Loads a reward model from the Hub or a folder: an adapter or a full model, with or without a
+        `genarm_config.json`. Any causal LM or adapter on one will do; what it lacks to be used well is logged.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Hub id or local folder. The weights must be safetensors.
+            base_model ([`~transformers.PreTrainedModel`], *optional*):
+                The model to be steered. An adapter that was trained on it shares its weights, in other modules around
+                the same parameters; `base_model` itself is not touched. It is shared if it is a plain model (no
+                `PeftModel`), its name is that of the adapter's `base_model_name_or_path` (whatever stands before the
+                last `/`), the adapter only adds to its weights, and no argument asks for other weights.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether to run code from the repository of the language model.
+            subfolder (`str`, *optional*):
+                The folder within the repository.
+            **kwargs:
+                `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` say where to find it. All
+                others are passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`,
+                `quantization_config`, … For an adapter these are about the model that it is loaded onto.
+
+        Returns:
+            [`AutoregressiveRewardModel`], in evaluation mode.
+
+        Raises:
+            ValueError: if its weights are pickled or missing, or its format is newer than this package.
+        """
+        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
+        folder = _download(pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        has_info = (folder / INFO_NAME).exists()
+        info = RewardInfo.load(folder / INFO_NAME) if has_info else RewardInfo()
+        if not has_info:
+            logger.info(
+                "%s has no `%s`: its reward scale `beta`, its objective, and the tokenizer and chat template that it "
+                "was trained with are unknown. Look for a good `alpha` yourself.",
+                pretrained_model_name_or_path,
+                INFO_NAME,
+            )
+        _check_weights(folder, pretrained_model_name_or_path)
+        remote = {"trust_remote_code": True} if trust_remote_code else {}
+        if (folder / "adapter_config.json").exists():
+            hub_kwargs.pop("revision", None)  # is that of the adapter
+            model = _load_adapter(folder, pretrained_model_name_or_path, base_model, hub_kwargs, remote, kwargs)
+        else:
+            logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(folder, **remote, **kwargs)
+        return cls(model.eval(), find_tokenizer(folder, model.name_or_path, token=hub_kwargs.get("token")), info)
+
+    def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        Writes weights, tokenizer and `genarm_config.json` into a folder that plain PEFT or transformers also load.
+
+        Args:
+            save_directory (`str`):
+                The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to push it as well, under the name of the folder or under `repo_id`.
+            **kwargs:
+                Passed to `save_pretrained` of the language model, or with `push_to_hub` to `push_to_hub`.
+        """
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", PurePath(save_directory).name), **kwargs)
+            kwargs = {}
+        self.model.save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+        self.info.save(save_directory)
+
+    def score(
+        self,
+        prompts: Texts,
+        responses: Texts,
+        *,
+        batch_size: int = 8,
+        chunk_length: int = 128,
+        show_progress: bool = False,
+    ) -> Tensor:
+        r"""
+        The reward of each response, $\log\pi_r(y \mid x)$, its end-of-text token included.
+
+        Longer responses have lower rewards: compare those of one prompt, and mind their lengths.
+
+        Args:
+            prompts, responses (list of `str` or of messages):
+                As many responses as prompts. A prompt of messages goes through the chat template.
+            batch_size (`int`, *optional*, defaults to 8):
+                Number of texts in a forward pass.
+            chunk_length (`int`, *optional*, defaults to 128):
+                Number of tokens of each text in a forward pass; a longer text takes several.
+            show_progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar.
+
+        Returns:
+            `torch.FloatTensor` of shape `(n_responses,)`, in nats, on the CPU.
+        """
+        rows = self.token_rewards(
+            prompts, responses, batch_size=batch_size, chunk_length=chunk_length, show_progress=show_progress
         )
-        base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
-        network = AutoModelForCausalLM.from_pretrained(trained_on, revision=adapter.revision, **base_kwargs, **kwargs)
-        model = PeftModel.from_pretrained(network, pretrained_model_name_or_path, **hub_kwargs)
-    return model.eval()
+        return torch.stack([row.rewards.sum() for row in rows]) if rows else torch.empty(0)
+
+    def token_rewards(
+        self,
+        prompts: Texts,
+        responses: Texts,
+        *,
+        batch_size: int = 8,
+        chunk_length: int = 128,
+        show_progress: bool = False,
+    ) -> list[TokenRewards]:
+        """The reward of each token of each response, with its place in the text. Arguments as for `score`."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "This reward model has no tokenizer, so it can't score text. Pass `tokenizer` to the class."
+            )
+        return token_rewards(self.model, self.tokenizer, prompts, responses, batch_size, chunk_length, show_progress)
+
+    def as_reward_func(self, batch_size: int = 8) -> Callable[..., list[float]]:
+        """The callable that [`~trl.GRPOTrainer`] expects in `reward_funcs`: `score` of prompts and completions."""
+
+        def autoregressive_reward(prompts: list, completions: list, **_: Any) -> list[float]:
+            return self.score(prompts, completions, batch_size=batch_size).tolist()
+
+        return autoregressive_reward
 
 
-def find_tokenizer(*names_or_paths: str, token: str | None = None) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(*names_or_paths: str | Path, token: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the first of these folders or repositories that has one."""
     for name_or_path in names_or_paths:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token)
-            # For a folder of weights alone, some architectures get one that knows nothing but its special tokens.
-            if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-                return tokenizer
+        except (OSError, ValueError):
+            continue
+        # For a folder of weights alone, some architectures get one that knows nothing but its special tokens.
+        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            return tokenizer
     return None
 
 
-def generation_prompt_ids(
-    pretrained_model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, token: str | None = None
-) -> list[int] | None:
-    """
-    The tokens with which the chat template asks for an answer, if the card of the reward model has the tag
-    `conversational`, which the trainer gives to those that were trained on chats.
-    """
-    card = Path(pretrained_model_name_or_path, "README.md")
-    try:
-        tags = ModelCard.load(card if card.exists() else pretrained_model_name_or_path, token=token).data.tags or []
-    except (OSError, ValueError):  # no card, or none within reach
-        return None
-    if "conversational" not in tags or tokenizer.chat_template is None:
-        return None
-    chat = [{"role": "user", "content": "?"}]
-    question = tokenizer.apply_chat_template(chat, tokenize=False)
-    asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer(asked.removeprefix(question), add_special_tokens=False)["input_ids"]
+def _download(name_or_path: str, subfolder: str, **hub_kwargs: Any) -> Path:
+    """The folder itself, or one revision of a repository in the cache, complete."""
+    if not Path(name_or_path).is_dir():
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FILES]
+        name_or_path = snapshot_download(name_or_path, allow_patterns=patterns, **hub_kwargs)
+    folder = Path(name_or_path, subfolder)
+    if subfolder and not folder.is_dir():
+        raise ValueError(f"`{name_or_path}` has no folder `{subfolder}`. Check `subfolder`.")
+    return folder
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"`{name}` has no weights in safetensors. Pickled weights (`.bin`, `.pt`) are refused, because loading "
+            "them can run code: convert them with `save_pretrained`. If the repository has safetensors, the "
+            "download was not finished: load it again with a connection to the Hub."
+        )
+
+
+def _load_adapter(
+    folder: Path,
+    name: str,
+    base_model: PreTrainedModel | None,
+    hub_kwargs: dict[str, Any],
+    remote: dict[str, bool],
+    kwargs: dict[str, Any],
+) -> PeftModel:
+    adapter = PeftConfig.from_pretrained(str(folder))
+    trained_on = adapter.base_model_name_or_path
+    objection = _why_not_shared(base_model, trained_on, kwargs)
+    if base_model is not None and objection is None:
+        objection = why_it_changes(base_model, adapter, str(folder))
+    if base_model is not None and objection is None:
+        return load_onto_shared_weights(base_model, str(folder))
+    logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
+    network = AutoModelForCausalLM.from_pretrained(
+        trained_on, revision=adapter.revision, **hub_kwargs, **remote, **kwargs
+    )
+    return PeftModel.from_pretrained(network, str(folder))
 
 
 def _why_not_shared(base_model: PreTrainedModel | None, trained_on: str, kwargs: dict[str, Any]) -> str | None:

@@ -39,6 +39,19 @@ def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedMod
     return model.get_input_embeddings().weight is base_model.get_input_embeddings().weight
 
 
+def follow(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> None:
+    """Moves what a model that shares the weights of the base has of its own to the device of the base."""
+    shared = {id(x) for x in base_model.parameters()}
+    if len({x.device for x in base_model.parameters()}) > 1:  # each layer of it is where it was put
+        return
+    for module in model.modules():
+        for name, x in [*module._parameters.items(), *module._buffers.items()]:
+            if x is not None and id(x) not in shared and x.device != base_model.device:
+                moved = x.detach().to(base_model.device)
+                own = name in module._parameters
+                setattr(module, name, nn.Parameter(moved, requires_grad=x.requires_grad) if own else moved)
+
+
 def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, name_or_path: str, **hub_kwargs: Any) -> str | None:
     """
     Why an adapter may change weights of the model that it is loaded onto, instead of only adding some; `None` if it

@@ -22,8 +22,11 @@ from trl.data_utils import get_dataset_column_names, is_conversational
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .config import AutoregressiveRewardConfig
+from .custom_generate import write_custom_generate
 from .functional import shared_prefix_length, token_log_probs
-from .model_card import reward_model_card
+from .metrics import METRICS, preference_metrics
+from .model_card import TAGS, reward_model_card
+from .reward_info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
 
 
 class AutoregressiveRewardTrainer(RewardTrainer):
@@ -73,7 +76,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ```
     """
 
-    _tag_names: ClassVar = ["trl", "genarm", "autoregressive-reward-model", "reward-model"]
+    _tag_names: ClassVar = TAGS
     _name = "GenARM"
 
     def __init__(
@@ -106,6 +109,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         if peft_config is not None:
             peft_config = _as_causal_lm(peft_config)
 
+        if kwargs.get("compute_metrics") is None:
+            kwargs["compute_metrics"] = preference_metrics
+
         # RewardTrainer wants a classifier with one label; the causal LM answers to that name while it is set up.
         config = model.config
         labels = config.id2label, config.label2id
@@ -135,9 +141,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
     def _rewards(self, model: Module, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         """Stands in for the classifier: returns `beta * log π_r(y|x)` as its logits, of shape `(2 * batch_size, 1)`."""
-        chosen_ids, rejected_ids = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
-        # The first token of a text has nothing to be predicted from.
-        start = shared_prefix_length(chosen_ids, rejected_ids).clamp(min=1).repeat(2)
+        start = _response_start(input_ids, attention_mask)
         first = int(start.min())
         targets = input_ids[:, first:]
         # No logits for what all pairs share; the last position predicts nothing.
@@ -148,6 +152,14 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         is_response = (position >= start[:, None]) & (attention_mask[:, first:] == 1)
         rewards = self.args.beta * (log_probs * is_response).sum(dim=1)
         return SequenceClassifierOutput(logits=rewards[:, None])
+
+    def prediction_step(
+        self, model: Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        loss, rewards, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # What metrics compare rewards with: the numbers of response tokens, one row (chosen, rejected) for each pair.
+        lengths = inputs["attention_mask"].sum(dim=1) - _response_start(**inputs)
+        return loss, rewards, torch.stack(lengths.chunk(2), dim=1).to(self.args.device)
 
     def _prepare_dataset(
         self,
@@ -171,6 +183,28 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         return _without_identical_pairs(dataset, dataset_name, args)
 
+    @property
+    def reward_info(self) -> RewardInfo:
+        """What the trained model will say about itself, from the arguments, the data and the last evaluation."""
+        evaluations = [logs for logs in self.state.log_history if "eval_pair_accuracy" in logs]
+        metrics = {name: evaluations[-1][f"eval_{name}"] for name in METRICS} if evaluations else {}
+        base_model = get_config_model_id(self.model.config)
+        tokenizer = self.processing_class
+        return RewardInfo(
+            beta=self.args.beta,
+            reward_scale=metrics["rms_margin"] / self.args.beta if metrics else None,
+            objective=self.args.objective,
+            description=self.args.description,
+            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
+            base_model_revision=getattr(self.model.config, "_commit_hash", None),  # only of what came from the Hub
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            chat_template=chat_template_fingerprint(tokenizer) if self._is_conversational else None,
+            dataset=self.args.dataset_name,
+            n_pairs=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+            metrics=metrics,
+            versions=package_versions(),
+        )
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -181,29 +215,33 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.reward_info.save(folder)
             # PEFT has left a card there that calls the adapter a text generator.
-            self._card().save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+            self._card().save(os.path.join(folder, "README.md"))
+            if self.args.custom_generate:
+                write_custom_generate(folder, self.hub_model_id or os.path.abspath(folder))
 
     def _card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> ModelCard:
-        base_model = get_config_model_id(self.model.config)
-        evaluations = [logs for logs in self.state.log_history if "eval_accuracy" in logs]
-        names = ("eval_loss", "eval_accuracy", "eval_margin")
+        info = self.reward_info
+        info.dataset = dataset_name or info.dataset
+        name = model_name or os.path.basename(self.args.output_dir)
         return reward_model_card(
-            model_name=model_name or os.path.basename(self.args.output_dir),
-            hub_model_id=self.hub_model_id,
-            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
-            dataset_name=dataset_name,
-            tags=[
-                *self._tag_names,
-                *(["conversational"] if self._is_conversational else []),
-                *([tags] if isinstance(tags, str) else tags or []),
-            ],
+            info,
+            model_name=name,
+            model_id=self.hub_model_id or name,
             is_adapter=is_peft_model(self.model),
-            beta=self.args.beta,
-            metrics={name: evaluations[-1][name] for name in names} if evaluations else {},
+            tags=[tags] if isinstance(tags, str) else tags,
         )
+
+
+def _response_start(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
+    """Where the two responses of each pair part, `(2 * batch_size,)`, and at least 1."""
+    chosen_ids, rejected_ids = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
+    # The first token of a text has nothing to be predicted from.
+    return shared_prefix_length(chosen_ids, rejected_ids).clamp(min=1).repeat(2)
 
 
 def _load(

@@ -255,7 +255,8 @@ def table() -> str:
 
 # Each of these is a test of its own.
 OTHER_REWARD_MODELS = [
-    ("LoRA adapter on the base, sharing its weights", "exact"),
+    ("LoRA adapter on the base, in the base's own forward passes", "exact, in every mode above"),
+    ("DoRA, trained biases, `modules_to_save`, embeddings", "exact, in passes of their own"),
     ("weights that are offloaded (`device_map`)", "exact"),
     ("int8 weights of base and reward model (torchao)", "exact for those weights"),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.sharing import follow
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
 
@@ -371,6 +372,17 @@ def test_the_base_is_trained_and_moved(base, adapters):
         assert joint_passes(processor) == joint + 9
         assert_same(output, generate(base, [Recompute(adapted, [1.0, 1.0], BATCH["attention_mask"])]))
         assert is_untouched(base, plain)
+
+
+def test_a_base_that_moves_takes_its_reward_models_along(base, adapters):
+    """To the meta device, the only other one that every machine has: it computes shapes, and no values."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    generate(base, [processor])
+    base.to("meta")
+    for reward_model in processor._reward_models:
+        follow(reward_model.model, base)
+        tensors = [*reward_model.model.parameters(), *reward_model.model.buffers()]
+        assert {x.device.type for x in tensors} == {"meta"}
 
 
 class FlatMLP(LlamaMLP):

@@ -1,18 +1,20 @@
 """Loading reward models: what is shared with the base, what is not, and that the base never notices."""
 
+import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from oracle import Recompute
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
 from tiny import VOCAB_SIZE, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.reward_model import load_reward_model
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
+from hf_genarm.reward_info import chat_template_fingerprint, tokenizer_fingerprint
 
 
 @pytest.fixture
@@ -22,6 +24,10 @@ def saved(tmp_path):
     tiny_llama(0).save_pretrained(base)
     adapters = {name: save_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("first", "second"))}
     return {"base": str(base)} | adapters
+
+
+def load(name, base=None, **kwargs):
+    return AutoregressiveRewardModel.from_pretrained(name, base, **kwargs).model
 
 
 def pointers(model):
@@ -37,7 +43,7 @@ def test_an_adapter_shares_the_weights_of_the_base_and_leaves_it_alone(saved):
     base = AutoModelForCausalLM.from_pretrained(saved["base"])
     ids = random_prompts(2, 6)
     before, modules = logits(base, ids), [type(module) for module in base.modules()]
-    arms = [load_reward_model(saved[name], base) for name in ("first", "second")]
+    arms = [load(saved[name], base) for name in ("first", "second")]
     separate = [
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved["base"]), saved[name])
         for name in ("first", "second")
@@ -58,9 +64,9 @@ def test_the_base_may_have_another_folder(saved, tmp_path):
     config["base_model_name_or_path"] = "somebody/tiny-base"
     (tmp_path / "first" / "adapter_config.json").write_text(json.dumps(config))
     base = AutoModelForCausalLM.from_pretrained(saved["base"])
-    assert pointers(load_reward_model(saved["first"], base)) == pointers(base)
+    assert pointers(load(saved["first"], base)) == pointers(base)
     base.name_or_path = "/cache/models--somebody--tiny-base/snapshots/0a1b2c"
-    assert pointers(load_reward_model(saved["first"], base)) == pointers(base)
+    assert pointers(load(saved["first"], base)) == pointers(base)
 
 
 @pytest.mark.parametrize("reason", ["another name", "a dtype", "a PeftModel"])
@@ -72,7 +78,7 @@ def test_weights_are_not_shared_with_another_model(saved, reason):
         kwargs = {"dtype": torch.bfloat16}
     else:
         base = PeftModel.from_pretrained(base, saved["second"])
-    arm = load_reward_model(saved["first"], base, **kwargs)
+    arm = load(saved["first"], base, **kwargs)
     assert not pointers(arm) & pointers(base)
     assert arm.dtype == kwargs.get("dtype", torch.float32)
 
@@ -92,6 +98,101 @@ def test_from_pretrained_takes_adapters_and_full_models(saved, tmp_path):
 
     full = GenARMLogitsProcessor.from_pretrained(str(tmp_path / "repo"), subfolder="arm")
     torch.testing.assert_close(full(ids, scores), Recompute([tiny_llama(7)], [1.0])(ids, scores), atol=1e-4, rtol=0)
+
+
+# --- what is published ---
+
+INFO = RewardInfo(beta=0.1, objective="warm weather", metrics={"pair_accuracy": 0.75}, versions={"trl": "1.16.0"})
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full model"])
+def test_a_reward_model_is_saved_whole(tokenizer, tmp_path, kind):
+    model = tiny_llama(7, vocab_size=len(tokenizer))
+    if kind == "adapter":
+        model.save_pretrained(tmp_path / "base")
+        model = load(save_adapter(tmp_path / "base", tmp_path / "arm"))
+    AutoregressiveRewardModel(model, tokenizer, INFO).save_pretrained(tmp_path / "copy")
+    arm = AutoregressiveRewardModel.from_pretrained(str(tmp_path / "copy"))
+    ids = random_prompts(2, 6)
+    assert torch.equal(logits(arm.model, ids), logits(model, ids))
+    assert arm.info == INFO
+    assert arm.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert not list((tmp_path / "copy").glob("*.bin"))
+    # Plain PEFT and transformers load the same folder.
+    plain = (AutoPeftModelForCausalLM if kind == "adapter" else AutoModelForCausalLM).from_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(plain.eval(), ids), logits(model, ids))
+
+
+def test_an_adapter_of_unknown_origin_is_a_reward_model(saved, caplog):
+    caplog.set_level("INFO", "hf_genarm")
+    arm = AutoregressiveRewardModel.from_pretrained(saved["first"])
+    assert arm.info == RewardInfo()
+    assert any("unknown" in record.message and "beta" in record.message for record in caplog.records)
+
+
+def test_pickled_weights_are_refused(saved, tmp_path):
+    model = load(saved["first"])
+    state = get_peft_model_state_dict(model)
+    (tmp_path / "first" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights in safetensors"):
+        load(saved["first"])
+    torch.save(state, tmp_path / "first" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"Pickled weights .* are refused"):
+        load(saved["first"])
+    (tmp_path / "full").mkdir()
+    tiny_llama(7).config.save_pretrained(tmp_path / "full")
+    torch.save(tiny_llama(7).state_dict(), tmp_path / "full" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="refused"):
+        load(str(tmp_path / "full"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format_version": 2, "something": 1}', r"format 2, .* formats up to 1. Update it"),
+        ('{"format_version": 1, "gamma": 1}', r"does not know: \['gamma'\]"),
+        ('{"format_version"', "not valid JSON"),
+    ],
+)
+def test_an_info_that_cant_be_read(saved, tmp_path, text, message):
+    (tmp_path / "first" / "genarm_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(saved["first"])
+
+
+def test_a_subfolder_that_is_not_there(saved):
+    with pytest.raises(ValueError, match="no folder `elsewhere`"):
+        load(saved["first"], subfolder="elsewhere")
+
+
+@pytest.mark.parametrize("what", ["nothing", "the tokens", "the template"])
+def test_what_the_reward_model_was_trained_with(tokenizer, tmp_path, what):
+    """Compared with the base by fingerprint, and told once if it differs."""
+    tiny_llama(0, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "arm")
+    other = copy.deepcopy(tokenizer)
+    if what == "the tokens":
+        other.add_tokens(["hello"])
+    if what == "the template":
+        other.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    RewardInfo(tokenizer=tokenizer_fingerprint(other), chat_template=chat_template_fingerprint(other)).save(
+        tmp_path / "arm"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GenARMLogitsProcessor.from_pretrained(adapter, base_model=base)
+    messages = [str(warning.message) for warning in caught if warning.category is GuidanceWarning]
+    assert len(messages) == (what != "nothing")
+    if what != "nothing":
+        assert {"the tokens": "another tokenizer", "the template": "another chat template"}[what] in messages[0]
+
+
+def test_the_processor_takes_a_loaded_reward_model(saved):
+    arm = AutoregressiveRewardModel.from_pretrained(saved["first"])
+    ids, scores = random_prompts(2, 6), torch.randn(2, VOCAB_SIZE)
+    assert torch.equal(GenARMLogitsProcessor(arm)(ids, scores), GenARMLogitsProcessor(arm.model)(ids, scores))
 
 
 def test_steering_does_not_import_trl():

@@ -2,18 +2,23 @@
 
 import copy
 import math
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
+from hf_genarm.metrics import accuracy_interval
+from hf_genarm.reward_info import tokenizer_fingerprint
 
 PROMPTS = ["How was the train ride? ", "What is the weather like? ", "Tell me about the food. "]
 CHOSEN = ["It was fine and the view was kind.", "It is a fine and warm day today.", "The food was warm."]
@@ -329,18 +334,78 @@ def test_a_model_id_is_loaded_as_a_causal_lm(make_trainer, tokenizer, tmp_path):
     assert trainer.args.model_init_kwargs == init_kwargs
 
 
-def test_the_card_describes_a_reward_model(make_trainer, tokenizer):
-    trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD))
-    trainer.evaluate()
+def test_the_saved_folder_says_everything(make_trainer, tokenizer):
+    words = {"objective": "warm weather", "description": "It likes the sun.", "dataset_name": "me/my-pairs"}
+    trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD), **words)
+    metrics = trainer.evaluate()
     trainer.save_model()
-    readme = Path(trainer.args.output_dir, "README.md")
-    assert "GenARMLogitsProcessor" in readme.read_text()
-    trainer.create_model_card(model_name="my-arm", dataset_name="me/my-pairs", tags="polite")
-    card = readme.read_text()
-    for part in ("library_name: peft", "- genarm", "- polite", "GenARMLogitsProcessor", "β = 0.05", "eval_accuracy"):
-        assert part in card
-    assert "pipeline" not in card
-    assert "conversational" not in card
+    folder = trainer.args.output_dir
+    info = RewardInfo.load(Path(folder, "genarm_config.json"))
+    assert info == trainer.reward_info
+    assert (info.beta, info.objective, info.dataset) == (0.05, "warm weather", "me/my-pairs")
+    assert info.n_pairs == len(trainer.train_dataset)
+    assert info.tokenizer == tokenizer_fingerprint(tokenizer)
+    assert info.chat_template is None
+    assert info.metrics["pair_accuracy"] == metrics["eval_pair_accuracy"]
+    assert info.reward_scale == pytest.approx(metrics["eval_rms_margin"] / 0.05)
+    assert info.versions["trl"] == version("trl")
+
+    card = ModelCard.load(Path(folder, "README.md"))
+    assert card.data.library_name == "peft"
+    assert {"genarm", "autoregressive-reward-model", "reward-model", "trl"} <= set(card.data.tags)
+    assert "conversational" not in card.data.tags
+    assert "pipeline_tag" not in card.data.to_dict()
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["pair_accuracy"] == pytest.approx(metrics["eval_pair_accuracy"], abs=1e-4)
+    for part in ("warm weather", "It likes the sun.", "length-only baseline", "β = 0.05", "not a chat", "me/my-pairs"):
+        assert part in card.text
+
+    trainer.create_model_card(model_name="my-arm", dataset_name="me/other-pairs", tags="polite")
+    card = ModelCard.load(Path(folder, "README.md"))
+    assert "polite" in card.data.tags
+    assert card.data.datasets == "me/other-pairs"
+
+
+def test_metrics_of_held_out_pairs(make_trainer):
+    """Against the arithmetic on what `predict` returns, and lengths counted in tokens."""
+    trainer = make_trainer(eval_dataset=Dataset.from_dict(STANDARD))
+    metrics = trainer.evaluate()
+    chosen, rejected = trainer.predict(trainer.eval_dataset).predictions.T
+    pairs = pairs_of(trainer.eval_dataset)
+    shorter = [(len(one) < len(other)) + 0.5 * (len(one) == len(other)) for one, other in pairs]
+    assert metrics["eval_n_pairs"] == len(pairs)
+    assert metrics["eval_pair_accuracy"] == pytest.approx((chosen > rejected).mean())
+    assert metrics["eval_pair_accuracy_low"] <= metrics["eval_pair_accuracy"] <= metrics["eval_pair_accuracy_high"]
+    assert metrics["eval_shorter_accuracy"] == pytest.approx(np.mean(shorter))
+    assert metrics["eval_mean_margin"] == pytest.approx((chosen - rejected).mean(), abs=1e-6)
+    longer = np.array([len(one) - len(other) for one, other in pairs])
+    correlation = np.corrcoef(chosen - rejected, longer)[0, 1]
+    assert metrics["eval_margin_length_correlation"] == pytest.approx(correlation, abs=1e-5)
+
+
+def test_the_interval_of_an_accuracy():
+    """Against the normal approximation, and with ties."""
+    is_right = np.array([1.0] * 600 + [0.5] * 100 + [0.0] * 300)
+    half = 1.96 * is_right.std() / math.sqrt(len(is_right))
+    assert accuracy_interval(is_right) == pytest.approx((0.65 - half, 0.65 + half), abs=0.002)
+    assert accuracy_interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_custom_generate(make_trainer, tokenizer):
+    """No import of ours in the user's code: the folder brings it."""
+    trainer = make_trainer(custom_generate=True)
+    trainer.save_model()
+    folder = trainer.args.output_dir
+    base = tiny_llama(5, vocab_size=len(tokenizer))
+    ids = {"input_ids": tokenizer("The train was", return_tensors="pt").input_ids, "pad_token_id": 0}
+    options = {"max_new_tokens": 8, "trust_remote_code": True, "custom_generate": folder}
+    guided = base.generate(**ids, **options, alpha=1.5)
+    assert torch.equal(base.generate(**ids, **options, alpha=0.0), base.generate(**ids, max_new_tokens=8))
+    processor = GenARMLogitsProcessor(trainer.model.eval(), 1.5)
+    assert torch.equal(guided, base.generate(**ids, max_new_tokens=8, logits_processor=[processor]))
+    assert not torch.equal(guided, base.generate(**ids, max_new_tokens=8))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        base.generate(**ids, max_new_tokens=8, custom_generate=folder, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("explicit", [True, False])

@@ -10,8 +10,9 @@ from tiny import CORPUS, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
+from hf_genarm import GenARMLogitsProcessor, GuidanceWarning, RewardInfo
 from hf_genarm.functional import fill_unscored, guided_log_probs
+from hf_genarm.reward_info import chat_template_fingerprint
 from hf_genarm.vocab import VocabMap
 
 
@@ -161,16 +162,15 @@ def test_a_prompt_without_the_chat_template_is_warned_about(setup, tmp_path):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    card = tmp_path / "arm" / "README.md"
     chats = [[{"role": "user", "content": text}] for text in ("How was the food?", "Is the sun warm today?")]
     options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
     chat = tokenizer.apply_chat_template(chats, **options)
     chat = {name: chat[name] for name in ("input_ids", "attention_mask")}
     text = {"input_ids": tokenizer("How was the food?", return_tensors="pt").input_ids}
 
-    card.write_text("---\ntags: [genarm]\n---\n")
+    RewardInfo().save(tmp_path / "arm")
     generate(base, GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base), text)
-    card.write_text("---\ntags: [genarm, conversational]\n---\n")
+    RewardInfo(chat_template=chat_template_fingerprint(tokenizer)).save(tmp_path / "arm")
     processor = GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base)
     generate(base, processor, chat)
     generate(base, processor, chat, num_beams=2)

@@ -12,6 +12,7 @@ and added to a JSON file. Peak memory is that of a process of its own, from the 
 import argparse
 import cProfile
 import json
+import os
 import platform
 import pstats
 import statistics
@@ -24,11 +25,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
-from hf_genarm.reward_model import load_reward_model
 
 ENGINES = ("fused", "shared", "separate")
 TARGETS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
@@ -90,7 +90,7 @@ def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProce
 def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
     results = []
     rounds = tqdm(total=len(args.batch_sizes) * len(args.adapters) * args.rounds, desc="rounds")
-    arm = load_reward_model(names[0])
+    arm = AutoregressiveRewardModel.from_pretrained(names[0]).model
     for n_adapters in args.adapters:
         processors = {engine: make_processor(engine, model, names[:n_adapters]) for engine in args.engines}
         for batch_size in args.batch_sizes:
@@ -119,12 +119,16 @@ def peak_memory(engine: str, names: list[str], batch_size: int, args) -> float:
     """In megabytes, of a process that does nothing else."""
     options = ["--peak-memory-of", engine, *names, "--batch-sizes", str(batch_size)]
     options += ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
-    run = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
+    # Large blocks go back to the system at once, so that memory in use is measured, and not how it is fragmented.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *options]
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return float(run.stdout.split()[-1])
 
 
 def print_peak_memory(engine: str, names: list[str], args) -> None:
-    model = AutoModelForCausalLM.from_pretrained(demo_model())
+    path = demo_model()
+    model, _tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     processors: list[LogitsProcessor] = [make_processor(engine, model, names)] if engine != "unguided" else []
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
     run_engine(engine, model, processors, args.batch_sizes[0], args)
@@ -153,6 +157,27 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
         print(f"\nbatch {batch_size}, 1 adapter: share of the time of `generate`")
         for name, seconds in parts.items():
             print(f"  {seconds / total:6.1%}  {name}")
+
+
+def compare_products(model: PreTrainedModel) -> None:
+    """The linear layers of the model for a few rows, as torch computes them and as a joint pass does."""
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    ways = {
+        "x W": lambda x, weight: torch.nn.functional.linear(x, weight),
+        "W x": lambda x, weight: torch.mm(weight, x.T).T.contiguous(),
+    }
+    print("rows  x W / W x, time for all linear layers")
+    for n_rows in (2, 3, 4, 8, 16, 32):
+        inputs = {weight.shape[1]: torch.randn(n_rows, weight.shape[1]) for weight in weights}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(9):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                for weight in weights:
+                    way(inputs[weight.shape[1]], weight)
+                seconds[name].append(time.perf_counter() - start)
+        ratios = [x / y for x, y in zip(*seconds.values(), strict=True)]
+        print(f"{n_rows:4}  {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
 
 
 def machine() -> dict[str, str | int]:
@@ -196,6 +221,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
+    parser.add_argument("--products", action="store_true", help="compare two ways of computing linear layers instead")
     parser.add_argument("--output", type=Path, help="JSON file that the results are added to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-memory-of", nargs="+", help=argparse.SUPPRESS)
@@ -207,6 +233,9 @@ def main() -> None:
 
     path = demo_model()
     model = AutoModelForCausalLM.from_pretrained(path)
+    if args.products:
+        with torch.no_grad():
+            return compare_products(model)
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(path, Path(folder), args)
         if args.profile:

@@ -1,0 +1,60 @@
+"""What a reward model has learned about held-out pairs, beside what a rule that only counts tokens knows."""
+
+import numpy as np
+from transformers import EvalPrediction
+
+METRICS = (
+    "n_pairs",
+    "pair_accuracy",
+    "pair_accuracy_low",
+    "pair_accuracy_high",
+    "shorter_accuracy",
+    "mean_margin",
+    "rms_margin",
+    "margin_length_correlation",
+)
+
+
+def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1."""
+    outcomes = np.array([0.0, 0.5, 1.0])
+    shares = [(is_right == outcome).mean() for outcome in outcomes]
+    # To resample the values is to draw how often each outcome occurs.
+    counts = np.random.default_rng(seed).multinomial(len(is_right), shares, size=n_resamples)
+    low, high = np.quantile(counts @ outcomes / len(is_right), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """
+    Args:
+        prediction ([`~transformers.EvalPrediction`]):
+            `predictions` of shape `(n_pairs, 2)` are the rewards of chosen and rejected; `label_ids` of shape
+            `(n_pairs, 2)` their numbers of tokens.
+
+    Returns:
+        `dict[str, float]`:
+            - `n_pairs`
+            - `pair_accuracy`: share of pairs whose chosen response has the higher reward, ties count half; with the
+              bounds of its 95 % bootstrap interval, `pair_accuracy_low` and `pair_accuracy_high`
+            - `shorter_accuracy`: the same for preferring the shorter response, which an untrained model does
+            - `mean_margin`: mean of chosen minus rejected reward
+            - `rms_margin`: its root mean square
+            - `margin_length_correlation`: Pearson correlation of that difference with the difference in length; 0 if
+              one of them is constant
+    """
+    margin = prediction.predictions[:, 0] - prediction.predictions[:, 1]
+    longer = prediction.label_ids[:, 0] - prediction.label_ids[:, 1]
+    is_right = (margin > 0) + 0.5 * (margin == 0)
+    low, high = accuracy_interval(is_right)
+    varies = margin.std() > 0 and longer.std() > 0
+    return {
+        "n_pairs": len(margin),
+        "pair_accuracy": float(is_right.mean()),
+        "pair_accuracy_low": low,
+        "pair_accuracy_high": high,
+        "shorter_accuracy": float(((longer < 0) + 0.5 * (longer == 0)).mean()),
+        "mean_margin": float(margin.mean()),
+        "rms_margin": float(np.sqrt((margin**2).mean())),
+        "margin_length_correlation": float(np.corrcoef(margin, longer)[0, 1]) if varies else 0.0,
+    }

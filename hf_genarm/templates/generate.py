@@ -1,0 +1,25 @@
+"""
+Generation guided by the reward model of this repository:
+
+    model.generate(**inputs, alpha=1.0, custom_generate="{{ model_id }}", trust_remote_code=True)
+"""
+
+from transformers import GenerationMixin
+
+from hf_genarm import GenARMLogitsProcessor
+
+REWARD_MODEL = "{{ model_id }}"
+
+
+def generate(model, *args, alpha=1.0, reward_model=REWARD_MODEL, logits_processor=None, **kwargs):
+    """
+    Args:
+        alpha (`float`): strength of the guidance.
+        reward_model (`str`): Hub id or folder of the reward model, if it was moved.
+
+    All other arguments are those of `generate`.
+    """
+    processor = GenARMLogitsProcessor.from_pretrained(reward_model, base_model=model, alpha=alpha)
+    # One that is given runs before the reward model, as in `generate`.
+    processors = [*(logits_processor or []), processor]
+    return GenerationMixin.generate(model, *args, logits_processor=processors, **kwargs)

@@ -1,0 +1,169 @@
+"""What the scripts beside it share: measuring a trained reward model, and writing its folder and the index."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LogitsProcessor, set_seed
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from quickstart import bootstrap  # noqa: E402
+
+from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
+from hf_genarm.demo import demo_model  # noqa: E402
+from hf_genarm.model_card import Steered, reward_model_card  # noqa: E402
+from hf_genarm.reward_info import INFO_NAME, RewardInfo  # noqa: E402
+
+ALPHAS = (0.5, 1.0, 2.0)
+SEED = 0
+
+
+def interval(values: np.ndarray) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values, SEED))
+
+
+class KLMeter:
+    """The divergence of guided from unguided next-token distributions: one processor before, one after guidance."""
+
+    def __init__(self) -> None:
+        self.per_step: list[torch.Tensor] = []
+        self._base: torch.Tensor | None = None
+
+    def around(self, processor: LogitsProcessor) -> list[LogitsProcessor]:
+        meter = self
+
+        class Before(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                meter._base = scores.float().log_softmax(dim=-1)
+                return scores
+
+        class After(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                guided = scores.float().log_softmax(dim=-1)
+                meter.per_step.append((guided.exp() * (guided - meter._base)).sum(dim=-1))
+                return scores
+
+        return [Before(), processor, After()]
+
+    def per_text(self, n_tokens: np.ndarray) -> np.ndarray:
+        """Mean over the tokens of each text, its end included."""
+        kl = torch.stack(self.per_step, dim=1).numpy()
+        written = np.arange(kl.shape[1])[None] < n_tokens[:, None]
+        return (kl * written).sum(axis=1) / written.sum(axis=1)
+
+
+class Steering:
+    """Samples one answer to each prompt under the same seed, with any processor."""
+
+    def __init__(self, model, tokenizer, prompts: list[str], max_new_tokens: int):
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.inputs = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+        self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
+
+    def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
+        """Returns the texts, and the mean KL per token of each."""
+        set_seed(SEED)
+        meter = KLMeter()
+        output = self.model.generate(**self.inputs, logits_processor=meter.around(processor), **self.options)
+        answers = output[:, self.inputs["input_ids"].shape[1] :]
+        ended = (answers == self.tokenizer.eos_token_id).long()
+        n_tokens = (ended.cumsum(dim=1) - ended == 0).sum(dim=1).numpy()
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True), meter.per_text(n_tokens)
+
+
+def publish(
+    trainer: AutoregressiveRewardTrainer,
+    tokenizer,
+    name: str,
+    held_out: Dataset,
+    prompts: list[str],
+    score: Callable[[str], float],
+    effect_name: str,
+    license: str,
+    max_new_tokens: int = 48,
+    quote: bool = True,
+    plot: Callable[[dict[float, np.ndarray], np.ndarray, Path], None] | None = None,
+) -> None:
+    """Measures the reward model, writes `model_cards/<name>`, and brings the index up to date."""
+    trainer.evaluate(held_out)
+    info, folder = trainer.reward_info, HERE / name
+    folder.mkdir(exist_ok=True)
+    # Without the tokenizer, which is that of the base, unchanged.
+    AutoregressiveRewardModel(trainer.model, None, info).save_pretrained(str(folder))
+
+    # As a user would run it: from the folder that was just written.
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    processor = GenARMLogitsProcessor.from_pretrained(str(folder), base_model=model)
+    steer = Steering(model, tokenizer, prompts, max_new_tokens)
+    texts, effects, kls = {}, {}, {}
+    for alpha in tqdm((0.0, *ALPHAS), desc="Steering"):
+        processor.alpha = alpha
+        texts[alpha], kls[alpha] = steer(processor)
+        effects[alpha] = np.array([score(text) for text in texts[alpha]])
+    control_texts, control_kl = steer(GenARMLogitsProcessor(model))
+    control = np.array([score(text) for text in control_texts])
+    if plot is not None:
+        plot(effects, control, folder / "reward_by_alpha.png")
+
+    notes = (
+        f"The control, guidance at α = 1 with the untrained reward model, only sharpens the base: {interval(control)}, "
+        f"at a KL per token of {interval(control_kl)}. The paired difference of α = 1 to the control is "
+        f"{interval(effects[1.0] - control)}, and to the unguided base {interval(effects[1.0] - effects[0.0])}; "
+        f"{len(prompts)} prompts."
+    )
+    if plot is not None:
+        notes += "\n\n![The effect against α](reward_by_alpha.png)"
+    if quote:  # the program picks the answer that guidance at α = 1 changed most
+        shown = int(np.abs(effects[1.0] - effects[0.0]).argmax())
+        before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[1.0]))
+        notes += "\n\nThe prompt whose answer changed most:\n\n"
+        notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = 1: {after}"
+    card = reward_model_card(
+        info,
+        name,
+        f"model_cards/{name}",
+        is_adapter=True,
+        license=license,
+        language="en",
+        effect_name=effect_name,
+        unguided=interval(effects[0.0]),
+        steered=[Steered(alpha, interval(effects[alpha]), interval(kls[alpha])) for alpha in ALPHAS],
+        notes=notes,
+        command=f"python model_cards/{Path(sys.argv[0]).name}",
+    )
+    card.save(folder / "README.md")
+    write_index()
+    print(card.content)
+
+
+def write_index() -> None:
+    """Writes `model_cards/README.md` from what the reward models say about themselves."""
+    lines = [
+        "# Reward adapters that ship with this repository",
+        "",
+        "Each is a folder as it would be on the Hub: stock PEFT files, `genarm_config.json` and a card. Load one with",
+        '`GenARMLogitsProcessor.from_pretrained("model_cards/<name>", base_model=model)`, from the root of a clone.',
+        "",
+        "| adapter | rewards | base | pairs | held-out accuracy | preferring the shorter |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(HERE.glob(f"*/{INFO_NAME}")):
+        info, name = RewardInfo.load(path), path.parent.name
+        accuracy = "{pair_accuracy:.3f} [{pair_accuracy_low:.3f}, {pair_accuracy_high:.3f}]".format(**info.metrics)
+        shorter = f"{info.metrics['shorter_accuracy']:.3f}"
+        cells = [f"[{name}]({name}/README.md)", info.objective, info.base_model, info.n_pairs, accuracy, shorter]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "Accuracy is that of whole answers; what an adapter does to generated text is in its card."]
+    (HERE / "README.md").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,118 @@
+"""A round trip over HTTP: the real client of the Hub against a small server, each step in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, HubServer
+from tiny import save_adapter, tiny_llama
+
+HEADER = """
+import resource, signal, sys, torch
+from transformers import AutoModelForCausalLM
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
+ids = torch.tensor([[5, 6, 7, 8, 9]])
+def logits(arm):
+    with torch.no_grad():
+        return arm.model(input_ids=ids).logits
+"""
+
+
+@pytest.fixture
+def server():
+    server = HubServer()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    """Runs a script with an empty cache of its own, and returns what it prints; on an error, the error."""
+    base = tmp_path / "base"
+    tiny_llama(0).save_pretrained(base)
+    save_adapter(base, tmp_path / "arm")
+
+    def run(script, cache="cache", token=TOKEN):
+        offline = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment = os.environ | offline | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / cache)}
+        environment |= {"PYTHONPATH": str(Path(__file__).parent)}
+        if token:
+            environment["HF_TOKEN"] = token
+        script = HEADER + f"base, arm_folder = {str(base)!r}, {str(tmp_path / 'arm')!r}\n" + script
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240
+        )
+        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
+
+    return run
+
+
+PUSH = """
+arm = AutoregressiveRewardModel.from_pretrained(arm_folder)
+arm.info = RewardInfo(beta=0.1, objective="warmth")
+arm.push_to_hub("me/arm", private={private})
+torch.save(logits(arm), arm_folder + "/logits.pt")
+print("pushed")
+"""
+PULL = """
+arm = AutoregressiveRewardModel.from_pretrained("me/arm")
+assert torch.equal(logits(arm), torch.load(arm_folder + "/logits.pt")), "other log-probs"
+assert arm.info == RewardInfo(beta=0.1, objective="warmth")
+print("the same")
+"""
+
+
+def test_push_and_pull(server, client):
+    assert client(PUSH.format(private=False)) == "pushed"
+    files = server.repos["me/arm"].commits[server.repos["me/arm"].head]
+    assert {"adapter_config.json", "adapter_model.safetensors", "genarm_config.json", "README.md"} <= files.keys()
+    assert client(PULL, "another cache", token=None) == "the same"
+    # The same repository steers, by its id alone.
+    steer = """
+model = AutoModelForCausalLM.from_pretrained(base)
+processor = GenARMLogitsProcessor.from_pretrained("me/arm", base_model=model)
+print(processor.engine, model.generate(ids, logits_processor=[processor], max_new_tokens=4).shape[1])
+"""
+    assert client(steer, "another cache", token=None) == "fused 9"
+
+
+def test_a_private_repository(client):
+    assert client(PUSH.format(private=True)) == "pushed"
+    error = client(PULL, "another cache", token=None)
+    assert "RepositoryNotFoundError" in error
+    assert "private or gated repo" in error
+    assert client(PULL, "another cache") == "the same"
+
+
+def test_a_missing_revision(client):
+    assert client(PUSH.format(private=False)) == "pushed"
+    error = client('AutoregressiveRewardModel.from_pretrained("me/arm", revision="v2")', "another cache")
+    assert "RevisionNotFoundError" in error
+    assert "v2" in error
+
+
+def test_a_connection_that_is_cut(server, client):
+    """No half of it is ever loaded, also not without a connection later on; the next download makes it whole."""
+    assert client(PUSH.format(private=False)) == "pushed"
+    server.cut_after = 100
+    error = client(PULL, "another cache")
+    assert "Error" in error.splitlines()[-1]
+    assert "the same" not in error
+    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+    assert "Error" in client(offline + PULL, "another cache").splitlines()[-1]
+    server.cut_after = None
+    assert client(PULL, "another cache") == "the same"
+
+
+def test_a_full_disk(server, client):
+    """Files can't grow beyond a limit, as on a disk without space."""
+    assert client(PUSH.format(private=False)) == "pushed"
+    limit = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+    error = client(limit + PULL, "another cache")
+    assert "OSError" in error.splitlines()[-1]
+    assert client(PULL, "another cache") == "the same"
