@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .metrics import METRICS
 from .reward_info import RewardInfo
 
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
@@ -62,8 +63,8 @@ def reward_model_card(
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    results = None
-    if "pair_accuracy" in info.metrics:
+    results, is_measured = None, info.metrics.keys() >= set(METRICS)
+    if is_measured:
         results = [
             EvalResult(
                 task_type="reward-modeling",
@@ -94,6 +95,7 @@ def reward_model_card(
         template_path=str(Path(__file__).parent / "templates" / "model_card.md"),
         info=info,
         metrics=info.metrics,
+        is_measured=is_measured,
         model_name=model_name,
         model_id=model_id,
         is_adapter=is_adapter,

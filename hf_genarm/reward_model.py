@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
+from .model_card import reward_model_card
 from .reward_info import INFO_NAME, RewardInfo
 from .scoring import Texts, TokenRewards, token_rewards
 from .sharing import load_onto_shared_weights, why_it_changes
@@ -119,7 +120,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Writes weights, tokenizer and `genarm_config.json` into a folder that plain PEFT or transformers also load.
+        Writes weights, tokenizer, `genarm_config.json` and, where there is none, a model card into a folder that plain
+        PEFT or transformers also load.
 
         Args:
             save_directory (`str`):
@@ -132,10 +134,17 @@ class AutoregressiveRewardModel(PushToHubMixin):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", PurePath(save_directory).name), **kwargs)
             kwargs = {}
+        card = Path(save_directory, "README.md")
+        existing = card.read_text() if card.exists() else None
         self.model.save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
         self.info.save(save_directory)
+        if existing is not None:
+            card.write_text(existing)
+        else:  # PEFT writes one that calls the adapter a text generator
+            name = PurePath(save_directory).name
+            reward_model_card(self.info, name, name, isinstance(self.model, PeftModel)).save(card)
 
     def score(
         self,

@@ -93,7 +93,6 @@ def publish(
     effect_name: str,
     license: str,
     max_new_tokens: int = 48,
-    quote: bool = True,
     plot: Callable[[dict[float, np.ndarray], np.ndarray, Path], None] | None = None,
 ) -> None:
     """Measures the reward model, writes `model_cards/<name>`, and brings the index up to date."""
@@ -125,11 +124,11 @@ def publish(
     )
     if plot is not None:
         notes += "\n\n![The effect against α](reward_by_alpha.png)"
-    if quote:  # the program picks the answer that guidance at α = 1 changed most
-        shown = int(np.abs(effects[1.0] - effects[0.0]).argmax())
-        before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[1.0]))
-        notes += "\n\nThe prompt whose answer changed most:\n\n"
-        notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = 1: {after}"
+    # The program picks the answer that guidance at α = 1 changed most.
+    shown = int(np.abs(effects[1.0] - effects[0.0]).argmax())
+    before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[1.0]))
+    notes += "\n\nThe prompt whose answer changed most:\n\n"
+    notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = 1: {after}"
     card = reward_model_card(
         info,
         name,

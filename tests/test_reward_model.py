@@ -118,6 +118,12 @@ def test_a_reward_model_is_saved_whole(tokenizer, tmp_path, kind):
     assert arm.info == INFO
     assert arm.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert not list((tmp_path / "copy").glob("*.bin"))
+    card = tmp_path / "copy" / "README.md"
+    assert "for **warm weather**" in card.read_text()
+    assert "pipeline_tag" not in card.read_text()
+    card.write_text("A card of my own.")
+    arm.save_pretrained(str(tmp_path / "copy"))
+    assert card.read_text() == "A card of my own."
     # Plain PEFT and transformers load the same folder.
     plain = (AutoPeftModelForCausalLM if kind == "adapter" else AutoModelForCausalLM).from_pretrained(tmp_path / "copy")
     assert torch.equal(logits(plain.eval(), ids), logits(model, ids))
