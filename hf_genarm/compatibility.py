@@ -24,7 +24,8 @@ def warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokeni
     Warns if a reward model was trained with other tokens under the same embeddings, or another chat template, than the
     base has. Both can be right, when tokens were added or a template was replaced on purpose.
     """
-    if shares_weights and info.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
+    known = info.tokenizer is not None and shares_weights
+    if known and info.tokenizer != tokenizer_fingerprint(tokenizer):
         warnings.warn(
             f"`{name}` is an adapter on the weights of the base, but was trained with another tokenizer than "
             f"`{tokenizer.name_or_path}`. Tokens whose ids differ get wrong rewards.",

@@ -311,8 +311,8 @@ def _decoding_step(inputs: dict[str, Any], variables: Mapping[str, Any]) -> tupl
         return None
     attention_mask = torch.ones_like(tokens[0]) if mask is None else mask.long()
     positions = inputs.get("position_ids")
-    # Not those that a reward model would be given on its own.
-    if positions is not None and not (positions == position_ids(attention_mask)[:, -n_new:]).all():
+    # Not those that a reward model would be given on its own, one row for each text.
+    if positions is not None and not torch.equal(positions, position_ids(attention_mask)[:, -n_new:]):
         return None
     return tokens[0], attention_mask
 

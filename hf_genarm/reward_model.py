@@ -248,9 +248,9 @@ def _load_adapter(
     trained_on = adapter.base_model_name_or_path
     objection = _why_not_shared(base_model, trained_on, kwargs)
     if base_model is not None and objection is None:
-        objection = why_it_changes(base_model, adapter, str(folder))
+        objection = why_it_changes(base_model, adapter, folder)
     if base_model is not None and objection is None:
-        return load_onto_shared_weights(base_model, str(folder))
+        return load_onto_shared_weights(base_model, folder)
     logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
     network = AutoModelForCausalLM.from_pretrained(
         trained_on, revision=adapter.revision, **hub_kwargs, **remote, **kwargs

@@ -1,10 +1,11 @@
 """A second set of modules around the weights of a model: it costs no memory, and the model never notices."""
 
 import copy
-from typing import Any
+from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,22 +13,20 @@ from transformers import PreTrainedModel
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def load_onto_shared_weights(base_model: PreTrainedModel, name_or_path: str, **hub_kwargs: Any) -> PeftModel:
+def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     Loads an adapter into other modules around the very parameters and buffers of the base model.
 
     Args:
         base_model ([`~transformers.PreTrainedModel`]):
             It stays as it is, also for threads that use it meanwhile.
-        name_or_path (`str`):
-            Hub id or local folder of an adapter for which [`why_it_changes`] is `None`.
-        **hub_kwargs:
-            Passed to `PeftModel.from_pretrained`.
+        folder (`str`):
+            The folder of an adapter for which [`why_it_changes`] is `None`.
     """
     # PEFT freezes what it is given, and whether a weight is frozen shows in the last bits of a forward pass.
     aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
     shared = {id(x): aliases.get(x, x) for x in [*base_model.parameters(), *base_model.buffers()]}
-    model = PeftModel.from_pretrained(copy.deepcopy(base_model, memo=shared), name_or_path, **hub_kwargs)
+    model = PeftModel.from_pretrained(copy.deepcopy(base_model, memo=shared), folder)
     originals = {alias: x for x, alias in aliases.items()}
     for module in model.modules():
         module._parameters.update({name: originals.get(x, x) for name, x in module._parameters.items()})
@@ -52,7 +51,7 @@ def follow(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> N
                 setattr(module, name, nn.Parameter(moved, requires_grad=x.requires_grad) if own else moved)
 
 
-def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, name_or_path: str, **hub_kwargs: Any) -> str | None:
+def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str | Path) -> str | None:
     """
     Why an adapter may change weights of the model that it is loaded onto, instead of only adding some; `None` if it
     doesn't.
@@ -62,10 +61,8 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, name_or_path
             The model that it would be loaded onto.
         config ([`~peft.PeftConfig`]):
             Of the adapter.
-        name_or_path (`str`):
-            Its Hub id or local folder.
-        **hub_kwargs:
-            Say where to find it.
+        folder (`str`):
+            Its folder.
     """
     if not isinstance(config, LoraConfig):
         return f"it is not LoRA but {config.peft_type}"
@@ -75,6 +72,6 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, name_or_path
         return "`target_parameters` are changed in place"
     # Trained biases, embeddings and whole modules are saved under the names of those that they replace.
     own = base_model.state_dict().keys()
-    names = load_peft_weights(name_or_path, device="cpu", **hub_kwargs)
-    replaced = [name for name in names if name.removeprefix("base_model.model.") in own]
+    with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        replaced = [name for name in file.keys() if name.removeprefix("base_model.model.") in own]  # noqa: SIM118
     return f"it replaces weights of the base, such as `{replaced[0]}`" if replaced else None

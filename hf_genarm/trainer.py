@@ -210,23 +210,22 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ) -> None:
         """Writes `README.md` into `args.output_dir`; the arguments are those of TRL's trainers."""
         if self.is_world_process_zero():
-            self._card(model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+            info = self.reward_info
+            info.dataset = dataset_name or info.dataset
+            self._card(info, model_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self.reward_info.save(folder)
+            info = self.reward_info
+            info.save(folder)
             # PEFT has left a card there that calls the adapter a text generator.
-            self._card().save(os.path.join(folder, "README.md"))
+            self._card(info).save(os.path.join(folder, "README.md"))
             if self.args.custom_generate:
                 write_custom_generate(folder, self.hub_model_id or os.path.abspath(folder))
 
-    def _card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> ModelCard:
-        info = self.reward_info
-        info.dataset = dataset_name or info.dataset
+    def _card(self, info: RewardInfo, model_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
         name = model_name or os.path.basename(self.args.output_dir)
         return reward_model_card(
             info,

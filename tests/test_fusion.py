@@ -403,6 +403,13 @@ def test_a_network_that_can_not_be_joined(base, adapters, models, caplog):
     assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
 
 
+def test_one_row_of_positions_for_all_texts(base, adapters, models):
+    """As transformers allows them; a joint pass has more rows than they could be repeated for."""
+    inputs = {"input_ids": random_prompts(3, 7), "position_ids": torch.arange(7)[None]}
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    assert_same(generate(base, [processor], inputs), generate(base, [Recompute(models, [1.0, 1.0])], inputs))
+
+
 def test_hooks_on_the_base_are_heard(base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     seen = []
