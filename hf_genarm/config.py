@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
+_CHOICES = {"loss_type": ("sigmoid", "hinge"), "truncation_mode": ("drop", "keep_start", "keep_end")}
+
 
 @dataclass
 class AutoregressiveRewardConfig(RewardConfig):
@@ -19,6 +21,27 @@ class AutoregressiveRewardConfig(RewardConfig):
             Scale of the reward in the loss, $\beta_r$ in Eq. 5 of the [paper](https://hf.co/papers/2410.08193), which
             uses 0.05 for HH-RLHF. A smaller value lets the reward model move further from its starting point, so that
             the same `alpha` steers more strongly at generation time.
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"` is Eq. 5; `"hinge"` is that of [SLiC-HF](https://hf.co/papers/2305.10425), which stops at a
+            margin of 1.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Share of the labels that are expected to be wrong, below 0.5, from [conservative
+            DPO](https://ericmitchell.ai/cdpo.pdf). For `"sigmoid"` only.
+        target_margin (`float`, *optional*, defaults to `0.0`):
+            Is subtracted from every margin, $\gamma$ in Eq. 6 of [SimPO](https://hf.co/papers/2405.14734). It adds to a
+            column `margin` of the data.
+        length_normalized (`bool`, *optional*, defaults to `False`):
+            Whether the reward is the mean log-probability of the tokens of a response instead of the sum, as in SimPO;
+            `beta` is then larger, 2 to 2.5 there.
+        sft_coefficient (`float`, *optional*, defaults to `0.0`):
+            Weight of the mean negative log-likelihood of the tokens of chosen responses, which is added to the loss, as
+            in [CPO](https://hf.co/papers/2401.08417).
+        decode_alpha (`float`, *optional*):
+            Makes the loss decode-aware: the margin is that of the *guided* model at this `alpha`, so that the reward
+            model learns what the base lacks. See [`AutoregressiveRewardTrainer`]. It takes an adapter to train.
+        truncation_mode (`str`, *optional*, defaults to `"drop"`):
+            What happens to pairs that are longer than `max_length`: `"drop"` leaves them out, `"keep_start"` cuts both
+            texts at the end, `"keep_end"` as much of both at the start. They are counted in any case.
         objective (`str`, *optional*):
             What the pairs prefer, in a few words, for the card and the `genarm_config.json` of the reward model.
         description (`str`, *optional*):
@@ -34,7 +57,7 @@ class AutoregressiveRewardConfig(RewardConfig):
     > - `bf16`: Defaults to `True` only on an accelerator that supports it, so that training on a CPU just works.
 
     Raises:
-        ValueError: if `beta` is not positive, or if `center_rewards_coefficient` is set.
+        ValueError: if a value is outside of its range, or if `center_rewards_coefficient` is set.
     """
 
     beta: float = field(
@@ -42,6 +65,36 @@ class AutoregressiveRewardConfig(RewardConfig):
         metadata={"help": "Scale of the reward in the loss (beta_r in Eq. 5 of the GenARM paper)."},
     )
 
+    loss_type: str = field(
+        default="sigmoid",
+        metadata={
+            "help": "Loss of a margin: 'sigmoid' (Eq. 5) or 'hinge' (SLiC-HF).",
+            "choices": _CHOICES["loss_type"],
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of the labels that are expected to be wrong (conservative DPO)."}
+    )
+    target_margin: float = field(
+        default=0.0, metadata={"help": "Is subtracted from every margin (gamma in the SimPO paper)."}
+    )
+    length_normalized: bool = field(
+        default=False, metadata={"help": "Whether rewards are means over the tokens of a response (SimPO), not sums."}
+    )
+    sft_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the negative log-likelihood of chosen responses in the loss (CPO)."}
+    )
+    decode_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Makes the loss decode-aware: its margin is that of the guided model at this alpha."},
+    )
+    truncation_mode: str = field(
+        default="drop",
+        metadata={
+            "help": "What happens to pairs that are longer than `max_length`: 'drop', 'keep_start' or 'keep_end'.",
+            "choices": _CHOICES["truncation_mode"],
+        },
+    )
     objective: str | None = field(
         default=None, metadata={"help": "What the pairs prefer, in a few words, for the card of the reward model."}
     )
@@ -70,6 +123,22 @@ class AutoregressiveRewardConfig(RewardConfig):
         super().__post_init__()
         if self.beta <= 0:
             raise ValueError(f"`beta` is {self.beta}, but the scale of the reward must be positive. The paper: 0.05.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(choices)}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}, but the share of wrong labels is from 0 to below 0.5."
+            )
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}, but it belongs to the loss `sigmoid`, and `loss_type` "
+                f"is `{self.loss_type}`. Set one of them to its default."
+            )
+        if self.sft_coefficient < 0:
+            raise ValueError(f"`sft_coefficient` is {self.sft_coefficient}, but the weight must not be negative.")
+        if self.decode_alpha is not None and self.decode_alpha <= 0:
+            raise ValueError(f"`decode_alpha` is {self.decode_alpha}, but the strength of guidance must be positive.")
         if self.center_rewards_coefficient is not None:
             raise ValueError(
                 f"`center_rewards_coefficient` is {self.center_rewards_coefficient}, but the reward of an "

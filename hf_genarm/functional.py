@@ -1,10 +1,15 @@
 """The formulas of GenARM (Xu et al., ICLR 2025, https://hf.co/papers/2410.08193) as pure functions on tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid, relu
+
+# Bounds the float32 copies that are made of logits: 64 rows of 250k tokens are 64 MB.
+_ROWS_AT_ONCE = 64
 
 
 def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
@@ -69,7 +74,74 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(batch_size, length)`, in float32.
     """
-    return -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+    rows = torch.arange(tokens.numel(), device=tokens.device)
+    return selected_log_probs(logits.flatten(0, 1), rows, tokens.flatten()).view(tokens.shape)
+
+
+def selected_log_probs(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """
+    Log-probability of one token each under some rows of logits, computed in float32.
+
+    It keeps nothing of the size of the logits for the backward pass but the logits themselves, and makes only their
+    gradient; `log_softmax` would keep a copy in float32, and make two gradients.
+
+    Args:
+        logits (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Predictions.
+        rows (`torch.LongTensor` of shape `(n_selected,)`):
+            Which prediction each token is looked up in. A row may occur several times, or never.
+        tokens (`torch.LongTensor` of shape `(n_selected,)`):
+            The tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(n_selected,)`, in float32.
+    """
+    return _SelectedLogProbs.apply(logits, rows, tokens)
+
+
+class _SelectedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+        normaliser = torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(_ROWS_AT_ONCE)])
+        ctx.save_for_backward(logits, rows, tokens, normaliser)
+        return logits[rows, tokens].float() - normaliser[rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, rows, tokens, normaliser = ctx.saved_tensors
+        # d log p(token) / d logits = one-hot(token) - softmax
+        per_row = torch.zeros_like(normaliser).index_add(0, rows, gradient)
+        result = torch.empty_like(logits)
+        parts = zip(*(x.split(_ROWS_AT_ONCE) for x in (result, logits, normaliser, per_row)), strict=True)
+        for part, part_logits, part_normaliser, part_gradient in parts:
+            softmax = (part_logits.float() - part_normaliser[:, None]).exp_()
+            part.copy_(softmax.mul_(-part_gradient[:, None]))
+        return result.index_put_((rows, tokens), gradient.to(result.dtype), accumulate=True), None, None
+
+
+def preference_loss(margin: Tensor, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    r"""
+    Loss of each pair, for the margin $m = r(y_w) - r(y_l)$ of its rewards, less a target margin if there is one.
+
+    - `"sigmoid"`: $-(1 - \epsilon)\log\sigma(m) - \epsilon\log\sigma(-m)$, Eq. 5 of the paper; with $\epsilon > 0$ that
+      of [conservative DPO](https://ericmitchell.ai/cdpo.pdf)
+    - `"hinge"`: $\max(0, 1 - m)$, of [SLiC-HF](https://hf.co/papers/2305.10425)
+
+    Args:
+        margin (`torch.Tensor` of shape `(batch_size,)`):
+            The margins.
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`):
+            Which loss.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            $\epsilon$, the share of the labels that are expected to be wrong.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    if loss_type == "hinge":
+        return relu(1 - margin)
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
 
 
 def shared_prefix_length(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:

@@ -1,10 +1,7 @@
 """The trainer of autoregressive reward models: TRL's `RewardTrainer` with another reward."""
 
 import copy
-import inspect
 import os
-import warnings
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,14 +16,27 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import RewardTrainer
 from trl.data_utils import get_dataset_column_names, is_conversational
+from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .config import AutoregressiveRewardConfig
 from .custom_generate import write_custom_generate
-from .functional import shared_prefix_length, token_log_probs
+from .end_of_turn import end_token_ids
+from .functional import preference_loss
 from .metrics import METRICS, preference_metrics
 from .model_card import TAGS, reward_model_card
+from .preference_data import PairCounts, prepare_pairs
+from .prefix_sharing import PairBatch, PairLogProbs
 from .reward_info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
+
+
+class DataCollatorForPairs(DataCollatorForPreference):
+    """TRL's collator of preference pairs, with the lengths of their prompts as `prompt_length`, `(batch_size,)`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["prompt_length"] = torch.tensor([example["prompt_length"] for example in examples])
+        return batch
 
 
 class AutoregressiveRewardTrainer(RewardTrainer):
@@ -38,8 +48,18 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
     $$-\log\sigma\big(\beta_r\log\pi_r(y_w \mid x) - \beta_r\log\pi_r(y_l \mid x)\big)$$
 
-    Datasets, arguments, metrics and everything else are those of [`~trl.RewardTrainer`]. The tokens that the two
-    responses of a pair share at the start, the prompt above all, cancel in the loss: they are left out of the rewards.
+    Datasets, arguments, metrics and everything else are those of [`~trl.RewardTrainer`]. The tokens that the two texts
+    of a pair share at the start, the prompt above all, cancel in the loss: they are left out of the rewards, and
+    forwarded once for both texts where that is faster.
+
+    The arguments have other objectives, off by default. The *decode-aware* one, `decode_alpha`, puts the log-ratio of
+    the base into the margin, with the KL temperature $\beta_r / \alpha$ that decoding at $\alpha$ realises:
+
+    $$-\log\sigma\Big(\beta_r\log\frac{\pi_r(y_w \mid x)}{\pi_r(y_l \mid x)} +
+    \frac{\beta_r}{\alpha}\log\frac{\pi_\text{base}(y_w \mid x)}{\pi_\text{base}(y_l \mid x)}\Big)$$
+
+    It is Eq. 5 for the unnormalised guided model $\pi_\text{base}\,\pi_r^\alpha$ of Eq. 7; the base is the model
+    without the adapter that is trained.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -112,6 +132,15 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = preference_metrics
 
+        if args.decode_alpha is not None and peft_config is None and not is_peft_model(model):
+            raise ValueError(
+                f"`decode_alpha` is {args.decode_alpha}, but all weights of the model are to be trained, so that there "
+                "is no base to compare with. Train an adapter: `peft_config=LoraConfig()`."
+            )
+        network = model.get_base_model() if is_peft_model(model) else model
+        self._generation_config = network.generation_config
+        self.pair_counts: dict[str, PairCounts] = {}
+
         # RewardTrainer wants a classifier with one label; the causal LM answers to that name while it is set up.
         config = model.config
         labels = config.id2label, config.label2id
@@ -122,8 +151,10 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             config.id2label, config.label2id = labels
             args.model_init_kwargs = init_kwargs
 
-        network = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._keeps_logits = "logits_to_keep" in inspect.signature(network.forward).parameters
+        if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
+            pad_token_id = self.processing_class.pad_token_id
+            self.data_collator: Any = DataCollatorForPairs(pad_token_id, args.pad_to_multiple_of)
+        self._pair_log_probs = PairLogProbs(self.model)
 
     def compute_loss(
         self,
@@ -132,33 +163,48 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        # All but the reward is RewardTrainer's: margin, metrics, gathering.
-        loss, outputs = super().compute_loss(partial(self._rewards, model), inputs, True, num_items_in_batch)
+        args, pairs = self.args, _pairs(inputs)
+        # Responses may begin alike. What they share cancels in a sum; in means and likelihoods it counts.
+        scored = pairs.is_response if args.length_normalized or args.sft_coefficient else pairs.is_own
+        log_probs = self._pair_log_probs(model, pairs, scored)
+        rewards = args.beta * self._reduce(log_probs, pairs)
+
+        # Margin, metrics and gathering are RewardTrainer's; to the logits of its classifier, the rewards are compared.
+        outputs = SequenceClassifierOutput(logits=rewards[:, None])
+        super().compute_loss(lambda **_: outputs, inputs, True, num_items_in_batch)
+
+        chosen, rejected = rewards.chunk(2)
+        margin = chosen - rejected - args.target_margin - inputs.get("margin", 0.0)
+        if args.decode_alpha is not None:
+            margin = margin + self._base_margin(model, pairs, scored)
+        loss = preference_loss(margin, args.loss_type, args.label_smoothing).mean()
+        if args.sft_coefficient:
+            is_chosen = pairs.is_response.chunk(2)[0]
+            loss = loss - args.sft_coefficient * log_probs.chunk(2)[0].sum() / is_chosen.sum().clamp(min=1)
         if not return_outputs:
             return loss
         # One row for each pair, (chosen, rejected): the Trainer gathers and cuts predictions by the number of pairs.
-        return loss, SequenceClassifierOutput(logits=torch.cat(outputs.logits.chunk(2), dim=1))
+        return loss, SequenceClassifierOutput(logits=torch.stack([chosen, rejected], dim=1))
 
-    def _rewards(self, model: Module, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
-        """Stands in for the classifier: returns `beta * log π_r(y|x)` as its logits, of shape `(2 * batch_size, 1)`."""
-        start = _response_start(input_ids, attention_mask)
-        first = int(start.min())
-        targets = input_ids[:, first:]
-        # No logits for what all pairs share; the last position predicts nothing.
-        kept = {"logits_to_keep": targets.shape[1] + 1} if self._keeps_logits else {}
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept)
-        log_probs = token_log_probs(output.logits[:, -targets.shape[1] - 1 : -1], targets)
-        position = torch.arange(first, input_ids.shape[1], device=input_ids.device)
-        is_response = (position >= start[:, None]) & (attention_mask[:, first:] == 1)
-        rewards = self.args.beta * (log_probs * is_response).sum(dim=1)
-        return SequenceClassifierOutput(logits=rewards[:, None])
+    def _reduce(self, log_probs: Tensor, pairs: PairBatch) -> Tensor:
+        if self.args.length_normalized:
+            return log_probs.sum(dim=1) / pairs.is_response.sum(dim=1).clamp(min=1)
+        return (log_probs * pairs.is_own).sum(dim=1)
+
+    @torch.no_grad()
+    def _base_margin(self, model: Module, pairs: PairBatch, scored: Tensor) -> Tensor:
+        """The share of the base in the margin of the guided model, `(batch_size,)`."""
+        with self.accelerator.unwrap_model(model).disable_adapter():
+            log_probs = self._pair_log_probs(model, pairs, scored)
+        chosen, rejected = self._reduce(log_probs, pairs).chunk(2)
+        return self.args.beta / self.args.decode_alpha * (chosen - rejected)
 
     def prediction_step(
         self, model: Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         loss, rewards, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # What metrics compare rewards with: the numbers of response tokens, one row (chosen, rejected) for each pair.
-        lengths = inputs["attention_mask"].sum(dim=1) - _response_start(**inputs)
+        lengths = _pairs(inputs).is_response.sum(dim=1)
         return loss, rewards, torch.stack(lengths.chunk(2), dim=1).to(self.args.device)
 
     def _prepare_dataset(
@@ -180,8 +226,29 @@ class AutoregressiveRewardTrainer(RewardTrainer):
                 "`rejected` (text or messages), with or without `prompt`. Rename yours: "
                 "`dataset.rename_columns({'better': 'chosen', 'worse': 'rejected'})`."
             )
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        return _without_identical_pairs(dataset, dataset_name, args)
+        # RewardTrainer drops what is too long without a word.
+        any_length = copy.copy(args)
+        any_length.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, any_length, dataset_name)
+        with args.main_process_first():
+            dataset, counts = prepare_pairs(
+                dataset, dataset_name, processing_class, end_token_ids(self._generation_config, processing_class), args
+            )
+        if counts is not None:
+            self.pair_counts[dataset_name] = counts
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "prompt_length"]
+        self._signature_columns.append(self.args.length_column_name)  # for `train_sampling_strategy="group_by_length"`
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, counts in self.pair_counts.items():
+            prefix = "eval" if name == "eval" else f"eval_{name}"
+            if f"{prefix}_pair_accuracy" in logs:
+                logs[f"{prefix}_dropped_too_long"] = counts.too_long / counts.n_pairs
+                logs[f"{prefix}_dropped_identical"] = counts.identical / counts.n_pairs
+        super().log(logs, start_time)
 
     @property
     def reward_info(self) -> RewardInfo:
@@ -236,11 +303,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         )
 
 
-def _response_start(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
-    """Where the two responses of each pair part, `(2 * batch_size,)`, and at least 1."""
-    chosen_ids, rejected_ids = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
-    # The first token of a text has nothing to be predicted from.
-    return shared_prefix_length(chosen_ids, rejected_ids).clamp(min=1).repeat(2)
+def _pairs(inputs: dict[str, Any]) -> PairBatch:
+    return PairBatch(inputs["input_ids"], inputs["attention_mask"], inputs.get("prompt_length"))
 
 
 def _load(
@@ -276,34 +340,3 @@ def _as_causal_lm(peft_config: PeftConfig) -> PeftConfig:
     peft_config = copy.copy(peft_config)
     peft_config.task_type = TaskType.CAUSAL_LM  # without it, `AutoPeftModel` can't load what is published
     return peft_config
-
-
-def _differs(example: dict[str, Any]) -> bool:
-    return example["chosen_ids"] != example["rejected_ids"]
-
-
-def _differs_in_stream(example: dict[str, Any]) -> bool:
-    differs = _differs(example)
-    if not differs:  # can't be counted before the stream is read; Python shows it once
-        warnings.warn("A pair of the stream has identical chosen and rejected; such pairs are skipped.", stacklevel=1)
-    return differs
-
-
-def _without_identical_pairs(
-    dataset: Dataset | IterableDataset, name: str, args: AutoregressiveRewardConfig
-) -> Dataset | IterableDataset:
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(_differs_in_stream)
-    if len(dataset) == 0:
-        raise ValueError(f"No pair of the {name} dataset is within `max_length={args.max_length}` tokens. Raise it.")
-    distinct = dataset.filter(_differs, num_proc=args.dataset_num_proc, desc=f"Comparing the pairs of {name} dataset")
-    n_identical = len(dataset) - len(distinct)
-    if len(distinct) == 0:
-        raise ValueError(f"Chosen and rejected are identical in all {n_identical} pairs of the {name} dataset.")
-    if n_identical:
-        warnings.warn(
-            f"Chosen and rejected are identical in {n_identical} of {len(dataset)} pairs of the {name} dataset; they "
-            "are skipped, since there is nothing to learn from them.",
-            stacklevel=2,
-        )
-    return distinct

@@ -100,9 +100,8 @@ def pairs_of(dataset):
     return [(row["chosen_ids"], row["rejected_ids"]) for row in dataset]
 
 
-def loss_of(trainer, rows=None):
-    rows = rows or list(trainer.train_dataset)
-    return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+def loss_of(trainer):
+    return trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
 
 
 # --- the loss ---
@@ -124,8 +123,8 @@ def test_loss_closed_form(make_trainer, tokenizer):
     torch.testing.assert_close(trainer._metrics["eval"]["max_reward"][0], -0.1 * math.log(len(tokenizer)))
 
 
-@pytest.mark.parametrize("keeps_logits", [True, False])
-def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path, keeps_logits):
+@pytest.mark.parametrize("shares", [True, False])
+def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path, shares):
     """The sigmoid CPO loss without its SFT term is Eq. 5, from TRL's own hands."""
     oracle = CPOTrainer(
         model=model_for(tokenizer),
@@ -150,8 +149,7 @@ def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path
         {f"{side}_ids": row[f"{side}_input_ids"] for side in ("chosen", "rejected")} for row in oracle.train_dataset
     ]
     trainer = make_trainer(Dataset.from_list(rows), beta=0.3)
-    assert trainer._keeps_logits
-    trainer._keeps_logits = keeps_logits
+    trainer._pair_log_probs._may_share = shares
     loss = loss_of(trainer)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -168,7 +166,7 @@ def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
     rows = [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs]
     trainer = make_trainer(Dataset.from_list(rows), beta=0.5)
     expected = naive_loss(trainer.model, pairs, 0.5)
-    torch.testing.assert_close(loss_of(trainer, rows).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss_of(trainer).double(), expected, atol=1e-5, rtol=0)
 
 
 def test_gradient_accumulation_equals_one_large_batch(make_trainer):
@@ -463,7 +461,7 @@ def test_missing_columns(make_trainer):
 
 def test_identical_pairs_are_counted_and_skipped(make_trainer):
     data = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": [REJECTED[0], CHOSEN[1], CHOSEN[2]]}
-    with pytest.warns(UserWarning, match="identical in 2 of 3 pairs of the train dataset"):
+    with pytest.warns(UserWarning, match="In the train dataset, of 3 pairs, 2 with identical chosen and rejected"):
         trainer = make_trainer(data)
     assert len(trainer.train_dataset) == 1
     with pytest.raises(ValueError, match="identical in all 3 pairs"):

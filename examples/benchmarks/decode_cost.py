@@ -11,18 +11,14 @@ and added to a JSON file. Peak memory is that of a process of its own, from the 
 
 import argparse
 import cProfile
-import json
-import os
-import platform
 import pstats
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
@@ -110,8 +106,8 @@ def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
                         reference = seconds["rows"] if name == "over_rows" else alone
                         ratios.setdefault(name, []).append(time_of_it / reference)
                 rounds.update()
-            spread = {name: [statistics.median(x), min(x), max(x)] for name, x in ratios.items()}
-            results.append({"batch_size": batch_size, "adapters": n_adapters, "time": spread, "memory_mb": {}})
+            times = {name: spread(x) for name, x in ratios.items()}
+            results.append({"batch_size": batch_size, "adapters": n_adapters, "time": times, "memory_mb": {}})
     return results
 
 
@@ -119,21 +115,16 @@ def peak_memory(engine: str, names: list[str], batch_size: int, args) -> float:
     """In megabytes, of a process that does nothing else."""
     options = ["--peak-memory-of", engine, *names, "--batch-sizes", str(batch_size)]
     options += ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
-    # Large blocks go back to the system at once, so that memory in use is measured, and not how it is fragmented.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, *options]
-    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return float(run.stdout.split()[-1])
+    return run_for_memory(__file__, options)
 
 
 def print_peak_memory(engine: str, names: list[str], args) -> None:
     path = demo_model()
     model, _tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     processors: list[LogitsProcessor] = [make_processor(engine, model, names)] if engine != "unguided" else []
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
+    forget_peak_memory()  # of loading
     run_engine(engine, model, processors, args.batch_sizes[0], args)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(int(status["VmHWM"].split()[0]) / 1024)
+    print(memory_mb())
 
 
 def profile(model: PreTrainedModel, names: list[str], args) -> None:
@@ -177,24 +168,10 @@ def compare_products(model: PreTrainedModel) -> None:
                     way(inputs[weight.shape[1]], weight)
                 seconds[name].append(time.perf_counter() - start)
         ratios = [x / y for x, y in zip(*seconds.values(), strict=True)]
-        print(f"{n_rows:4}  {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
-
-
-def machine() -> dict[str, str | int]:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "blas": "MKL" if torch.backends.mkl.is_available() else "other",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+        print(f"{n_rows:4}  {cell(spread(ratios))}")
 
 
 def table(results: list[dict], engines: list[str]) -> str:
-    def cell(values: list[float] | None) -> str:
-        return "" if values is None else "{:.2f} [{:.2f}, {:.2f}]".format(*values)
-
     columns = [*engines, "rows", "over_rows", "over_alone"]
     head = {"rows": "unguided, as many rows", "over_rows": "fused / as many rows"}
     head |= {"over_alone": "separate / models alone"}
@@ -246,11 +223,7 @@ def main() -> None:
             for engine in ("unguided", *args.engines):
                 row["memory_mb"][engine] = peak_memory(engine, used, row["batch_size"], args)
     print(table(results, args.engines))
-    if args.output:
-        command = " ".join(["python", "examples/benchmarks/decode_cost.py", *sys.argv[1:]])
-        records = json.loads(args.output.read_text()) if args.output.exists() else []
-        records.append({"command": command, "machine": machine(), "results": results})
-        args.output.write_text(json.dumps(records, indent=1) + "\n")
+    add_record(args.output, __file__, results)
     return None
 
 
