@@ -1,10 +1,12 @@
 """The arguments of the trainer: those of TRL's `RewardConfig`, and `beta`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
+_LOSS = ("loss_type", "label_smoothing", "target_margin", "length_normalized", "sft_coefficient", "decode_alpha")
 _CHOICES = {"loss_type": ("sigmoid", "hinge"), "truncation_mode": ("drop", "keep_start", "keep_end")}
 
 
@@ -116,6 +118,12 @@ class AutoregressiveRewardConfig(RewardConfig):
             "accelerator that supports it, unless `fp16` is set."
         },
     )
+
+    @property
+    def changed_loss(self) -> dict[str, Any]:
+        """The arguments of the loss, besides `beta`, that differ from their defaults."""
+        loss = {x.name: x.default for x in fields(AutoregressiveRewardConfig) if x.name in _LOSS}
+        return {name: getattr(self, name) for name, default in loss.items() if getattr(self, name) != default}
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:

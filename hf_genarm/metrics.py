@@ -12,7 +12,12 @@ METRICS = (
     "mean_margin",
     "rms_margin",
     "margin_length_correlation",
+    "calibration_error",
+    "n_length_matched",
 )
+OPTIONAL_METRICS = ("length_matched_accuracy", "length_matched_accuracy_low", "length_matched_accuracy_high")
+# Pairs whose responses differ by at most this share of the longer one count as matched in length.
+_MATCHED = 0.1
 
 
 def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -23,6 +28,18 @@ def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int
     counts = np.random.default_rng(seed).multinomial(len(is_right), shares, size=n_resamples)
     low, high = np.quantile(counts @ outcomes / len(is_right), [0.025, 0.975])
     return float(low), float(high)
+
+
+def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10) -> float:
+    r"""
+    Expected calibration error of $\sigma(|\text{margin}|)$, the probability that the loss gives to the preferred
+    response being the chosen one: the mean distance of confidence and accuracy over equal bins of confidence, weighted
+    by their sizes ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    bins = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    gaps = [abs((confidence - is_right)[bins == index].sum()) for index in range(n_bins)]
+    return float(sum(gaps) / len(margin))
 
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -42,13 +59,18 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
             - `rms_margin`: its root mean square
             - `margin_length_correlation`: Pearson correlation of that difference with the difference in length; 0 if
               one of them is constant
+            - `calibration_error`: from [`calibration_error`]
+            - `n_length_matched`: number of pairs whose lengths differ by at most 10 % of the longer one
+            - `length_matched_accuracy`, with `length_matched_accuracy_low` and `length_matched_accuracy_high`: the
+              accuracy on those, if there are any
     """
     margin = prediction.predictions[:, 0] - prediction.predictions[:, 1]
     longer = prediction.label_ids[:, 0] - prediction.label_ids[:, 1]
     is_right = (margin > 0) + 0.5 * (margin == 0)
     low, high = accuracy_interval(is_right)
     varies = margin.std() > 0 and longer.std() > 0
-    return {
+    matched = np.abs(longer) <= _MATCHED * prediction.label_ids.max(axis=1)
+    metrics = {
         "n_pairs": len(margin),
         "pair_accuracy": float(is_right.mean()),
         "pair_accuracy_low": low,
@@ -57,4 +79,11 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "mean_margin": float(margin.mean()),
         "rms_margin": float(np.sqrt((margin**2).mean())),
         "margin_length_correlation": float(np.corrcoef(margin, longer)[0, 1]) if varies else 0.0,
+        "calibration_error": calibration_error(margin, is_right),
+        "n_length_matched": int(matched.sum()),
     }
+    if matched.any():
+        low, high = accuracy_interval(is_right[matched])
+        metrics["length_matched_accuracy"] = float(is_right[matched].mean())
+        metrics |= {"length_matched_accuracy_low": low, "length_matched_accuracy_high": high}
+    return metrics

@@ -75,9 +75,18 @@ def with_boundaries(
         texts.append(encoded["input_ids"])
     start = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
     chosen_ids, rejected_ids = (ids[: length_to_end(ids, start, ends)] for ids in texts[:2])
-    # Where the prompt is not known, one response may just begin the other.
-    is_empty = len(texts) > 2 and any(set(ids[start:]) <= ends for ids in (chosen_ids, rejected_ids))
-    return {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids, "prompt_length": start, "is_empty": is_empty}
+
+    def is_empty(ids: list[int]) -> bool:
+        own = [token for token in ids[start:] if token not in ends]
+        return len(own) < 3 and not tokenizer.decode(own).strip()  # a space of the prompt may have merged into it
+
+    return {
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "prompt_length": start,
+        # Where the prompt is not known, one response may just begin the other.
+        "is_empty": len(texts) > 2 and (is_empty(chosen_ids) or is_empty(rejected_ids)),
+    }
 
 
 def truncate(example: dict[str, Any], max_length: int, mode: str) -> dict[str, list[int] | int]:
@@ -157,7 +166,8 @@ def prepare_pairs(
         dataset = dataset.select([index for index, is_too_long in enumerate(long) if not is_too_long])
         if len(dataset) == 0:
             raise ValueError(
-                f"No pair of the {name} dataset is within `max_length={args.max_length}` tokens. Raise it."
+                f"No pair of the {name} dataset is within `max_length={args.max_length}` tokens. Raise it, or cut the "
+                "texts: `truncation_mode='keep_end'`."
             )
     elif any(long):
         counts.truncated = sum(long)

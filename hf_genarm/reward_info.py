@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,8 +23,11 @@ class RewardInfo:
         beta (`float`, *optional*):
             Scale of the reward in the training loss, $\beta_r$. Decoding at `alpha` realises the KL temperature
             $\beta_r / \alpha$.
+        loss (`dict[str, Any]`):
+            The arguments of the loss that were not left at their defaults, such as `{"length_normalized": True}`.
         reward_scale (`float`, *optional*):
-            Root mean square of $\log\pi_r(y_w \mid x) - \log\pi_r(y_l \mid x)$ on held-out pairs, in nats.
+            Root mean square of $\log\pi_r(y_w \mid x) - \log\pi_r(y_l \mid x)$ on held-out pairs, in nats; of the
+            means over tokens, if the loss is length-normalised.
         objective (`str`, *optional*):
             What is rewarded, in a few words.
         description (`str`, *optional*):
@@ -49,6 +53,7 @@ class RewardInfo:
     """
 
     beta: float | None = None
+    loss: dict[str, Any] = field(default_factory=dict)
     reward_scale: float | None = None
     objective: str | None = None
     description: str | None = None

@@ -156,9 +156,10 @@ class AutoregressiveRewardModel(PushToHubMixin):
         show_progress: bool = False,
     ) -> Tensor:
         r"""
-        The reward of each response, $\log\pi_r(y \mid x)$, its end-of-text token included.
+        The reward of each response, $\log\pi_r(y \mid x)$, its end token included.
 
-        Longer responses have lower rewards: compare those of one prompt, and mind their lengths.
+        Longer responses have lower rewards: compare those of one prompt, and mind their lengths. A reward model that
+        was trained with `length_normalized` gives the mean over the tokens instead.
 
         Args:
             prompts, responses (list of `str` or of messages):
@@ -176,7 +177,11 @@ class AutoregressiveRewardModel(PushToHubMixin):
         rows = self.token_rewards(
             prompts, responses, batch_size=batch_size, chunk_length=chunk_length, show_progress=show_progress
         )
-        return torch.stack([row.rewards.sum() for row in rows]) if rows else torch.empty(0)
+        return torch.stack([self.reduce(row.rewards) for row in rows]) if rows else torch.empty(0)
+
+    def reduce(self, token_rewards: Tensor) -> Tensor:
+        """The reward of a response from those of its tokens, `(length,)`: their sum, or their mean if so trained."""
+        return token_rewards.mean() if self.info.loss.get("length_normalized") else token_rewards.sum()
 
     def token_rewards(
         self,

@@ -23,7 +23,7 @@ from .config import AutoregressiveRewardConfig
 from .custom_generate import write_custom_generate
 from .end_of_turn import end_token_ids
 from .functional import preference_loss
-from .metrics import METRICS, preference_metrics
+from .metrics import METRICS, OPTIONAL_METRICS, preference_metrics
 from .model_card import TAGS, reward_model_card
 from .preference_data import PairCounts, prepare_pairs
 from .prefix_sharing import PairBatch, PairLogProbs
@@ -254,11 +254,14 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def reward_info(self) -> RewardInfo:
         """What the trained model will say about itself, from the arguments, the data and the last evaluation."""
         evaluations = [logs for logs in self.state.log_history if "eval_pair_accuracy" in logs]
-        metrics = {name: evaluations[-1][f"eval_{name}"] for name in METRICS} if evaluations else {}
+        # With those that only some data have, such as `length_matched_accuracy`
+        measured = evaluations[-1] if evaluations else {}
+        metrics = {name: measured[f"eval_{name}"] for name in METRICS + OPTIONAL_METRICS if f"eval_{name}" in measured}
         base_model = get_config_model_id(self.model.config)
         tokenizer = self.processing_class
         return RewardInfo(
             beta=self.args.beta,
+            loss=self.args.changed_loss,
             reward_scale=metrics["rms_margin"] / self.args.beta if metrics else None,
             objective=self.args.objective,
             description=self.args.description,

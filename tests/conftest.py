@@ -1,3 +1,4 @@
+import copy
 import os
 
 # Nothing in the tests needs the network, and `CI` keeps TRL from calling home.
@@ -7,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from datasets import Dataset
+from pairs import STANDARD
+from tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +25,32 @@ def one_thread_per_worker():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    """A trainer of a tiny model; what the trainer doesn't take goes into its config."""
+    from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
+
+    def make(data=STANDARD, model=None, **kwargs):
+        options = {
+            "output_dir": str(tmp_path / "arm"),
+            "per_device_train_batch_size": 3,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "seed": 0,
+        }
+        not_in_config = ("eval_dataset", "peft_config", "quantization_config", "processing_class")
+        names = [name for name in kwargs if name not in not_in_config]
+        options |= {name: kwargs.pop(name) for name in names}
+        return AutoregressiveRewardTrainer(
+            model=tiny_llama(vocab_size=len(tokenizer)) if model is None else model,
+            args=AutoregressiveRewardConfig(**options),
+            train_dataset=Dataset.from_dict(data) if isinstance(data, dict) else data,
+            **{"processing_class": copy.deepcopy(tokenizer), **kwargs},
+        )
+
+    return make

@@ -1,13 +1,16 @@
 """Quantised weights (torchao) and a quantised cache of the base (quanto), on the CPU."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from pairs import STANDARD
+from peft import LoraConfig, PeftModel
 from support import ARM, BATCH
 from test_support import assert_same, generate, oracle
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
 
@@ -73,3 +76,54 @@ def test_a_quantised_cache_of_the_base():
     options = {"cache_implementation": "quantized", "cache_config": cache}
     output = generate([GenARMLogitsProcessor(ARM)], BATCH, **options)
     assert_same(output, generate([oracle(BATCH)], BATCH, **options))
+
+
+def test_qlora(tmp_path, tokenizer):
+    """
+    An adapter on 4-bit weights, as `BitsAndBytesConfig` and `--load_in_4bit` make them: the loss is that of the same
+    weights in full precision, it falls, and what is saved is what was trained.
+    """
+    import bitsandbytes
+
+    folder = str(tmp_path / "base")
+    tiny_llama(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    config = AutoregressiveRewardConfig(
+        str(tmp_path / "arm"), report_to="none", disable_tqdm=True, max_steps=8, learning_rate=1e-2, logging_steps=1
+    )
+    trainer = AutoregressiveRewardTrainer(
+        model=folder,
+        args=config,
+        train_dataset=Dataset.from_dict(STANDARD),
+        processing_class=copy.deepcopy(tokenizer),
+        quantization_config=four_bits,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    original = plain.model.layers[0].mlp.up_proj.weight.clone()
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            quantised = trainer.model.get_base_model().get_submodule(name).base_layer.weight
+            module.weight.data = bitsandbytes.functional.dequantize_4bit(quantised.data, quantised.quant_state)
+    assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, original)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    oracle_trainer = AutoregressiveRewardTrainer(
+        model=plain,
+        args=config,
+        train_dataset=Dataset.from_dict(STANDARD),
+        processing_class=copy.deepcopy(tokenizer),
+    )
+    expected = oracle_trainer.compute_loss(plain, dict(batch))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected, rtol=1e-3, atol=1e-3)
+
+    trainer.train()
+    losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "arm")).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        if "lora_" in name:
+            assert torch.equal(loaded[name], value.float()), name

@@ -10,74 +10,22 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
+from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
+from hf_genarm import AutoregressiveRewardConfig, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.metrics import accuracy_interval
 from hf_genarm.reward_info import tokenizer_fingerprint
 
-PROMPTS = ["How was the train ride? ", "What is the weather like? ", "Tell me about the food. "]
-CHOSEN = ["It was fine and the view was kind.", "It is a fine and warm day today.", "The food was warm."]
-REJECTED = ["It was late.", "The sun is cold.", "The food was cold, but the people were hard and late."]
-
-STANDARD = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-
-
-def message(role, text):
-    return [{"role": role, "content": text.strip()}]
-
-
-def conversational(explicit):
-    prompts = [message("user", prompt) for prompt in PROMPTS]
-    chosen, rejected = [[message("assistant", text) for text in side] for side in (CHOSEN, REJECTED)]
-    if explicit:
-        return {"prompt": prompts, "chosen": chosen, "rejected": rejected}
-    return {
-        "chosen": [prompt + text for prompt, text in zip(prompts, chosen, strict=True)],
-        "rejected": [prompt + text for prompt, text in zip(prompts, rejected, strict=True)],
-    }
-
-
-def implicit():
-    return {
-        "chosen": [prompt + text for prompt, text in zip(PROMPTS, CHOSEN, strict=True)],
-        "rejected": [prompt + text for prompt, text in zip(PROMPTS, REJECTED, strict=True)],
-    }
 
 
 def model_for(tokenizer, seed=0, **config):
     return tiny_llama(seed, vocab_size=len(tokenizer), **config)
-
-
-@pytest.fixture
-def make_trainer(tokenizer, tmp_path):
-    def make(data=STANDARD, model=None, trainer_class=AutoregressiveRewardTrainer, **kwargs):
-        options = {
-            "output_dir": str(tmp_path / "arm"),
-            "per_device_train_batch_size": 3,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "learning_rate": 1e-2,
-            "seed": 0,
-        }
-        names = [name for name in kwargs if name not in ("eval_dataset", "peft_config", "quantization_config")]
-        options |= {name: kwargs.pop(name) for name in names}
-        return trainer_class(
-            model=model_for(tokenizer) if model is None else model,
-            args=AutoregressiveRewardConfig(**options),
-            train_dataset=Dataset.from_dict(data) if isinstance(data, dict) else data,
-            processing_class=copy.deepcopy(tokenizer),
-            **kwargs,
-        )
-
-    return make
 
 
 def log_prob(model, ids, start):
@@ -123,20 +71,35 @@ def test_loss_closed_form(make_trainer, tokenizer):
     torch.testing.assert_close(trainer._metrics["eval"]["max_reward"][0], -0.1 * math.log(len(tokenizer)))
 
 
+# Ours, and what CPOTrainer calls the same
+OBJECTIVES = {
+    "Eq. 5": ({}, {}),
+    "label smoothing": ({"label_smoothing": 0.2}, {"label_smoothing": 0.2}),
+    "hinge": ({"loss_type": "hinge"}, {"loss_type": "hinge"}),
+    "SimPO": ({"length_normalized": True, "target_margin": 0.4}, {"loss_type": "simpo", "simpo_gamma": 0.4}),
+    "SFT term": ({"sft_coefficient": 0.7}, {"cpo_alpha": 0.7}),
+    "all": (
+        {"length_normalized": True, "target_margin": 0.4, "sft_coefficient": 0.7, "label_smoothing": 0.2},
+        {"loss_type": "simpo", "simpo_gamma": 0.4, "cpo_alpha": 0.7, "label_smoothing": 0.2},
+    ),
+}
+
+
 @pytest.mark.parametrize("shares", [True, False])
-def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path, shares):
-    """The sigmoid CPO loss without its SFT term is Eq. 5, from TRL's own hands."""
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path, objective, shares):
+    """With the sigmoid loss and without its SFT term, CPO is Eq. 5; from TRL's own hands."""
+    ours, theirs = OBJECTIVES[objective]
+    options = {"loss_type": "sigmoid", "cpo_alpha": 0.0, "beta": 0.3, **theirs}
     oracle = CPOTrainer(
         model=model_for(tokenizer),
         args=CPOConfig(
             output_dir=str(tmp_path / "cpo"),
-            loss_type="sigmoid",
-            cpo_alpha=0.0,
-            beta=0.3,
             bf16=False,
             report_to="none",
             remove_unused_columns=False,
             gradient_checkpointing=False,
+            **options,
         ),
         train_dataset=Dataset.from_dict(STANDARD),
         processing_class=copy.deepcopy(tokenizer),
@@ -145,18 +108,43 @@ def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path
     expected, _ = oracle.get_batch_loss_metrics(oracle.model, batch)
     expected.backward()
 
-    rows = [
-        {f"{side}_ids": row[f"{side}_input_ids"] for side in ("chosen", "rejected")} for row in oracle.train_dataset
-    ]
-    trainer = make_trainer(Dataset.from_list(rows), beta=0.3)
+    rows = []
+    for row in oracle.train_dataset:
+        ids = {f"{side}_ids": row[f"{side}_input_ids"] for side in ("chosen", "rejected")}
+        rows.append({**ids, "prompt_length": row["chosen_labels"].count(-100)})
+    trainer = make_trainer(Dataset.from_list(rows), beta=0.3, **ours)
     trainer._pair_log_probs._may_share = shares
     loss = loss_of(trainer)
     loss.backward()
+    plain = naive_loss(trainer.model, pairs_of(trainer.train_dataset), 0.3)
+    assert (abs(loss - plain) < 1e-4) == (not ours)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     gradients = dict(oracle.model.named_parameters())
     assert max(parameter.grad.abs().max() for parameter in gradients.values()) > 1e-2
     for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6)
+        largest = float(gradients[name].grad.abs().max())
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_the_decode_aware_loss(make_trainer, tokenizer):
+    """It is Eq. 5 with beta = beta_r / alpha for the product of base and reward model, as Eq. 7 multiplies them."""
+    base = model_for(tokenizer)
+    options = {"beta": 0.3, "peft_config": LoraConfig(**LORA, init_lora_weights=False)}
+    trainer = make_trainer(model=copy.deepcopy(base), decode_alpha=1.5, **options)
+    pairs = pairs_of(trainer.train_dataset)
+    losses = []
+    for pair in pairs:
+        sums = [log_prob(base, ids, 1) + 1.5 * log_prob(trainer.model.eval(), ids, 1) for ids in pair]
+        losses.append(-torch.nn.functional.logsigmoid(0.3 / 1.5 * (sums[0] - sums[1])))
+    expected = torch.stack(losses).mean()
+    assert abs(expected - naive_loss(trainer.model, pairs, 0.3)) > 1e-2
+    loss = loss_of(trainer)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=0)
+    loss.backward()
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
+    with pytest.raises(ValueError, match=r"`decode_alpha` is 1.5.*`peft_config=LoraConfig"):
+        make_trainer(decode_alpha=1.5)
 
 
 def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
@@ -435,8 +423,18 @@ def test_the_config_is_parsed_from_the_command_line():
 def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
     with pytest.raises(ValueError, match=r"`center_rewards_coefficient` is 0.01.*never centred"):
         make_trainer(center_rewards_coefficient=0.01)
-    with pytest.raises(ValueError, match="`beta` is 0"):
-        make_trainer(beta=0)
+    for name, value, message in (
+        ("beta", 0, "must be positive"),
+        ("loss_type", "ipo", "must be one of sigmoid, hinge"),
+        ("truncation_mode", "middle", "must be one of drop, keep_start, keep_end"),
+        ("label_smoothing", 0.5, "below 0.5"),
+        ("sft_coefficient", -1.0, "must not be negative"),
+        ("decode_alpha", 0.0, "must be positive"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` is .{{0,2}}{value}.*{message}"):
+            make_trainer(**{name: value})
+    with pytest.raises(ValueError, match=r"`label_smoothing` is 0.1.*`loss_type` is `hinge`"):
+        make_trainer(label_smoothing=0.1, loss_type="hinge")
     classifier = AutoModelForSequenceClassification.from_config(model_for(tokenizer).config)
     with pytest.raises(TypeError, match=r"LlamaForSequenceClassification.*AutoModelForCausalLM"):
         make_trainer(model=classifier)
@@ -457,20 +455,6 @@ def test_missing_columns(make_trainer):
         make_trainer({"better": CHOSEN, "worse": REJECTED})
     with pytest.raises(ValueError, match="eval dataset has the columns"):
         make_trainer(eval_dataset=Dataset.from_dict({"chosen": CHOSEN}))
-
-
-def test_identical_pairs_are_counted_and_skipped(make_trainer):
-    data = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": [REJECTED[0], CHOSEN[1], CHOSEN[2]]}
-    with pytest.warns(UserWarning, match="In the train dataset, of 3 pairs, 2 with identical chosen and rejected"):
-        trainer = make_trainer(data)
-    assert len(trainer.train_dataset) == 1
-    with pytest.raises(ValueError, match="identical in all 3 pairs"):
-        make_trainer(data | {"rejected": CHOSEN})
-
-
-def test_pairs_that_are_all_too_long(make_trainer):
-    with pytest.raises(ValueError, match="`max_length=4`"):
-        make_trainer(max_length=4)
 
 
 def test_peft_loads_what_is_saved(make_trainer, tokenizer):

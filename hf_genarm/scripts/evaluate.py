@@ -1,0 +1,88 @@
+"""
+Reports how well a reward model tells chosen from rejected responses, beside a rule that only counts tokens.
+
+    hf-genarm evaluate --model user/my-arm --dataset pairs.jsonl --output_dir evaluation
+
+Writes `evaluation.json` and `evaluation.png`, and prints a table.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import EvalPrediction
+
+from ..metrics import preference_metrics
+from ..reward_info import package_versions
+from ..reward_model import AutoregressiveRewardModel
+from .pairs import PairArguments, hold_out, load_pairs
+from .plots import plot_evaluation
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, and where to put the report."""
+
+    model: str | None = field(default=None, metadata={"help": "Hub id or folder of a reward model."})
+    model_revision: str = field(default="main", metadata={"help": "Its revision."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Folder of the report."})
+    batch_size: int = field(default=8, metadata={"help": "Texts in a forward pass."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first pairs only."})
+
+
+ARGUMENTS = (PairArguments, EvaluateArguments)
+
+
+def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
+    if args.model is None:
+        raise ValueError("No reward model is given. Name one with `--model`: a Hub id or a folder.")
+    pairs = load_pairs(pair_args, pair_args.dataset_test_split or pair_args.dataset_train_split)
+    if pair_args.test_size is not None:
+        _, pairs = hold_out(pairs, pair_args.test_size)
+    if args.max_pairs is not None:
+        pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
+    arm = AutoregressiveRewardModel.from_pretrained(
+        args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+
+    prompts = [*pairs["prompt"], *pairs["prompt"]]
+    rows = arm.token_rewards(
+        prompts, [*pairs["chosen"], *pairs["rejected"]], batch_size=args.batch_size, show_progress=True
+    )
+    beta = arm.info.beta or 1.0
+    rewards = beta * np.array([float(arm.reduce(row.rewards)) for row in rows]).reshape(2, -1).T
+    lengths = np.array([len(row.rewards) for row in rows]).reshape(2, -1).T
+    metrics = preference_metrics(EvalPrediction(predictions=rewards, label_ids=lengths))
+
+    report = {"model": args.model, "dataset": pair_args.dataset, "beta": beta, "metrics": metrics}
+    os.makedirs(args.output_dir, exist_ok=True)
+    with open(os.path.join(args.output_dir, "evaluation.json"), "w") as file:
+        json.dump({**report, "versions": package_versions()}, file, indent=2)
+    margin, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
+    plot_evaluation(margin, longer, os.path.join(args.output_dir, "evaluation.png"))
+    print(table(args.model, metrics))
+    print(f"The report is in {args.output_dir}.")
+
+
+def table(name: str, metrics: dict[str, float]) -> str:
+    """The report, to be read."""
+
+    def share(metric: str) -> str:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*(metrics[metric + end] for end in ("", "_low", "_high")))
+
+    rows = [
+        ("pairs", f"{metrics['n_pairs']}"),
+        ("prefers the chosen response", share("pair_accuracy")),
+        ("  the shorter response is the chosen one", f"{metrics['shorter_accuracy']:.3f}"),
+    ]
+    if metrics["n_length_matched"]:
+        matched = f"  among {metrics['n_length_matched']} pairs of similar lengths"
+        rows.append((matched, share("length_matched_accuracy")))
+    rows += [
+        ("mean margin of the rewards", f"{metrics['mean_margin']:.3f}"),
+        ("correlation of margin and length", f"{metrics['margin_length_correlation']:.2f}"),
+        ("calibration error", f"{metrics['calibration_error']:.3f}"),
+    ]
+    return "\n".join([f"\n{name}, with 95 % intervals:", *(f"  {what:<42} {value}" for what, value in rows)])

@@ -1,0 +1,98 @@
+"""Pictures of a training run and of an evaluation. They need matplotlib, and are left out without it."""
+
+from typing import Any
+
+import numpy as np
+from transformers.utils import is_matplotlib_available, logging
+
+logger = logging.get_logger(__name__)
+
+BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "0.5"
+
+
+def plot_training(log_history: list[dict[str, Any]], path: str) -> None:
+    """
+    Loss and pair accuracy over the steps, in training and on held-out pairs.
+
+    Args:
+        log_history (list of `dict`):
+            `trainer.state.log_history`.
+        path (`str`):
+            Where to write the picture.
+    """
+    figure, axes = _figure(path, "training")
+    if figure is None:
+        return
+    training = [logs for logs in log_history if "loss" in logs and "accuracy" in logs]
+    held_out = [logs for logs in log_history if "eval_pair_accuracy" in logs]
+    for axis, name, measure in ((axes[0], "loss", "loss"), (axes[1], "pair accuracy", "accuracy")):
+        axis.plot([x["step"] for x in training], [x[measure] for x in training], color=BLUE, label="training")
+        axis.set(xlabel="step", ylabel=name)
+    if held_out:
+        steps = [x["step"] for x in held_out]
+        axes[0].plot(steps, [x["eval_loss"] for x in held_out], "o-", color=ORANGE, label="held out")
+        accuracy, low, high = (
+            np.array([x[f"eval_pair_accuracy{end}"] for x in held_out]) for end in ("", "_low", "_high")
+        )
+        axes[1].errorbar(
+            steps, accuracy, [accuracy - low, high - accuracy], fmt="o-", color=ORANGE, capsize=4, label="held out"
+        )
+        shorter = held_out[-1]["eval_shorter_accuracy"]
+        axes[1].axhline(max(shorter, 1 - shorter), color=GREY, linestyle=":", label="by length alone")
+    _save(figure, axes, path)
+
+
+def plot_evaluation(margin: np.ndarray, longer: np.ndarray, path: str) -> None:
+    """
+    The margins of pairs against the difference in length of their responses, and how well the margins are calibrated.
+
+    Args:
+        margin (`np.ndarray` of shape `(n_pairs,)`):
+            Reward of chosen minus rejected.
+        longer (`np.ndarray` of shape `(n_pairs,)`):
+            Tokens of chosen minus rejected.
+        path (`str`):
+            Where to write the picture.
+    """
+    figure, axes = _figure(path, "evaluation")
+    if figure is None:
+        return
+    axes[0].scatter(longer, margin, s=10, alpha=0.4, color=BLUE, linewidth=0, label="a pair")
+    axes[0].axhline(0, color=GREY, linestyle=":", label="chosen and rejected alike")
+    axes[0].set(xlabel="tokens of chosen minus rejected", ylabel="reward of chosen minus rejected")
+
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    is_right = (margin > 0) + 0.5 * (margin == 0)
+    order = np.array_split(np.argsort(confidence), min(8, len(margin)))
+    means = [confidence[part].mean() for part in order]
+    shares = np.array([is_right[part].mean() for part in order])
+    error = 1.96 * np.sqrt(shares * (1 - shares) / np.array([len(part) for part in order]))
+    axes[1].errorbar(means, shares, error, fmt="o", color=ORANGE, capsize=4, label="an eighth of the pairs")
+    axes[1].plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="calibrated")
+    axes[1].set(xlabel="confidence σ(|margin|)", ylabel="pair accuracy", ylim=(-0.02, 1.02))
+    _save(figure, axes, path)
+
+
+def _figure(path: str, kind: str) -> tuple[Any, Any]:
+    if not is_matplotlib_available():
+        logger.warning(
+            "There is no plot of the %s, because matplotlib is not installed: `pip install matplotlib`.", kind
+        )
+        return None, None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(1, 2, figsize=(10, 4), dpi=130)
+
+
+def _save(figure: Any, axes: Any, path: str) -> None:
+    from matplotlib import pyplot as plt
+
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,81 @@
+"""
+Trains an autoregressive reward model on preference pairs.
+
+    hf-genarm train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.jsonl --output_dir my-arm
+
+Any argument of `AutoregressiveRewardConfig` and of TRL's `ModelConfig` can be given, here or in a file: `--config
+recipe.yaml`. An adapter is trained unless `--no_use_peft` is given. Pairs are held out, so that the card of the reward
+model says what it has learned.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from transformers.utils import logging
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..config import AutoregressiveRewardConfig
+from ..trainer import AutoregressiveRewardTrainer
+from .pairs import PairArguments, hold_out, load_pairs
+from .plots import plot_training
+
+logger = logging.get_logger(__name__)
+
+HELD_OUT = 0.1
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's arguments of a model, for an adapter on a causal LM."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a causal LM.", "aliases": ["--model"]}
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Whether to train an adapter instead of all weights."})
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The task type of the adapter."})
+
+
+ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments)
+
+
+def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, model_args: ModelArguments) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("No model is given. Name one with `--model`: the Hub id or folder of a causal LM.")
+    train_pairs = load_pairs(pair_args, pair_args.dataset_train_split)
+    test_pairs = None
+    if pair_args.dataset_test_split is not None:
+        test_pairs = load_pairs(pair_args, pair_args.dataset_test_split)
+    elif pair_args.test_size != 0:
+        train_pairs, test_pairs = hold_out(train_pairs, pair_args.test_size or HELD_OUT)
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    if training_args.dataset_name is None:
+        name = str(pair_args.dataset)
+        training_args.dataset_name = os.path.basename(name) if os.path.exists(name) else name
+
+    trainer = AutoregressiveRewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_pairs,
+        eval_dataset=test_pairs,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if test_pairs is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        plot_training(trainer.state.log_history, os.path.join(training_args.output_dir, "training.png"))
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.print(f"The reward model is in {training_args.output_dir}.")
+    trainer.accelerator.end_training()

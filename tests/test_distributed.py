@@ -1,0 +1,68 @@
+"""Several processes, processes that are killed, sharded weights; what the launchers of PyTorch really start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+TESTS = Path(__file__).parent
+RECIPES = TESTS.parent / "examples" / "recipes"
+METRICS = ("eval_n_pairs", "eval_pair_accuracy", "eval_rms_margin", "eval_margin_length_correlation")
+
+
+def start(script, *arguments, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, str(TESTS / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+
+
+def train(folder, *arguments, processes=1):
+    run = start("train_tiny.py", folder, "--processes", processes, *arguments, processes=processes)
+    assert run.returncode == 0, run.stderr
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "full, gradient checkpointing"])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, kind):
+    options = [] if kind == "LoRA" else ["--full", "--gradient-checkpointing"]
+    one = train(tmp_path / "one", "--batch-size", 4, *options)
+    two = train(tmp_path / "two", "--batch-size", 2, *options, processes=2)
+    assert one["shares"]
+    assert two["shares"]
+    assert len(set(one["losses"])) == len(one["losses"]) == 6
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for name in METRICS:
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
+    assert two["metrics"]["eval_n_pairs"] == 7
+
+
+def test_training_goes_on_after_a_kill(tmp_path):
+    whole = train(tmp_path / "whole", "--accumulate", 2)
+    run = start("train_tiny.py", tmp_path / "killed", "--accumulate", 2, "--kill-at", 5)
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "results.json").exists()
+    resumed = train(tmp_path / "killed", "--accumulate", 2, "--resume")
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["metrics"]["eval_loss"] == whole["metrics"]["eval_loss"]
+
+
+def test_sharded_weights(tmp_path):
+    """FSDP2 by itself, since accelerate starts plain data parallelism on CPUs whatever its config says."""
+    run = start("sharded_loss.py", processes=2)
+    assert run.returncode == 0, run.stderr
+    assert "2 processes, sharded: equal" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["fsdp2.yaml", "deepspeed_zero3.yaml"])
+def test_launcher_configs_are_valid(name):
+    """Read by accelerate; not run, for want of accelerators."""
+    config = load_config_from_file(str(RECIPES / name))
+    assert config.distributed_type == {"fsdp2.yaml": "FSDP", "deepspeed_zero3.yaml": "DEEPSPEED"}[name]
