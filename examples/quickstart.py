@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, set_seed
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
@@ -88,12 +88,14 @@ class Steering:
         self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
         self.scorer = SentimentIntensityAnalyzer()
 
-    def __call__(self, processor: GenARMLogitsProcessor | None) -> tuple[list[str], np.ndarray]:
+    def sample(self, processors: list[LogitsProcessor]) -> torch.Tensor:
+        """Token ids of the answers."""
         set_seed(self.seed)
-        processors = [processor] if processor else []
         output = self.model.generate(**self.inputs, logits_processor=processors, **self.options)
-        answers = output[:, self.inputs["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return output[:, self.inputs["input_ids"].shape[1] :]
+
+    def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
+        texts = self.tokenizer.batch_decode(self.sample([processor]), skip_special_tokens=True)
         return texts, np.array([self.scorer.polarity_scores(text)["compound"] for text in texts])
 
 

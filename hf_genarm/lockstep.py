@@ -49,11 +49,8 @@ class LockstepLM:
         # Of the network itself: `PeftModel.forward` takes anything.
         self._forward_args = inspect.signature(network.forward).parameters.keys()
         # Recurrent states can't be rolled back, and some models keep them in their modules, out of reach.
-        self.has_cache = (
-            "past_key_values" in self._forward_args
-            and not network._is_stateful
-            and all(type(layer) is DynamicLayer for layer in self._new_cache().layers)
-        )
+        self._network = network
+        self.has_cache = new_cache(network) is not None
         if not self.has_cache:
             logger.warning(
                 "%s has recurrent states, or no key-value cache that could be rolled back. As a reward model it reads "
@@ -137,15 +134,10 @@ class LockstepLM:
         """Gives back what was taken, with or without more in it."""
         self._state = state
 
-    def _new_cache(self) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
-        # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
-        cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-        return cache
-
     def _new_state(self, input_ids: Tensor) -> "State":
         empty = input_ids[:, :0]
-        return State(empty, empty, self._new_cache() if self.has_cache else DynamicCache(), _Watch(self.model))
+        cache = new_cache(self._network)
+        return State(empty, empty, DynamicCache() if cache is None else cache, _Watch(self.model))
 
     def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         cached = state.input_ids.shape[1]
@@ -174,6 +166,16 @@ class LockstepLM:
         inputs["logits_to_keep"] = 1
         output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
         return output.logits[:, -1:]
+
+
+def new_cache(network: PreTrainedModel) -> DynamicCache | None:
+    """An empty key-value cache that keeps whole texts, or `None` for a model whose cache can't be rolled back."""
+    if network._is_stateful or "past_key_values" not in inspect.signature(network.forward).parameters:
+        return None
+    cache = DynamicCache(config=network.config)
+    # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
+    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

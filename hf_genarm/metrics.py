@@ -15,7 +15,14 @@ METRICS = (
     "calibration_error",
     "n_length_matched",
 )
-OPTIONAL_METRICS = ("length_matched_accuracy", "length_matched_accuracy_low", "length_matched_accuracy_high")
+OPTIONAL_METRICS = (
+    "length_matched_accuracy",
+    "length_matched_accuracy_low",
+    "length_matched_accuracy_high",
+    "contrast_accuracy",
+    "contrast_accuracy_low",
+    "contrast_accuracy_high",
+)
 # Pairs whose responses differ by at most this share of the longer one count as matched in length.
 _MATCHED = 0.1
 
@@ -28,6 +35,10 @@ def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int
     counts = np.random.default_rng(seed).multinomial(len(is_right), shares, size=n_resamples)
     low, high = np.quantile(counts @ outcomes / len(is_right), [0.025, 0.975])
     return float(low), float(high)
+
+
+def _is_right(margin: np.ndarray) -> np.ndarray:
+    return (margin > 0) + 0.5 * (margin == 0)
 
 
 def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10) -> float:
@@ -43,11 +54,11 @@ def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10
 
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """
+    r"""
     Args:
         prediction ([`~transformers.EvalPrediction`]):
-            `predictions` of shape `(n_pairs, 2)` are the rewards of chosen and rejected; `label_ids` of shape
-            `(n_pairs, 2)` their numbers of tokens.
+            `predictions` of shape `(n_pairs, 2)` are the rewards of chosen and rejected. `label_ids` is a tuple: their
+            numbers of tokens, and for an adapter the rewards that its base gives, each of shape `(n_pairs, 2)`.
 
     Returns:
         `dict[str, float]`:
@@ -63,13 +74,17 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
             - `n_length_matched`: number of pairs whose lengths differ by at most 10 % of the longer one
             - `length_matched_accuracy`, with `length_matched_accuracy_low` and `length_matched_accuracy_high`: the
               accuracy on those, if there are any
+            - `contrast_accuracy`, with `contrast_accuracy_low` and `contrast_accuracy_high`: the accuracy of
+              $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: the likelihoods and lengths that
+              its base goes by cancel
     """
+    lengths, *base = prediction.label_ids
     margin = prediction.predictions[:, 0] - prediction.predictions[:, 1]
-    longer = prediction.label_ids[:, 0] - prediction.label_ids[:, 1]
-    is_right = (margin > 0) + 0.5 * (margin == 0)
+    longer = lengths[:, 0] - lengths[:, 1]
+    is_right = _is_right(margin)
     low, high = accuracy_interval(is_right)
     varies = margin.std() > 0 and longer.std() > 0
-    matched = np.abs(longer) <= _MATCHED * prediction.label_ids.max(axis=1)
+    matched = np.abs(longer) <= _MATCHED * lengths.max(axis=1)
     metrics = {
         "n_pairs": len(margin),
         "pair_accuracy": float(is_right.mean()),
@@ -86,4 +101,9 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
         low, high = accuracy_interval(is_right[matched])
         metrics["length_matched_accuracy"] = float(is_right[matched].mean())
         metrics |= {"length_matched_accuracy_low": low, "length_matched_accuracy_high": high}
+    for base_rewards in base:
+        has_learned = _is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1]))
+        low, high = accuracy_interval(has_learned)
+        metrics["contrast_accuracy"] = float(has_learned.mean())
+        metrics |= {"contrast_accuracy_low": low, "contrast_accuracy_high": high}
     return metrics

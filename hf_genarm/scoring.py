@@ -1,6 +1,5 @@
 """The rewards of finished responses, one for each token: no generation, one forward pass over the text."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +8,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .end_of_turn import end_token_ids, length_to_end
 from .functional import token_log_probs
+from .lockstep import new_cache
 
 Messages = list[dict[str, str]]
 Texts = Sequence[str] | Sequence[Messages]
@@ -24,7 +25,7 @@ class TokenRewards:
 
     Parameters:
         text (`str`):
-            The response as the model read it. For messages it has what the chat template adds after them.
+            The response as the model read it, to its end. For messages it has what the chat template adds to them.
         input_ids (`torch.LongTensor` of shape `(length,)`):
             Its tokens. The last one of a plain text is the end-of-text token, if the tokenizer has one.
         offsets (list of `tuple[int, int]`):
@@ -81,7 +82,9 @@ def token_rewards(
     """
     if len(prompts) != len(responses):
         raise ValueError(f"There are {len(prompts)} prompts, but {len(responses)} responses. Give one prompt for each.")
-    examples = [_tokenize(tokenizer, prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    ends = end_token_ids(network.generation_config, tokenizer)
+    examples = [_tokenize(tokenizer, ends, prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     results: list[TokenRewards | None] = [None] * len(examples)
     with tqdm(total=len(examples), desc="Scoring", disable=not show_progress) as progress:
@@ -97,7 +100,7 @@ def token_rewards(
     return [result for result in results if result is not None]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) -> _Example:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, response: Any) -> _Example:
     """The tokens as in training: of prompt and response together, so that the boundary may lie within a token."""
     if isinstance(prompt, str):
         if not isinstance(response, str):
@@ -120,8 +123,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any) ->
     if offsets and offsets[-1] == (len(before),) * 2:  # an empty response: its end alone
         start = len(offsets) - 1
     start = max(start, 1)  # the first token of a text has nothing to be predicted from
-    inside = [(max(low - len(before), 0), max(high - len(before), 0)) for low, high in offsets[start:]]
-    return _Example(input_ids, start, text, inside)
+    length = length_to_end(input_ids, start, ends)
+    inside = [(max(low - len(before), 0), max(high - len(before), 0)) for low, high in offsets[start:length]]
+    return _Example(input_ids[:length], start, text[: inside[-1][1]] if inside else text, inside)
 
 
 @torch.no_grad()
@@ -133,14 +137,13 @@ def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk
         [[*[1] * len(text), *[0] * (longest - len(text))] for text in texts], device=model.device
     )
     network = model.get_base_model() if isinstance(model, PeftModel) else model
-    has_cache = "past_key_values" in inspect.signature(network.forward).parameters and not network._is_stateful
-    cache = DynamicCache(config=network.config) if has_cache else None
-    step = chunk_length if has_cache else longest
+    cache = new_cache(network)
+    step = longest if cache is None else chunk_length
     parts = [torch.empty(len(texts), 0)]  # all there is for texts of one token
     for first in range(0, longest - 1, step):
         last = min(first + step, longest - 1)
         inputs: dict[str, Any] = {"input_ids": input_ids[:, first:last], "attention_mask": attention_mask[:, :last]}
-        inputs |= {"past_key_values": cache, "use_cache": True} if has_cache else {"use_cache": False}
+        inputs |= {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
         logits = model(**inputs).logits
         parts.append(token_log_probs(logits, input_ids[:, first + 1 : last + 1]).cpu())
     return torch.cat(parts, dim=1)

@@ -164,9 +164,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         args, pairs = self.args, _pairs(inputs)
-        # Responses may begin alike. What they share cancels in a sum; in means and likelihoods it counts.
-        scored = pairs.is_response if args.length_normalized or args.sft_coefficient else pairs.is_own
-        log_probs = self._pair_log_probs(model, pairs, scored)
+        log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
         rewards = args.beta * self._reduce(log_probs, pairs)
 
         # Margin, metrics and gathering are RewardTrainer's; to the logits of its classifier, the rewards are compared.
@@ -176,7 +174,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         chosen, rejected = rewards.chunk(2)
         margin = chosen - rejected - args.target_margin - inputs.get("margin", 0.0)
         if args.decode_alpha is not None:
-            margin = margin + self._base_margin(model, pairs, scored)
+            base_chosen, base_rejected = self._base_rewards(model, pairs).chunk(2)
+            margin = margin + (base_chosen - base_rejected) / args.decode_alpha
         loss = preference_loss(margin, args.loss_type, args.label_smoothing).mean()
         if args.sft_coefficient:
             is_chosen = pairs.is_response.chunk(2)[0]
@@ -186,26 +185,34 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         # One row for each pair, (chosen, rejected): the Trainer gathers and cuts predictions by the number of pairs.
         return loss, SequenceClassifierOutput(logits=torch.stack([chosen, rejected], dim=1))
 
+    def _scored(self, pairs: PairBatch) -> Tensor:
+        """Responses may begin alike. What they share cancels in a sum; in means and likelihoods it counts."""
+        return pairs.is_response if self.args.length_normalized or self.args.sft_coefficient else pairs.is_own
+
     def _reduce(self, log_probs: Tensor, pairs: PairBatch) -> Tensor:
         if self.args.length_normalized:
             return log_probs.sum(dim=1) / pairs.is_response.sum(dim=1).clamp(min=1)
         return (log_probs * pairs.is_own).sum(dim=1)
 
     @torch.no_grad()
-    def _base_margin(self, model: Module, pairs: PairBatch, scored: Tensor) -> Tensor:
-        """The share of the base in the margin of the guided model, `(batch_size,)`."""
+    def _base_rewards(self, model: Module, pairs: PairBatch) -> Tensor:
+        """What the rewards would be without the adapter, `(2 * batch_size,)`."""
         with self.accelerator.unwrap_model(model).disable_adapter():
-            log_probs = self._pair_log_probs(model, pairs, scored)
-        chosen, rejected = self._reduce(log_probs, pairs).chunk(2)
-        return self.args.beta / self.args.decode_alpha * (chosen - rejected)
+            log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
+        return self.args.beta * self._reduce(log_probs, pairs)
 
     def prediction_step(
         self, model: Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        inputs = self._prepare_inputs(inputs)
         loss, rewards, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # What metrics compare rewards with: the numbers of response tokens, one row (chosen, rejected) for each pair.
-        lengths = _pairs(inputs).is_response.sum(dim=1)
-        return loss, rewards, torch.stack(lengths.chunk(2), dim=1).to(self.args.device)
+        pairs = _pairs(inputs)
+        # What metrics compare rewards with, one row (chosen, rejected) for each pair: numbers of response tokens, and
+        # the rewards before training.
+        labels = [pairs.is_response.sum(dim=1)]
+        if is_peft_model(self.model):
+            labels.append(self._base_rewards(model, pairs))
+        return loss, rewards, tuple(torch.stack(label.chunk(2), dim=1) for label in labels)
 
     def _prepare_dataset(
         self,

@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LogitsProcessor, set_seed
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-from quickstart import bootstrap  # noqa: E402
+from quickstart import ALPHAS, Steering, bootstrap  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
 from hf_genarm.demo import demo_model  # noqa: E402
 from hf_genarm.model_card import Steered, reward_model_card  # noqa: E402
 from hf_genarm.reward_info import INFO_NAME, RewardInfo  # noqa: E402
 
-ALPHAS = (0.5, 1.0, 2.0)
 SEED = 0
 
 
@@ -58,26 +57,13 @@ class KLMeter:
         return (kl * written).sum(axis=1) / written.sum(axis=1)
 
 
-class Steering:
-    """Samples one answer to each prompt under the same seed, with any processor."""
-
-    def __init__(self, model, tokenizer, prompts: list[str], max_new_tokens: int):
-        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        self.inputs = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        )
-        self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
+class MeasuredSteering(Steering):
+    """Samples one answer to each prompt, and measures how far guidance went from the base."""
 
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
         """Returns the texts, and the mean KL per token of each."""
-        set_seed(SEED)
         meter = KLMeter()
-        output = self.model.generate(**self.inputs, logits_processor=meter.around(processor), **self.options)
-        answers = output[:, self.inputs["input_ids"].shape[1] :]
+        answers = self.sample(meter.around(processor))
         ended = (answers == self.tokenizer.eos_token_id).long()
         n_tokens = (ended.cumsum(dim=1) - ended == 0).sum(dim=1).numpy()
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True), meter.per_text(n_tokens)
@@ -94,6 +80,7 @@ def publish(
     license: str,
     max_new_tokens: int = 48,
     plot: Callable[[dict[float, np.ndarray], np.ndarray, Path], None] | None = None,
+    quote: bool = True,
 ) -> None:
     """Measures the reward model, writes `model_cards/<name>`, and brings the index up to date."""
     trainer.evaluate(held_out)
@@ -105,7 +92,7 @@ def publish(
     # As a user would run it: from the folder that was just written.
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     processor = GenARMLogitsProcessor.from_pretrained(str(folder), base_model=model)
-    steer = Steering(model, tokenizer, prompts, max_new_tokens)
+    steer = MeasuredSteering(model, tokenizer, prompts, max_new_tokens, SEED)
     texts, effects, kls = {}, {}, {}
     for alpha in tqdm((0.0, *ALPHAS), desc="Steering"):
         processor.alpha = alpha
@@ -124,11 +111,12 @@ def publish(
     )
     if plot is not None:
         notes += "\n\n![The effect against α](reward_by_alpha.png)"
-    # The program picks the answer that guidance at α = 1 changed most.
-    shown = int(np.abs(effects[1.0] - effects[0.0]).argmax())
-    before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[1.0]))
-    notes += "\n\nThe prompt whose answer changed most:\n\n"
-    notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = 1: {after}"
+    if quote:
+        # The program picks the answer that guidance at α = 1 changed most.
+        shown = int(np.abs(effects[1.0] - effects[0.0]).argmax())
+        before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[1.0]))
+        notes += "\n\nThe prompt whose answer changed most:\n\n"
+        notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = 1: {after}"
     card = reward_model_card(
         info,
         name,

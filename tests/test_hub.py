@@ -78,6 +78,39 @@ print(processor.engine, model.generate(ids, logits_processor=[processor], max_ne
     assert client(steer, "another cache", token=None) == "fused 9"
 
 
+def test_a_trainer_pushes_the_complete_folder(server, client, tmp_path):
+    """`push_to_hub` of the trainer, by the command; what is pulled steers, and its card names the repository."""
+    train = """
+from datasets import Dataset
+from pairs import STANDARD
+from tiny import tiny_llama, tiny_tokenizer
+from hf_genarm import cli
+tiny_tokenizer().save_pretrained(base)
+tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(base)
+Dataset.from_dict(STANDARD).to_json(arm_folder + "/pairs.jsonl")
+arguments = ["--model", base, "--dataset", arm_folder + "/pairs.jsonl", "--output_dir", arm_folder + "/trained"]
+arguments += ["--push_to_hub", "--hub_model_id", "me/my-arm", "--custom_generate"]
+arguments += ["--max_steps", "1", "--test_size", "1"]
+sys.argv = ["hf-genarm", "train", *arguments, "--report_to", "none"]
+cli.main()
+"""
+    assert client(train).endswith("trained.")
+    files = server.repos["me/my-arm"].commits[server.repos["me/my-arm"].head]
+    expected = {"adapter_config.json", "adapter_model.safetensors", "genarm_config.json", "README.md", "tokenizer.json"}
+    assert expected | {"custom_generate/generate.py", "training.png"} <= files.keys()
+    assert {name for name in files if name.endswith((".pt", ".bin"))} <= {"training_args.bin"}  # as every Trainer's
+    card = files["README.md"].decode()
+    assert 'GenARMLogitsProcessor.from_pretrained("me/my-arm"' in card
+    assert "base_model_relation" not in card  # the base is a folder here
+    pull = """
+arm = AutoregressiveRewardModel.from_pretrained("me/my-arm")
+assert torch.equal(logits(arm), logits(AutoregressiveRewardModel.from_pretrained(arm_folder + "/trained")))
+assert arm.info.metrics["n_pairs"] == 1 and arm.info.dataset == "pairs.jsonl"
+print("the same")
+"""
+    assert client(pull, "another cache", token=None) == "the same"
+
+
 def test_a_private_repository(client):
     assert client(PUSH.format(private=True)) == "pushed"
     error = client(PULL, "another cache", token=None)

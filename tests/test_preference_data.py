@@ -65,7 +65,7 @@ def test_without_a_prompt_it_is_what_is_shared(make_trainer):
 
 def test_lengths_in_metrics_are_those_of_responses(make_trainer):
     trainer = make_trainer(eval_dataset=Dataset.from_dict(STANDARD))
-    lengths = trainer.predict(trainer.eval_dataset).label_ids
+    lengths = trainer.predict(trainer.eval_dataset).label_ids[0]
     expected = [
         [len(row[f"{side}_ids"]) - row["prompt_length"] for side in ("chosen", "rejected")]
         for row in trainer.eval_dataset

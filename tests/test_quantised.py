@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def int8():
-    from torchao.quantization import Int8WeightOnlyConfig  # takes seconds, and is in the extra `dev` only
+    from torchao.quantization import Int8WeightOnlyConfig  # takes seconds, and is in the extra `slow` only
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 

@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, EvalPrediction, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, GenARMLogitsProcessor, RewardInfo
-from hf_genarm.metrics import accuracy_interval
+from hf_genarm.metrics import accuracy_interval, calibration_error, preference_metrics
 from hf_genarm.reward_info import tokenizer_fingerprint
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -367,6 +367,54 @@ def test_metrics_of_held_out_pairs(make_trainer):
     longer = np.array([len(one) - len(other) for one, other in pairs])
     correlation = np.corrcoef(chosen - rejected, longer)[0, 1]
     assert metrics["eval_margin_length_correlation"] == pytest.approx(correlation, abs=1e-5)
+
+
+def test_contrast_with_the_base(make_trainer, tokenizer):
+    """What an adapter has learned: nothing before training; then the difference to the model without it."""
+    base = model_for(tokenizer)
+    trainer = make_trainer(
+        model=copy.deepcopy(base), peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD), beta=0.2
+    )
+    assert trainer.evaluate()["eval_contrast_accuracy"] == 0.5
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    rewards, (lengths, base_rewards), metrics = trainer.predict(trainer.eval_dataset)
+    pairs = [(row["prompt_length"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.eval_dataset]
+    for index, (start, *texts) in enumerate(pairs):
+        chosen, rejected = (0.2 * log_prob(base, ids, start) for ids in texts)
+        assert base_rewards[index, 0] - base_rewards[index, 1] == pytest.approx(float(chosen - rejected), abs=1e-4)
+        assert lengths[index].tolist() == [len(ids) - start for ids in texts]
+    contrast = (rewards - base_rewards)[:, 0] - (rewards - base_rewards)[:, 1]
+    assert abs(contrast).min() > 1e-3
+    assert metrics["test_contrast_accuracy"] == pytest.approx((contrast > 0).mean())
+    assert "eval_contrast_accuracy" not in make_trainer(eval_dataset=Dataset.from_dict(STANDARD)).evaluate()
+
+
+def prediction(margins, lengths, base=None):
+    """Rewards and lengths of rejected are 0 and 10."""
+    rewards = np.array([[margin, 0.0] for margin in margins])
+    labels = (np.array([[length, 10] for length in lengths]), *([] if base is None else [np.array(base)]))
+    return EvalPrediction(predictions=rewards, label_ids=labels)
+
+
+def test_accuracy_on_pairs_of_similar_lengths():
+    metrics = preference_metrics(prediction([1, -1, 1, 1], [10, 11, 20, 5]))
+    assert metrics["n_length_matched"] == 2  # 10 and 10, 11 and 10
+    assert metrics["length_matched_accuracy"] == 0.5
+    assert metrics["pair_accuracy"] == 0.75
+    assert "length_matched_accuracy" not in preference_metrics(prediction([1], [30]))
+
+
+def test_calibration_error():
+    """In closed form: half of the pairs at confidence 0.75 are right, and all of those at 0.9."""
+    logit = {0.75: math.log(3), 0.9: math.log(9)}
+    margins = [logit[0.75], -logit[0.75], logit[0.9], logit[0.9]]
+    assert preference_metrics(prediction(margins, [10] * 4))["calibration_error"] == pytest.approx((0.25 + 0.1) / 2)
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=20_000)
+    margin *= np.where(rng.random(20_000) < 1 / (1 + np.exp(-abs(margin))), 1, -1) * np.sign(margin)
+    assert calibration_error(margin, margin > 0) < 0.02
 
 
 def test_the_interval_of_an_accuracy():

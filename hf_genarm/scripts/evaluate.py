@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass, field
 
 import numpy as np
+from datasets import Dataset
+from peft import PeftModel
 from transformers import EvalPrediction
 
 from ..metrics import preference_metrics
@@ -47,14 +49,14 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
         args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
     )
 
-    prompts = [*pairs["prompt"], *pairs["prompt"]]
-    rows = arm.token_rewards(
-        prompts, [*pairs["chosen"], *pairs["rejected"]], batch_size=args.batch_size, show_progress=True
-    )
     beta = arm.info.beta or 1.0
-    rewards = beta * np.array([float(arm.reduce(row.rewards)) for row in rows]).reshape(2, -1).T
-    lengths = np.array([len(row.rewards) for row in rows]).reshape(2, -1).T
-    metrics = preference_metrics(EvalPrediction(predictions=rewards, label_ids=lengths))
+    rewards, lengths = score(arm, pairs, args.batch_size)
+    labels: tuple[np.ndarray, ...] = (lengths,)
+    if isinstance(arm.model, PeftModel):
+        with arm.model.disable_adapter():
+            labels += (beta * score(arm, pairs, args.batch_size)[0],)
+    rewards = beta * rewards
+    metrics = preference_metrics(EvalPrediction(predictions=rewards, label_ids=labels))
 
     report = {"model": args.model, "dataset": pair_args.dataset, "beta": beta, "metrics": metrics}
     os.makedirs(args.output_dir, exist_ok=True)
@@ -64,6 +66,16 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     plot_evaluation(margin, longer, os.path.join(args.output_dir, "evaluation.png"))
     print(table(args.model, metrics))
     print(f"The report is in {args.output_dir}.")
+
+
+def score(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and numbers of tokens of chosen and rejected responses, each `(n_pairs, 2)`."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        rows = arm.token_rewards(list(pairs["prompt"]), list(pairs[side]), batch_size=batch_size, show_progress=True)
+        sides.append([(float(arm.reduce(row.rewards)), len(row.rewards)) for row in rows])
+    rewards, lengths = np.array(sides).transpose(2, 1, 0)
+    return rewards, lengths
 
 
 def table(name: str, metrics: dict[str, float]) -> str:
@@ -80,6 +92,8 @@ def table(name: str, metrics: dict[str, float]) -> str:
     if metrics["n_length_matched"]:
         matched = f"  among {metrics['n_length_matched']} pairs of similar lengths"
         rows.append((matched, share("length_matched_accuracy")))
+    if "contrast_accuracy" in metrics:
+        rows.append(("  by what it has learned: less the base's", share("contrast_accuracy")))
     rows += [
         ("mean margin of the rewards", f"{metrics['mean_margin']:.3f}"),
         ("correlation of margin and length", f"{metrics['margin_length_correlation']:.2f}"),

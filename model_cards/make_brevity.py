@@ -1,0 +1,64 @@
+"""
+Trains `model_cards/arm-smollm2-135m-brevity`, measures it on held-out prompts and writes its card.
+
+    python model_cards/make_brevity.py         # about 15 minutes on 2 cores
+"""
+
+from datasets import Dataset, load_dataset
+from publish import HERE, publish
+from quickstart import DATA, held_out_prompts, train
+from transformers import AutoTokenizer
+
+from hf_genarm.demo import demo_model
+
+NAME = "arm-smollm2-135m-brevity"
+
+
+def n_words(answer: list[dict[str, str]]) -> int:
+    return len(answer[0]["content"].split())
+
+
+def shorter_is_chosen(split: str) -> Dataset:
+    """The answers of the sentiment pairs, with those of fewer words as chosen; pairs within 3 words are left out."""
+    pairs = load_dataset("json", data_files=str(DATA / f"{split}.jsonl"), split="train")
+    pairs = pairs.filter(lambda pair: abs(n_words(pair["chosen"]) - n_words(pair["rejected"])) > 3)
+
+    def order(pair: dict) -> dict:
+        shorter, longer = sorted((pair["chosen"], pair["rejected"]), key=n_words)
+        return {"chosen": shorter, "rejected": longer}
+
+    return pairs.map(order)
+
+
+def main() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
+    trainer = train(
+        demo_model(),
+        tokenizer,
+        HERE.parent / "outputs" / NAME,
+        shorter_is_chosen("train"),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        objective="brevity",
+        description=(
+            "Answers of fewer words to questions about everyday things, whatever they say: not concision, which would "
+            "keep the meaning."
+        ),
+        dataset_name="examples/data/sentiment, ordered by length",
+    )
+    publish(
+        trainer,
+        tokenizer,
+        NAME,
+        held_out=shorter_is_chosen("test"),
+        prompts=held_out_prompts(),
+        score=lambda text: float(len(text.split())),
+        effect_name="words in the answer (at most 64 tokens)",
+        license="apache-2.0",
+        max_new_tokens=64,
+    )
+
+
+if __name__ == "__main__":
+    main()
