@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid, relu
 _ROWS_AT_ONCE = 64
 
 
-def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
+def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
     r"""
     Next-token log-probabilities of the guided model, Eq. 7 of the paper with several rewards:
 
@@ -24,19 +24,21 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
             between the two. Tokens at $-\infty$ stay there.
         reward_log_probs (sequence of `torch.Tensor` of shape `(batch_size, vocab_size)`):
             Next-token log-probabilities of each reward model, in float32.
-        alphas (sequence of `float`):
-            Strength of each reward; $1/\beta$ in the paper.
+        alphas (sequence of `float` or `torch.Tensor` of shape `(batch_size, 1)`):
+            Strength of each reward; $1/\beta$ in the paper. Where it is 0, the reward makes no difference at all.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, vocab_size)`: normalised log-probabilities, in float32.
     """
     guided = scores.float()
     for log_probs, alpha in zip(reward_log_probs, alphas, strict=True):
-        guided = guided + alpha * log_probs
+        weighted = alpha * log_probs
+        # 0 * -inf is NaN
+        guided = guided + (torch.where(alpha == 0, 0.0, weighted) if isinstance(alpha, Tensor) else weighted)
     return guided.log_softmax(dim=-1)
 
 
-def fill_unscored(log_probs: Tensor, alpha: float, scores: Tensor) -> Tensor:
+def fill_unscored(log_probs: Tensor, alpha: float | Tensor, scores: Tensor) -> Tensor:
     r"""
     Gives the tokens that a reward model can't score the log-probability that leaves their guided probability as it is.
 
@@ -46,8 +48,8 @@ def fill_unscored(log_probs: Tensor, alpha: float, scores: Tensor) -> Tensor:
     Args:
         log_probs (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Next-token log-probabilities of the reward model, NaN where unknown.
-        alpha (`float`):
-            Strength of the reward, not 0.
+        alpha (`float` or `torch.Tensor` of shape `(batch_size, 1)`):
+            Strength of the reward. Where it is 0, what is filled in means nothing.
         scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Logits or log-probabilities of the base model.
 

@@ -1,8 +1,7 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +19,7 @@ from .padding import PromptMask
 from .reward_model import AutoregressiveRewardModel, find_tokenizer
 from .running import RunningGeneration
 from .sharing import follow, shares_weights
+from .strength import Alpha, Strengths, by_reward, check_alpha
 from .vocab import VocabMap
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,12 @@ class GenARMLogitsProcessor(LogitsProcessor):
     Args:
         reward_model ([`AutoregressiveRewardModel`], [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or a list):
             One or several decoder-only language models with the tokenizer of the base model.
-        alpha (`float` or list of `float`, *optional*, defaults to 1.0):
-            Strength of the guidance, $1/\beta$ in the paper; one for all rewards, or one for each. At 0 a reward model
-            is not run, and with all at 0 `generate` returns exactly what it does without the processor. Can be set
-            between calls: `processor.alpha = 0.5`.
+        alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*, defaults to 1.0):
+            Strength of the guidance, $1/\beta$ in the paper; one for all rewards, or one for each. A tensor of shape
+            `(n_requests, n_rewards)` has a row for each request of a batch; a callable gives any of these for a step,
+            the number of tokens that the `generate` call has added. At 0 a reward model is not run, and with all at 0
+            `generate` returns exactly what it does without the processor; negative values steer away. Can be set at any
+            time: `processor.alpha = 0.5`.
         pad_token_id (`int`, *optional*):
             The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
             token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model.
@@ -83,7 +85,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         reward_model: RewardModel | Sequence[RewardModel],
-        alpha: float | Sequence[float] = 1.0,
+        alpha: Alpha = 1.0,
         *,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
@@ -105,13 +107,14 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._fusion: Fusion | None = None
         self._engines = ["separate"] * len(models)
         self._next_shape: tuple[int, int] | None = None  # of `input_ids`, if the same generation goes on
+        self._prompt_length = 0
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Sequence[str],
         base_model: PreTrainedModel | None = None,
-        alpha: float | Sequence[float] = 1.0,
+        alpha: Alpha = 1.0,
         *,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
@@ -182,21 +185,16 @@ class GenARMLogitsProcessor(LogitsProcessor):
         return self._engines[0] if len(set(self._engines)) == 1 else ", ".join(self._engines)
 
     @property
-    def alpha(self) -> list[float]:
-        """The strength of each reward."""
+    def alpha(self) -> list[float] | Tensor | Callable[[int], Strengths]:
+        """
+        The strength of each reward. It can be set at any time, also from another thread while `generate` runs: each
+        token is chosen under one setting.
+        """
         return self._alpha
 
     @alpha.setter
-    def alpha(self, alpha: float | Sequence[float]) -> None:
-        alphas = alpha if isinstance(alpha, Sequence) else [alpha] * len(self._reward_models)
-        if len(alphas) != len(self._reward_models):
-            raise ValueError(
-                f"`alpha` is {alpha}, which has {len(alphas)} values, but there are {len(self._reward_models)} reward "
-                "models. Give one value for each, or a single one for all."
-            )
-        if not all(math.isfinite(value) for value in alphas):
-            raise ValueError(f"`alpha` is {alpha}, but strengths must be finite numbers.")
-        self._alpha = [float(value) for value in alphas]
+    def alpha(self, alpha: Alpha) -> None:
+        self._alpha = check_alpha(alpha, len(self._reward_models))
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -226,12 +224,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
             a new tensor; with all strengths at 0, `scores` itself.
         """
-        active = [(index, alpha) for index, alpha in enumerate(self._alpha) if alpha != 0]
-        if not active:
-            return scores
         is_prompt = input_ids.shape != self._next_shape
         self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
-        attention_mask = self._prompt_mask(input_ids, is_prompt)
+        alphas = by_reward(self._alphas_now(input_ids, is_prompt), scores)
+        active = [(index, alpha) for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()]
+        if not active and not callable(self._alpha):
+            return scores
+        attention_mask = self._prompt_mask(
+            input_ids, is_prompt
+        )  # a schedule may need it later, and sees the prompt now
+        if not active:
+            return scores
         if is_prompt and self._fusion is not None:
             for reward_model, engine in zip(self._reward_models, self._engines, strict=True):
                 if engine != "separate":
@@ -242,10 +245,26 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if self._fusion is not None:
             fused = [self._reward_models[index] for index, _ in active if self._engines[index] == "fused"]
             self._fusion.join_next_pass(fused, generation)
-        return guided_log_probs(scores, rewards, [alpha for _, alpha in active])
+        guided = guided_log_probs(scores, rewards, [alpha for _, alpha in active])
+        per_row = [alpha != 0 for _, alpha in active if isinstance(alpha, Tensor)]
+        # A request without guidance gets what it would get without a processor.
+        return torch.where(torch.stack(per_row).any(dim=0), guided, scores.float()) if per_row else guided
+
+    def _alphas_now(self, input_ids: Tensor, is_prompt: bool) -> list[float] | Tensor:
+        alpha = self._alpha
+        if not callable(alpha):
+            return alpha
+        prompt_length = RunningGeneration.prompt_length()
+        if prompt_length is None:  # a loop of the user's own
+            self._prompt_length = prompt_length = input_ids.shape[1] if is_prompt else self._prompt_length
+        step = input_ids.shape[1] - prompt_length
+        alphas = check_alpha(alpha(step), len(self._reward_models))
+        if callable(alphas):
+            raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
+        return alphas
 
     def _reward_log_probs(
-        self, index: int, alpha: float, input_ids: Tensor, attention_mask: Tensor, scores: Tensor
+        self, index: int, alpha: float | Tensor, input_ids: Tensor, attention_mask: Tensor, scores: Tensor
     ) -> Tensor:
         vocab_map = self._vocab_maps[index]
         if vocab_map is not None:

@@ -36,6 +36,17 @@ class RunningGeneration:
             frame = frame.f_back if frame else None
         return cls(LogitsProcessorList(), {})
 
+    @staticmethod
+    def prompt_length() -> int | None:
+        """Of the outermost `generate` call that is running: drafts are made in calls of their own."""
+        frame: FrameType | None = sys._getframe(1)
+        length = None
+        while frame:
+            if frame.f_code.co_name == "generate" and "input_ids_length" in frame.f_locals:
+                length = frame.f_locals["input_ids_length"]
+            frame = frame.f_back
+        return length
+
     @classmethod
     def of_forward(cls) -> "RunningGeneration":
         """Of the decoding loop that calls the `forward` of a model that asks; empty if other code calls it."""

@@ -20,9 +20,12 @@ def guided(base_log_probs: torch.Tensor, rewards: list[torch.Tensor], alphas: li
 
 
 class Recompute(LogitsProcessor):
-    """The processor that ours must equal: every reward from scratch, on the unpadded tokens of each row."""
+    """
+    The processor that ours must equal: every reward from scratch, on the unpadded tokens of each row. `alphas` has a
+    value for each model; as a tensor, it has a row of them for each request.
+    """
 
-    def __init__(self, models: list, alphas: list[float], prompt_mask: torch.Tensor | None = None):
+    def __init__(self, models: list, alphas: list[float] | torch.Tensor, prompt_mask: torch.Tensor | None = None):
         self.models, self.alphas, self.prompt_mask = models, alphas, prompt_mask
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -32,5 +35,8 @@ class Recompute(LogitsProcessor):
                 mask = self.prompt_mask[index // (len(input_ids) // len(self.prompt_mask))].bool()
                 row = torch.cat([row[: len(mask)][mask], row[len(mask) :]])
             rewards = [next_token_log_probs(model, row) for model in self.models]
-            rows.append(guided(scores[index].double().log_softmax(dim=-1), rewards, self.alphas))
+            alphas = self.alphas
+            if isinstance(alphas, torch.Tensor):
+                alphas = alphas[index // (len(input_ids) // len(alphas))].tolist()
+            rows.append(guided(scores[index].double().log_softmax(dim=-1), rewards, alphas))
         return torch.stack(rows).to(scores.dtype)
