@@ -43,7 +43,8 @@ class AutoregressiveRewardConfig(RewardConfig):
             model learns what the base lacks. See [`AutoregressiveRewardTrainer`]. It takes an adapter to train.
         truncation_mode (`str`, *optional*, defaults to `"drop"`):
             What happens to pairs that are longer than `max_length`: `"drop"` leaves them out, `"keep_start"` cuts both
-            texts at the end, `"keep_end"` as much of both at the start. They are counted in any case.
+            texts at the end, `"keep_end"` cuts the start of the prompt, and what is then still too long at the end.
+            They are counted in any case.
         objective (`str`, *optional*):
             What the pairs prefer, in a few words, for the card and the `genarm_config.json` of the reward model.
         description (`str`, *optional*):

@@ -90,11 +90,14 @@ def with_boundaries(
 
 
 def truncate(example: dict[str, Any], max_length: int, mode: str) -> dict[str, list[int] | int]:
-    """Cuts both texts of a pair at the end, or as much of both at the start, so that they keep what they share."""
+    """
+    Cuts both texts of a pair at their ends, or first as much as it takes of the start of the prompt, the same in both.
+    """
     sides = ("chosen_ids", "rejected_ids")
-    first = 0 if mode == "keep_start" else max(len(example[side]) for side in sides) - max_length
+    too_many = max(len(example[side]) for side in sides) - max_length
+    first = 0 if mode == "keep_start" else min(too_many, example["prompt_length"])
     ids = {side: example[side][first : first + max_length] for side in sides}
-    return {**ids, "prompt_length": min(max(example["prompt_length"] - first, 0), max_length)}
+    return {**ids, "prompt_length": min(example["prompt_length"] - first, max_length)}
 
 
 def describe(example: dict[str, Any]) -> dict[str, Any]:

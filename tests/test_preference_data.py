@@ -152,7 +152,8 @@ def test_truncation(make_trainer, mode, streaming):
 
 def test_a_prompt_that_is_cut_away():
     pair = {"chosen_ids": [1, 2, 3, 4, 5], "rejected_ids": [1, 2, 9], "prompt_length": 2}
-    assert truncate(pair, 2, "keep_end") == {"chosen_ids": [4, 5], "rejected_ids": [], "prompt_length": 0}
+    assert truncate(pair, 4, "keep_end") == {"chosen_ids": [2, 3, 4, 5], "rejected_ids": [2, 9], "prompt_length": 1}
+    assert truncate(pair, 2, "keep_end") == {"chosen_ids": [3, 4], "rejected_ids": [9], "prompt_length": 0}
     assert truncate(pair, 1, "keep_start") == {"chosen_ids": [1], "rejected_ids": [1], "prompt_length": 1}
 
 

@@ -142,7 +142,7 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
         parts = {
             "joint forward passes: products with the weights of the base": spent["_linear"],
             "joint forward passes: low-rank products of the adapter": spent["add"],
-            "joint forward passes: joining and splitting the caches": spent["_join"] + spent["_split"],
+            "joint forward passes: joining and splitting the caches": spent["join"] + spent["split"],
             "prefill of base and reward model": spent["_prefill"] + processor_time - spent["join_next_pass"],
         }
         print(f"\nbatch {batch_size}, 1 adapter: share of the time of `generate`")
