@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Below this share of the tokens, a joint row is faster than two; what it saves must pay for its mask.
 _WORTH_IT = 0.95
+_PROBE_LENGTH = 32
 
 
 @dataclass
@@ -59,15 +60,19 @@ class PairLogProbs:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A causal LM.
+        mixed_precision (`bool`, *optional*, defaults to `False`):
+            Whether it is run in less precision than that of its weights.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel):
+    def __init__(self, model: PreTrainedModel | PeftModel, mixed_precision: bool = False):
         network = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model, self._network = model, network
         self._arguments = inspect.signature(network.forward).parameters.keys()
         config = network.config.get_text_config()
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
         self._window = min((window for window in windows if window), default=None)
+        is_precise = network.dtype == torch.float32 and not mixed_precision
+        self._tolerance = 1e-3 if is_precise else 0.1
         self._may_share: bool | None = None
 
     def __call__(self, model: Module, pairs: PairBatch, scored: Tensor) -> Tensor:
@@ -147,10 +152,14 @@ class PairLogProbs:
             return "the model takes no positions"
         if isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning:
             return "prompt tuning changes the mask"
-        # Whether the model goes by mask and positions alone (recurrent states and ALiBi do not) is found out on a pair.
-        ids = torch.arange(3, 11, device=device) % self._network.config.get_text_config().vocab_size
-        chosen, rejected = torch.cat([ids[:3], ids[3:5], ids[:1]]), torch.cat([ids[:3], ids[5:]])[:6]
-        pairs = PairBatch(torch.stack([chosen, rejected]), torch.ones(2, 6, dtype=torch.long, device=device))
+        # Whether the model goes by mask and positions alone (recurrent states and ALiBi do not) is found out on a pair,
+        # whose responses are long enough to show if one is taken to follow the other.
+        ids = (
+            torch.arange(2 * _PROBE_LENGTH, device=device).view(2, -1)
+            % self._network.config.get_text_config().vocab_size
+        )
+        ids[:, :3] = ids[:1, :3]
+        pairs = PairBatch(ids, torch.ones_like(ids))
         modes = [(module, module.training) for module in model.modules()]
         model.eval()  # dropout would make two passes differ
         try:
@@ -161,9 +170,8 @@ class PairLogProbs:
         finally:
             for module, training in modes:
                 module.training = training
-        tolerance = 1e-3 if self._network.dtype == torch.float32 else 0.1
         difference = float((joint - apart).abs().max())
-        return None if difference <= tolerance else f"the log-probabilities would differ, by {difference:.1g}"
+        return None if difference <= self._tolerance else f"the log-probabilities would differ, by {difference:.1g}"
 
 
 def _joint_columns(pairs: PairBatch) -> Tensor:

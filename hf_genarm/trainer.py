@@ -154,7 +154,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
             pad_token_id = self.processing_class.pad_token_id
             self.data_collator: Any = DataCollatorForPairs(pad_token_id, args.pad_to_multiple_of)
-        self._pair_log_probs = PairLogProbs(self.model)
+        self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no")
 
     def compute_loss(
         self,
@@ -206,6 +206,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         inputs = self._prepare_inputs(inputs)
         loss, rewards, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
         pairs = _pairs(inputs)
         # What metrics compare rewards with, one row (chosen, rejected) for each pair: numbers of response tokens, and
         # the rewards before training.

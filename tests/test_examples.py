@@ -187,6 +187,27 @@ def test_the_quick_start_of_a_card_runs_as_printed(folder):
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_readme_run_as_printed(tmp_path):
+    (commands,) = re.findall(r"```bash\n(hf-genarm .*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = (PAIRS / "train.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines[:12]))
+    (tmp_path / "other-pairs.jsonl").write_text("\n".join(lines[12:16]))
+    for command in commands.strip().splitlines():
+        # The Hub is out of reach here: the same model from its folder.
+        _, *arguments = command.replace(demo.DEMO_MODEL_ID, demo.demo_model()).split()
+        run(
+            "-m",
+            "hf_genarm.cli",
+            *arguments,
+            *(["--report_to", "none"] if arguments[0] == "train" else []),
+            cwd=tmp_path,
+        )
+    assert (tmp_path / "my-arm" / "training.png").exists()
+    report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert report["metrics"]["n_pairs"] == 4
+
+
+@pytest.mark.slow
 def test_the_training_script_of_the_readme_runs_as_printed(tmp_path):
     training = readme_scripts()[1]
     lines = (PAIRS / "train.jsonl").read_text().splitlines()[:8]

@@ -138,7 +138,7 @@ def test_architectures(model_type):
 
 
 APART = {
-    "mistral": ({"sliding_window": 8}, True),  # could share, were the texts shorter than the window
+    "mistral": ({"sliding_window": 64}, True),  # could share, were the texts shorter than the window
     "bloom": ({}, False),
     "mamba": ({}, False),
     "falcon": ({"alibi": True}, False),
@@ -152,7 +152,7 @@ def test_models_that_can_not(model_type, monkeypatch):
     """Their texts are forwarded one by one, and right."""
     config, could = APART[model_type]
     model = tiny(model_type, **config)
-    pairs = batch([(9, 4, 5), (8, 3, 2)])
+    pairs = batch([(40, 20, 15), (30, 13, 12)])
     monkeypatch.setattr(PairLogProbs, "_joint_inputs", spy := Spy(PairLogProbs._joint_inputs))
     method = PairLogProbs(model)
     assert method._window == config.get("sliding_window")
@@ -199,6 +199,24 @@ def test_an_adapter_with_gradient_checkpointing(checkpointing):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     for one, other in zip(gradients(model, result), gradients(expected_model, expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "autocast"])
+def test_lower_precision(dtype):
+    """Weights in bfloat16, and mixed precision as accelerate wraps it around the forward pass."""
+    model = tiny_llama(initializer_range=0.1)
+    if dtype == "autocast":
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    else:
+        model.to(dtype)
+    pairs = batch([(9, 4, 5), (8, 3, 2)])
+    method = PairLogProbs(model, mixed_precision=dtype == "autocast")
+    result = method(model, pairs, pairs.is_own)
+    assert method._may_share
+    expected = naive(tiny_llama(initializer_range=0.1), pairs, pairs.is_own)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.05)
+    bloom = tiny("bloom").to(torch.bfloat16)
+    assert PairLogProbs(bloom)._why_not_shared(bloom, "cpu") is not None
 
 
 def test_it_is_done_where_it_saves(monkeypatch):
