@@ -32,10 +32,13 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
     """
     guided = scores.float()
     for log_probs, alpha in zip(reward_log_probs, alphas, strict=True):
-        weighted = alpha * log_probs
-        # 0 * -inf is NaN
-        guided = guided + (torch.where(alpha == 0, 0.0, weighted) if isinstance(alpha, Tensor) else weighted)
+        guided = guided + weighted(log_probs, alpha)
     return guided.log_softmax(dim=-1)
+
+
+def weighted(log_probs: Tensor, alpha: float | Tensor) -> Tensor:
+    """`alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
+    return torch.where(alpha == 0, 0.0, alpha * log_probs) if isinstance(alpha, Tensor) else alpha * log_probs
 
 
 def fill_unscored(log_probs: Tensor, alpha: float | Tensor, scores: Tensor) -> Tensor:

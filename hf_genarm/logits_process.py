@@ -14,13 +14,15 @@ from .compatibility import generation_prompt_ids, has_same_ids, warn_of_differen
 from .engines import refuse_continuous_batching
 from .functional import fill_unscored, guided_log_probs
 from .fusion import Fusion
+from .kl_control import KLControl
 from .lockstep import LockstepLM
 from .padding import PromptMask
+from .reward_info import RewardInfo
 from .reward_model import AutoregressiveRewardModel, find_tokenizer
 from .running import RunningGeneration
 from .sharing import follow, shares_weights
-from .strength import Alpha, Strengths, by_reward, check_alpha
-from .vocab import VocabMap
+from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, by_reward, check_alpha
+from .vocab import vocab_maps
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
             the number of tokens that the `generate` call has added. At 0 a reward model is not run, and with all at 0
             `generate` returns exactly what it does without the processor; negative values steer away. Can be set at any
             time: `processor.alpha = 0.5`.
+        target_kl (`float`, *optional*):
+            Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then says
+            how strong the rewards are relative to each other. It can't be held where a reward model agrees with the
+            base, or the base leaves no choice: no strength is made more than 16 times as large.
         pad_token_id (`int`, *optional*):
             The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
             token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model.
@@ -87,6 +93,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         reward_model: RewardModel | Sequence[RewardModel],
         alpha: Alpha = 1.0,
         *,
+        target_kl: float | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -96,9 +103,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if not given:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
         models = [x.model if isinstance(x, AutoregressiveRewardModel) else x for x in given]
+        self._infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
         self._reward_models = [LockstepLM(model) for model in models]
         self.alpha = alpha
-        self._vocab_maps = _vocab_maps(tokenizer, reward_tokenizer, len(models))
+        self.target_kl = target_kl
+        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(models))
         special_tokens = tokenizer if tokenizer is not None else models[0].generation_config
         if pad_token_id is None:
             pad_token_id = _pad_token_id(special_tokens)
@@ -116,6 +125,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         base_model: PreTrainedModel | None = None,
         alpha: Alpha = 1.0,
         *,
+        target_kl: float | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -132,7 +142,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 second time and, if it is plain LoRA on linear layers, is computed in its forward passes
                 ([`~GenARMLogitsProcessor.engine`] says so). Outside of `generate`, the model stays as it is. Has no
                 effect on other reward models.
-            alpha, pad_token_id, attention_mask:
+            alpha, target_kl, pad_token_id, attention_mask:
                 As for the class.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 The tokenizer of the base model. Defaults to the one in the folder of `base_model`. It is compared with
@@ -159,6 +169,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         processor = cls(
             arms,
             alpha,
+            target_kl=target_kl,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,
@@ -197,6 +208,46 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._alpha = check_alpha(alpha, len(self._reward_models))
 
     @property
+    def target_kl(self) -> float | None:
+        """
+        The mean divergence per token of the guided from the unguided distribution, in nats, that each text is held at
+        by scaling its strengths; `None` if they act as they are. Can be set at any time.
+        """
+        return None if self._kl_control is None else self._kl_control.target
+
+    @target_kl.setter
+    def target_kl(self, target_kl: float | None) -> None:
+        self._kl_control = None if target_kl is None else KLControl(target_kl)
+
+    def set_beta(self, beta: float) -> None:
+        """
+        Sets `alpha` so that decoding realises a KL temperature, by the scales that the reward models were trained with.
+
+        Args:
+            beta (`float`):
+                The KL temperature; with several reward models, of each. The smaller, the stronger the guidance.
+
+        Raises:
+            ValueError: if a reward model does not say with which `beta` it was trained.
+        """
+        self.alpha = alpha_of_beta(beta, [info.beta for info in self._infos])
+
+    def set_weights(self, weights: Sequence[float] | Tensor, alpha: float = 1.0) -> None:
+        """
+        Sets `alpha` so that several objectives are traded off on one scale, that of their rewards on held-out pairs.
+
+        Args:
+            weights (list of `float`, or `torch.Tensor` of shape `(n_requests, n_rewards)`):
+                One for each objective, summing to 1.
+            alpha (`float`, *optional*, defaults to 1.0):
+                The strength that they share.
+
+        Raises:
+            ValueError: if the weights do not sum to 1, or a reward model does not say its scale.
+        """
+        self.alpha = alpha_of_weights(weights, alpha, [info.reward_scale for info in self._infos])
+
+    @property
     def attention_mask(self) -> Tensor | None:
         """The explicit mask of the prompts, if one was given."""
         return self._prompt_mask.attention_mask
@@ -230,9 +281,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         active = [(index, alpha) for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()]
         if not active and not callable(self._alpha):
             return scores
-        attention_mask = self._prompt_mask(
-            input_ids, is_prompt
-        )  # a schedule may need it later, and sees the prompt now
+        attention_mask = self._prompt_mask(input_ids, is_prompt)  # also where a schedule has yet to begin
         if not active:
             return scores
         if is_prompt and self._fusion is not None:
@@ -241,11 +290,16 @@ class GenARMLogitsProcessor(LogitsProcessor):
                     follow(reward_model.model, self._fusion.base)
         generation = RunningGeneration.of_processor()
         self._advice(generation, input_ids, attention_mask, is_prompt)
-        rewards = [self._reward_log_probs(index, alpha, input_ids, attention_mask, scores) for index, alpha in active]
+        rewards = [self._reward_log_probs(index, input_ids, attention_mask, scores) for index, _ in active]
         if self._fusion is not None:
             fused = [self._reward_models[index] for index, _ in active if self._engines[index] == "fused"]
             self._fusion.join_next_pass(fused, generation)
-        guided = guided_log_probs(scores, rewards, [alpha for _, alpha in active])
+        strengths = [alpha for _, alpha in active]
+        if self._kl_control is not None:
+            filled = self._fill(active, rewards, strengths, scores)
+            scale = self._kl_control(input_ids, scores, filled, strengths)
+            strengths = [alpha * scale for alpha in strengths]
+        guided = guided_log_probs(scores, self._fill(active, rewards, strengths, scores), strengths)
         per_row = [alpha != 0 for _, alpha in active if isinstance(alpha, Tensor)]
         # A request without guidance gets what it would get without a processor.
         return torch.where(torch.stack(per_row).any(dim=0), guided, scores.float()) if per_row else guided
@@ -263,9 +317,20 @@ class GenARMLogitsProcessor(LogitsProcessor):
             raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
         return alphas
 
-    def _reward_log_probs(
-        self, index: int, alpha: float | Tensor, input_ids: Tensor, attention_mask: Tensor, scores: Tensor
-    ) -> Tensor:
+    def _fill(
+        self,
+        active: Sequence[tuple[int, float | Tensor]],
+        rewards: Sequence[Tensor],
+        strengths: Sequence[float | Tensor],
+        scores: Tensor,
+    ) -> list[Tensor]:
+        return [
+            log_probs if self._vocab_maps[index] is None else fill_unscored(log_probs, alpha, scores)
+            for (index, _), log_probs, alpha in zip(active, rewards, strengths, strict=True)
+        ]
+
+    def _reward_log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
+        """Log-probabilities of the tokens of the base; NaN for those that the reward model can't score."""
         vocab_map = self._vocab_maps[index]
         if vocab_map is not None:
             input_ids = vocab_map.reward_ids(input_ids, attention_mask)
@@ -285,7 +350,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             )
         if vocab_map is None:
             return log_probs
-        return fill_unscored(vocab_map.base_log_probs(log_probs, scores.shape[-1]), alpha, scores)
+        return vocab_map.base_log_probs(log_probs, scores.shape[-1])
 
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"
@@ -296,25 +361,6 @@ def _pad_token_id(special_tokens: PreTrainedTokenizerBase | GenerationConfig) ->
         return special_tokens.pad_token_id
     eos_token_id = special_tokens.eos_token_id
     return eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-
-
-def _vocab_maps(
-    tokenizer: PreTrainedTokenizerBase | None,
-    reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
-    n_models: int,
-) -> list[VocabMap | None]:
-    if tokenizer is None or reward_tokenizer is None:
-        if reward_tokenizer is not None:
-            raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer` too.")
-        return [None] * n_models
-    many = isinstance(reward_tokenizer, list | tuple)
-    reward_tokenizers = list(reward_tokenizer) if many else [reward_tokenizer] * n_models
-    if len(reward_tokenizers) != n_models:
-        raise ValueError(
-            f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {n_models} reward models. Give "
-            "one for each, or a single one for all."
-        )
-    return [None if other is None else VocabMap(tokenizer, other) for other in reward_tokenizers]
 
 
 refuse_continuous_batching(GenARMLogitsProcessor)

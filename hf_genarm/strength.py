@@ -47,6 +47,65 @@ def check_alpha(alpha: Alpha, n_rewards: int) -> list[float] | Tensor | Callable
     return [float(value) for value in alphas]
 
 
+def alpha_of_beta(beta: float, reward_betas: Sequence[float | None]) -> list[float]:
+    r"""
+    The strengths $\alpha_k = \beta_{r,k} / \beta$ that realise a KL temperature, from the scales $\beta_{r,k}$ that the
+    reward models were trained with: decoding then samples from $\pi_\text{base}\exp(r / \beta)$, with the reward
+    $r = \beta_r\log\pi_r$ of Eq. 5.
+
+    Args:
+        beta (`float`):
+            The KL temperature.
+        reward_betas (sequence of `float`):
+            $\beta_{r,k}$ of each reward model, `None` if it is not known.
+
+    Raises:
+        ValueError: if `beta` is not positive, or a scale is not known.
+    """
+    if not beta > 0:
+        raise ValueError(f"`beta` is {beta}, but a KL temperature is positive: the smaller, the stronger the guidance.")
+    return [scale / beta for scale in _known(reward_betas, "beta", "the `beta` that it was trained with")]
+
+
+def alpha_of_weights(
+    weights: Sequence[float] | Tensor, alpha: float, reward_scales: Sequence[float | None]
+) -> list[float] | Tensor:
+    r"""
+    Strengths that trade objectives off on one scale: $\alpha_k = \alpha\,w_k\,\bar s / s_k$, where $s_k$ is the scale
+    of the log-probabilities of reward model $k$ on held-out pairs, and $\bar s$ their geometric mean.
+
+    Args:
+        weights (sequence of `float`, or `torch.Tensor` of shape `(n_requests, n_rewards)`):
+            $w_k$ of each objective, summing to 1.
+        alpha (`float`):
+            The strength that they share.
+        reward_scales (sequence of `float`):
+            $s_k$ of each reward model, in nats, `None` if it is not known.
+
+    Raises:
+        ValueError: if weights are negative or do not sum to 1, or a scale is not known.
+    """
+    given = torch.as_tensor(weights, dtype=torch.float32)
+    if given.shape[-1:] != (len(reward_scales),) or not (given >= 0).all() or (given.sum(-1) - 1).abs().max() > 1e-3:
+        raise ValueError(
+            f"`weights` is {given.tolist()}, but it must have one weight for each of the {len(reward_scales)} reward "
+            "models, none of them negative, with the sum 1. To steer away or more strongly, set `alpha`."
+        )
+    scales = torch.tensor(_known(reward_scales, "reward_scale", "its scale on held-out pairs"))
+    alphas = alpha * given * scales.log().mean().exp() / scales
+    return alphas.tolist() if alphas.ndim == 1 else alphas
+
+
+def _known(values: Sequence[float | None], name: str, what: str) -> list[float]:
+    unknown = [index for index, value in enumerate(values) if value is None]
+    if unknown:
+        raise ValueError(
+            f"Reward model {unknown[0]} does not say {what} (`{name}` in its `genarm_config.json`). Set `alpha` "
+            "instead."
+        )
+    return [value for value in values if value is not None]
+
+
 def by_reward(alphas: list[float] | Tensor, scores: Tensor) -> list[float | Tensor]:
     """
     The strength of each reward: one number, or if requests differ a tensor of shape `(batch_size, 1)`.

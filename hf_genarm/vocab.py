@@ -1,6 +1,6 @@
 """How the vocabulary of a reward model lines up with that of the base model: by the strings of the tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -82,3 +82,36 @@ class VocabMap:
         aligned = log_probs.new_full((len(log_probs), vocab_size), torch.nan)
         aligned[:, self._base_ids] = log_probs[:, self._reward_ids]
         return aligned
+
+
+def vocab_maps(
+    tokenizer: PreTrainedTokenizerBase | None,
+    reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    n_models: int,
+) -> list[VocabMap | None]:
+    """
+    How each reward model's vocabulary lines up with that of the base; `None` where the ids are the same.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of the base model.
+        reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
+            That of each reward model, or of all; `None` where it is that of the base.
+        n_models (`int`):
+            Number of reward models.
+
+    Raises:
+        ValueError: if tokenizers are missing, or do not line up.
+    """
+    if tokenizer is None or reward_tokenizer is None:
+        if reward_tokenizer is not None:
+            raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer` too.")
+        return [None] * n_models
+    many = isinstance(reward_tokenizer, list | tuple)
+    reward_tokenizers = list(reward_tokenizer) if many else [reward_tokenizer] * n_models
+    if len(reward_tokenizers) != n_models:
+        raise ValueError(
+            f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {n_models} reward models. Give "
+            "one for each, or a single one for all."
+        )
+    return [None if other is None else VocabMap(tokenizer, other) for other in reward_tokenizers]

@@ -37,6 +37,7 @@ def main() -> None:
         tokenizer,
         HERE.parent / "outputs" / NAME,
         training_pairs,
+        beta=0.01,
         num_train_epochs=1,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,

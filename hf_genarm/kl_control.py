@@ -1,0 +1,87 @@
+"""Strengths that hold the divergence from the base at a set value, token by token."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .functional import weighted
+
+
+class KLControl:
+    r"""
+    Scales the strengths of each row so that, over its tokens, the mean of $\text{KL}(\pi \,\|\, \pi_\text{base})$
+    is a set value.
+
+    What the tokens of a text have spent is kept by the tokens themselves, not by a step counter. So beams that permute,
+    rejected drafts and several returns have the strengths that each of them would have alone.
+
+    Args:
+        target (`float`):
+            Mean divergence per token, in nats.
+
+    Raises:
+        ValueError: if the target is not positive.
+    """
+
+    # What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
+    HORIZON, LARGEST = 8, 16.0
+    # Of texts that are shorter than the longest by more, none goes on: drafts are shorter than that.
+    KEPT_LENGTHS = 64
+
+    def __init__(self, target: float):
+        if not target > 0:
+            raise ValueError(
+                f"`target_kl` is {target}, but a divergence per token is positive. Use `alpha=0` for none."
+            )
+        self.target = float(target)
+        self._missing: dict[int, dict[bytes, float]] = {}  # by the number of tokens, then by the tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence) -> Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+                The texts so far.
+            scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+                Logits or log-probabilities of the base model.
+            rewards (sequence of `torch.Tensor` of shape `(batch_size, vocab_size)`):
+                Next-token log-probabilities of each reward model.
+            alphas (sequence of `float` or `torch.Tensor` of shape `(batch_size, 1)`):
+                Their strengths relative to each other.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, 1)`: what the strengths are to be multiplied with.
+        """
+        base = scores.float().log_softmax(dim=-1)
+        parts = [weighted(log_probs, alpha) for log_probs, alpha in zip(rewards, alphas, strict=True)]
+        # Impossible tokens stay so at any factor but 0, which would make them NaN.
+        direction = torch.stack(parts).sum(dim=0).masked_fill(base == -torch.inf, 0.0).clamp(min=-1e9)
+        texts = [row.numpy().tobytes() for row in input_ids.cpu()]
+        width = input_ids.element_size()
+        before = self._missing.get(input_ids.shape[1] - 1, {})
+        missing = torch.tensor([before.get(text[:-width], 0.0) for text in texts], device=base.device)
+        wanted = (self.target + missing / self.HORIZON).clamp(min=0.0)
+        scale, spent = _solve(base, direction, wanted, self.LARGEST)
+
+        length = input_ids.shape[1]
+        left = (missing + self.target - spent).tolist()
+        self._missing.setdefault(length, {}).update(zip(texts, left, strict=True))
+        self._missing = {n: x for n, x in self._missing.items() if abs(n - length) <= self.KEPT_LENGTHS}
+        return scale[:, None]
+
+
+def _solve(base: Tensor, direction: Tensor, wanted: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """The factors at which the divergence of each row is the wanted one, by bisection: it grows with the factor."""
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, largest)
+    for _ in range(20):
+        middle = (low + high) / 2
+        is_less = divergence(base, direction, middle) < wanted
+        low, high = torch.where(is_less, middle, low), torch.where(is_less, high, middle)
+    return low, divergence(base, direction, low)
+
+
+def divergence(base: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
+    r"""$\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row, for $\pi \propto \pi_\text{base}\exp(\text{scale} \cdot
+    \text{direction})$."""
+    guided = (base + scale[:, None] * direction).log_softmax(dim=-1)
+    return (guided.exp() * (guided - base).masked_fill(guided == -torch.inf, 0.0)).sum(dim=-1)
