@@ -36,6 +36,14 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
     return guided.log_softmax(dim=-1)
 
 
+def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    r"""
+    $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)),
+    and what proxy tuning and emulated fine-tuning steer with. Tokens that the reference excludes have none.
+    """
+    return torch.where(reference_log_probs == -torch.inf, 0.0, log_probs - reference_log_probs)
+
+
 def weighted(log_probs: Tensor, alpha: float | Tensor) -> Tensor:
     """`alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
     return torch.where(alpha == 0, 0.0, alpha * log_probs) if isinstance(alpha, Tensor) else alpha * log_probs

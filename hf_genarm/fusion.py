@@ -61,6 +61,7 @@ class Fusion:
         self._objection: str | None = None
         self._generation: Callable[[], object] = lambda: None
         self._watches: list = []
+        self._read: tuple[Tensor, Tensor, Tensor] | None = None
 
     def why_not(self, reward_model: LockstepLM) -> str | None:
         """Why a reward model can't be fused with the base as the two are now; `None` if it can."""
@@ -93,6 +94,19 @@ class Fusion:
                 self._object(str(error))
         if self._objection is None:
             _NextForward(self, reward_models, generation.processors).install()
+
+    def base_logits(self, input_ids: Tensor, attention_mask: Tensor, generation: RunningGeneration) -> Tensor | None:
+        """
+        What the base itself, before any processor, has after some tokens: logits `(batch_size, vocab_size)`, if the
+        last joint pass of a `generate` call has read these tokens.
+        """
+        if self._read is None or self._generation() is not generation.processors:
+            return None
+        read_ids, read_mask, logits = self._read
+        length, ahead = input_ids.shape[1], read_ids.shape[1] - input_ids.shape[1]
+        if not 0 <= ahead < logits.shape[1] or not torch.equal(read_ids[:, :length], input_ids):
+            return None
+        return logits[:, -1 - ahead] if torch.equal(read_mask[:, :length], attention_mask) else None
 
     def _prepare(self, reward_models: Sequence[LockstepLM]) -> None:
         for module in self.base.modules():
@@ -149,6 +163,7 @@ class Fusion:
         for state, logits in zip(states, reward_logits, strict=True):
             state.extend(input_ids, attention_mask, logits)
         output.logits, output.past_key_values = base_logits, caches[0]
+        self._read = input_ids, attention_mask, base_logits
         self.joint_passes += 1
         return output
 

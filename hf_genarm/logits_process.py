@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -12,15 +12,16 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from .advice import Advice
 from .compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
 from .engines import refuse_continuous_batching
-from .functional import fill_unscored, guided_log_probs
+from .functional import contrast, guided_log_probs
 from .fusion import Fusion
 from .kl_control import KLControl
 from .lockstep import LockstepLM
 from .padding import PromptMask
 from .reward_info import RewardInfo
 from .reward_model import AutoregressiveRewardModel, find_tokenizer
+from .rewards import NextTokenRewards
 from .running import RunningGeneration
-from .sharing import follow, shares_weights
+from .sharing import follow, shares_weights, twin
 from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, by_reward, check_alpha
 from .vocab import vocab_maps
 
@@ -52,6 +53,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
             Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then says
             how strong the rewards are relative to each other. It can't be held where a reward model agrees with the
             base, or the base leaves no choice: no strength is made more than 16 times as large.
+        reference ([`~transformers.PreTrainedModel`] or another, *optional*):
+            A model that the reward models are contrasted with: rewards are then $\log\pi_r - \log\pi_\text{ref}$. So
+            any DPO or SFT adapter steers by what it has learned (with the base as reference, as in
+            [DeRa](https://hf.co/papers/2402.02992)), and a small pair of tuned and untuned model steers a large one
+            ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base model.
         pad_token_id (`int`, *optional*):
             The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
             token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model.
@@ -94,6 +100,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         alpha: Alpha = 1.0,
         *,
         target_kl: float | None = None,
+        reference: RewardModel | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -105,9 +112,13 @@ class GenARMLogitsProcessor(LogitsProcessor):
         models = [x.model if isinstance(x, AutoregressiveRewardModel) else x for x in given]
         self._infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
         self._reward_models = [LockstepLM(model) for model in models]
+        if isinstance(reference, AutoregressiveRewardModel):
+            reference = reference.model
+        self._reference = None if reference is None else LockstepLM(reference)
+        self._reference_is_base = False
         self.alpha = alpha
         self.target_kl = target_kl
-        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(models))
+        self._rewards = NextTokenRewards(self._reward_models, vocab_maps(tokenizer, reward_tokenizer, len(models)))
         special_tokens = tokenizer if tokenizer is not None else models[0].generation_config
         if pad_token_id is None:
             pad_token_id = _pad_token_id(special_tokens)
@@ -126,6 +137,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         alpha: Alpha = 1.0,
         *,
         target_kl: float | None = None,
+        reference: RewardModel | Literal["base"] | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -144,6 +156,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 effect on other reward models.
             alpha, target_kl, pad_token_id, attention_mask:
                 As for the class.
+            reference (`"base"` or a model, *optional*):
+                As for the class; `"base"` is the base model. With a fused adapter it takes no pass of its own after the
+                prompt.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 The tokenizer of the base model. Defaults to the one in the folder of `base_model`. It is compared with
                 the tokenizers of reward models that don't share the weights of the base model.
@@ -166,15 +181,21 @@ class GenARMLogitsProcessor(LogitsProcessor):
             ]
             for arm, name, same in zip(arms, names, shared, strict=True):
                 warn_of_differences(arm.info, name, tokenizer, same)
+        if reference == "base" and base_model is None:
+            raise ValueError(
+                '`reference` is "base", but no base model is given. Pass `base_model`, or a model as `reference`.'
+            )
         processor = cls(
             arms,
             alpha,
             target_kl=target_kl,
+            reference=twin(base_model) if reference == "base" else reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,
             reward_tokenizer=reward_tokenizers,
         )
+        processor._reference_is_base = reference == "base"
         if tokenizer is not None:
             processor._advice = Advice(generation_prompt_ids(arms[0].info, tokenizer))
         if base_model is not None and any(shared):
@@ -259,7 +280,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     def reset(self) -> None:
         """Frees the memory of the reward models' caches. Never needed for a right result."""
-        for reward_model in self._reward_models:
+        for reward_model in [*self._reward_models, *([self._reference] if self._reference else [])]:
             reward_model.reset()
 
     @torch.no_grad()
@@ -288,18 +309,23 @@ class GenARMLogitsProcessor(LogitsProcessor):
             for reward_model, engine in zip(self._reward_models, self._engines, strict=True):
                 if engine != "separate":
                     follow(reward_model.model, self._fusion.base)
+            if self._reference_is_base and self._reference is not None:
+                follow(self._reference.model, self._fusion.base)
         generation = RunningGeneration.of_processor()
         self._advice(generation, input_ids, attention_mask, is_prompt)
-        rewards = [self._reward_log_probs(index, input_ids, attention_mask, scores) for index, _ in active]
+        rewards = {index: self._rewards.of(index, input_ids, attention_mask, scores) for index, _ in active}
+        if self._reference is not None:
+            reference = self._reference_log_probs(input_ids, attention_mask, scores, generation)
+            rewards = {index: contrast(log_probs, reference) for index, log_probs in rewards.items()}
         if self._fusion is not None:
             fused = [self._reward_models[index] for index, _ in active if self._engines[index] == "fused"]
             self._fusion.join_next_pass(fused, generation)
         strengths = [alpha for _, alpha in active]
         if self._kl_control is not None:
-            filled = self._fill(active, rewards, strengths, scores)
+            filled = self._rewards.filled(rewards, strengths, scores)
             scale = self._kl_control(input_ids, scores, filled, strengths)
             strengths = [alpha * scale for alpha in strengths]
-        guided = guided_log_probs(scores, self._fill(active, rewards, strengths, scores), strengths)
+        guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
         per_row = [alpha != 0 for _, alpha in active if isinstance(alpha, Tensor)]
         # A request without guidance gets what it would get without a processor.
         return torch.where(torch.stack(per_row).any(dim=0), guided, scores.float()) if per_row else guided
@@ -317,43 +343,21 @@ class GenARMLogitsProcessor(LogitsProcessor):
             raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
         return alphas
 
-    def _fill(
-        self,
-        active: Sequence[tuple[int, float | Tensor]],
-        rewards: Sequence[Tensor],
-        strengths: Sequence[float | Tensor],
-        scores: Tensor,
-    ) -> list[Tensor]:
-        return [
-            log_probs if self._vocab_maps[index] is None else fill_unscored(log_probs, alpha, scores)
-            for (index, _), log_probs, alpha in zip(active, rewards, strengths, strict=True)
-        ]
-
-    def _reward_log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
-        """Log-probabilities of the tokens of the base; NaN for those that the reward model can't score."""
-        vocab_map = self._vocab_maps[index]
-        if vocab_map is not None:
-            input_ids = vocab_map.reward_ids(input_ids, attention_mask)
-        logits = self._reward_models[index](input_ids, attention_mask).to(scores.device)
-        if vocab_map is None and logits.shape[-1] != scores.shape[-1]:
+    def _reference_log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, scores: Tensor, generation: RunningGeneration
+    ) -> Tensor:
+        assert self._reference is not None
+        logits = None
+        if self._fusion is not None and self._reference_is_base:
+            logits = self._fusion.base_logits(input_ids, attention_mask, generation)
+        if logits is None:
+            logits = self._reference(input_ids, attention_mask)
+        if logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
-                f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
-                "Guidance multiplies probabilities token by token. If the two tokenizers have the same tokens, pass "
-                "both (`tokenizer`, `reward_tokenizer`) to align them; else use a reward model trained with the "
-                "tokenizer of the base model. An assistant model must have the tokenizer of the base model, too."
+                f"The reference scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. Use one "
+                "with the tokenizer of the base model."
             )
-        log_probs = logits.float().log_softmax(dim=-1)
-        if log_probs.isnan().any():
-            raise ValueError(
-                f"{self._name(index)} returned NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it "
-                "with `dtype=torch.float32`, or check its training."
-            )
-        if vocab_map is None:
-            return log_probs
-        return vocab_map.base_log_probs(log_probs, scores.shape[-1])
-
-    def _name(self, index: int) -> str:
-        return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"
+        return logits.to(scores.device).float().log_softmax(dim=-1)
 
 
 def _pad_token_id(special_tokens: PreTrainedTokenizerBase | GenerationConfig) -> int | None:

@@ -13,6 +13,11 @@ from transformers import PreTrainedModel
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Other modules around the very parameters and buffers of a model, that nothing done to its modules reaches."""
+    return copy.deepcopy(model, memo={id(x): x for x in [*model.parameters(), *model.buffers()]})
+
+
 def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     Loads an adapter into other modules around the very parameters and buffers of the base model.

@@ -138,7 +138,7 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
         for (_, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items():
             spent[name] = max(spent.get(name, 0.0), cumulative)
         total = spent["generate"]
-        processor_time = spent["join_next_pass"] + spent["guided_log_probs"] + spent["_reward_log_probs"]
+        processor_time = spent["join_next_pass"] + spent["guided_log_probs"] + spent["of"]
         parts = {
             "joint forward passes: products with the weights of the base": spent["_linear"],
             "joint forward passes: low-rank products of the adapter": spent["add"],

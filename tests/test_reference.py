@@ -1,0 +1,136 @@
+"""Rewards as a contrast with a reference: identities with other methods, in every mode, fused and not."""
+
+import pytest
+import torch
+from oracle import next_token_log_probs
+from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
+from test_fusion import adapters, assert_same, base, folder, generate, joint_passes, models
+from test_strength import FOUR
+from tiny import VOCAB_SIZE, left_padded, tiny_llama
+from transformers import LogitsProcessor
+
+from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.functional import contrast
+
+__all__ = ["adapters", "base", "folder", "models"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+
+
+class RecomputeContrast(LogitsProcessor):
+    """log π_base + Σ α (log π_r - log π_ref), from scratch, on the unpadded tokens of each row."""
+
+    def __init__(self, models, alphas, reference, inputs):
+        self.models, self.alphas, self.reference = models, alphas, reference
+        self.mask = inputs["attention_mask"]
+
+    def __call__(self, input_ids, scores):
+        rows = []
+        for index, row in enumerate(input_ids):
+            mask = self.mask[index // (len(input_ids) // len(self.mask))].bool()
+            row = torch.cat([row[: len(mask)][mask], row[len(mask) :]])
+            guided = scores[index].double().log_softmax(-1)
+            reference = next_token_log_probs(self.reference, row)
+            for model, alpha in zip(self.models, self.alphas, strict=True):
+                guided = guided + alpha * (next_token_log_probs(model, row) - reference)
+            rows.append(guided.log_softmax(-1))
+        return torch.stack(rows).to(scores.dtype)
+
+
+def listed():
+    return [mode for mode in MODES if mode.expected == EXACT and not mode.elsewhere]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
+@pytest.mark.parametrize("mode", listed(), ids=lambda mode: mode.name)
+def test_the_base_as_reference(mode, fused, base, adapters, models):
+    inputs = ONE if mode.inputs is ONE else FOUR
+    if fused:
+        options = {"base_model": base, "alpha": [1.2, -0.4], "reference": "base"}
+        processor = GenARMLogitsProcessor.from_pretrained(adapters, **options)
+    else:
+        processor = GenARMLogitsProcessor(models, [1.2, -0.4], reference=tiny_llama(0))
+    assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
+    for _ in range(2):
+        output = generate(base, [processor], inputs, **mode.kwargs() | assistant)
+    oracle = RecomputeContrast(models, [1.2, -0.4], tiny_llama(0), inputs)
+    expected = generate(base, [oracle], inputs, **mode.kwargs() | assistant)
+    unguided = generate(base, [], inputs, **mode.kwargs() | assistant)
+    assert output.sequences.tolist() != unguided.sequences.tolist()
+    assert_same(output, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_with_joint_passes_the_base_is_read_once(base, adapters, options):
+    """The reference asks for nothing after the prompt: its distribution is that of the base's own rows."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, reference="base")
+    calls, forward = [], processor._reference._call
+    processor._reference._call = lambda inputs: calls.append(inputs) or forward(inputs)
+    generate(base, [processor], FOUR, max_new_tokens=8, min_new_tokens=8, **options)
+    assert joint_passes(processor) == 7
+    assert len(calls) == 1
+
+
+def test_other_weights_between_calls(base, adapters, models):
+    """What the base has read under other weights is not used."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters[:1], base_model=base, reference="base")
+    text = generate(base, [processor], ONE, max_new_tokens=4).sequences
+    torch.nn.init.normal_(base.lm_head.weight, std=0.4, generator=torch.Generator().manual_seed(7))
+    inputs = {"input_ids": text[:, :-1], "attention_mask": torch.ones_like(text[:, :-1])}
+    output = generate(base, [processor], inputs)
+    expected = generate(base, [RecomputeContrast([processor._reward_models[0].model], [1.0], base, inputs)], inputs)
+    assert_same(output, expected)
+
+
+def test_at_strength_one_it_is_the_adapter_itself(base, adapters, models):
+    """DeRa's identity: π_base (π_r / π_base) = π_r."""
+    processor = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base, reference="base")
+    output = generate(base, [processor], FOUR, do_sample=True, top_k=0)
+    expected = generate(models[0], [], FOUR, do_sample=True, top_k=0)
+    assert_same(output, expected)
+
+
+def test_between_the_two_it_is_their_geometric_mean(models):
+    """DeRa: realignment at any strength between base and adapter."""
+    ids = ONE["input_ids"]
+    with torch.no_grad():
+        base_log_probs, tuned = (model(ids).logits[:, -1].log_softmax(-1) for model in (tiny_llama(0), models[0]))
+    processor = GenARMLogitsProcessor(models[0], 0.3, reference=tiny_llama(0))
+    expected = (0.7 * base_log_probs + 0.3 * tuned).log_softmax(-1)
+    torch.testing.assert_close(processor(ids, base_log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_proxy_tuning():
+    """A small tuned model and its untuned twin steer another base: softmax(s_base + s_tuned - s_untuned)."""
+    ids = ONE["input_ids"]
+    with torch.no_grad():
+        logits = [model(ids).logits[:, -1] for model in (BASE, ARM, ASSISTANT)]
+    processor = GenARMLogitsProcessor(ARM, reference=ASSISTANT)
+    expected = (logits[0] + logits[1] - logits[2]).log_softmax(-1)
+    torch.testing.assert_close(processor(ids, logits[0]), expected, atol=1e-5, rtol=0)
+
+
+def test_it_is_two_reward_models_of_opposite_strength():
+    ids, scores = left_padded([5, 7])["input_ids"], torch.randn(2, VOCAB_SIZE)
+    one = GenARMLogitsProcessor(ARM, 0.6, reference=ASSISTANT)(ids, scores)
+    two = GenARMLogitsProcessor([ARM, ASSISTANT], [0.6, -0.6])(ids, scores)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_impossible_tokens():
+    reward, reference = (
+        torch.tensor([-1.0, -torch.inf, -torch.inf, -2.0]),
+        torch.tensor([-2.0, -1.0, -torch.inf, -torch.inf]),
+    )
+    assert contrast(reward, reference).tolist() == [1.0, -torch.inf, 0.0, 0.0]
+
+
+def test_another_vocabulary_is_refused():
+    processor = GenARMLogitsProcessor(ARM, reference=tiny_llama(0, vocab_size=VOCAB_SIZE + 1))
+    with pytest.raises(ValueError, match=rf"reference scores {VOCAB_SIZE + 1} tokens.*has {VOCAB_SIZE}"):
+        processor(ONE["input_ids"], torch.zeros(1, VOCAB_SIZE))
+
+
+def test_the_base_must_be_given(adapters):
+    with pytest.raises(ValueError, match=r'`reference` is "base".*Pass `base_model`'):
+        GenARMLogitsProcessor.from_pretrained(adapters[0], reference="base")
