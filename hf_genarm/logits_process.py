@@ -22,6 +22,7 @@ from .reward_model import AutoregressiveRewardModel, find_tokenizer
 from .rewards import NextTokenRewards
 from .running import RunningGeneration
 from .sharing import follow, shares_weights, twin
+from .statistics import Statistics
 from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, by_reward, check_alpha
 from .vocab import vocab_maps
 
@@ -118,6 +119,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._reference_is_base = False
         self.alpha = alpha
         self.target_kl = target_kl
+        self.keeps_statistics = False
         self._rewards = NextTokenRewards(self._reward_models, vocab_maps(tokenizer, reward_tokenizer, len(models)))
         special_tokens = tokenizer if tokenizer is not None else models[0].generation_config
         if pad_token_id is None:
@@ -240,6 +242,36 @@ class GenARMLogitsProcessor(LogitsProcessor):
     def target_kl(self, target_kl: float | None) -> None:
         self._kl_control = None if target_kl is None else KLControl(target_kl)
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether it is kept what guidance does to each token, for [`~GenARMLogitsProcessor.statistics`]."""
+        return self._statistics is not None
+
+    @keeps_statistics.setter
+    def keeps_statistics(self, keeps_statistics: bool) -> None:
+        self._statistics = Statistics(len(self._reward_models)) if keeps_statistics else None
+
+    def statistics(self, sequences: Tensor) -> dict[str, list[Any]]:
+        """
+        What guidance did to each generated token, as columns for a `pandas.DataFrame`.
+
+        `sequence`, `position` and `token` say which token it is. `base_log_prob`, `guided_log_prob` and for each reward
+        model `reward_log_prob_0`, … are its log-probabilities (of the reward less the reference, if there is one);
+        `alpha_0`, … the strengths in force. Of the distribution that it was drawn from there are `kl`, its divergence
+        from the base, `log_z`, the logarithm of the sum that normalises Eq. 7, `entropy` and `base_entropy`, and
+        whether the likeliest token is another one, `top_token_changed`. All are in nats, before temperature and top-k.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
+                What `generate` returned.
+
+        Raises:
+            ValueError: if nothing was kept: set `processor.keeps_statistics = True` first.
+        """
+        if self._statistics is None:
+            raise ValueError("No statistics were kept. Set `processor.keeps_statistics = True` before `generate`.")
+        return self._statistics.of(sequences)
+
     def set_beta(self, beta: float) -> None:
         """
         Sets `alpha` so that decoding realises a KL temperature, by the scales that the reward models were trained with.
@@ -327,8 +359,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
             strengths = [alpha * scale for alpha in strengths]
         guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
         per_row = [alpha != 0 for _, alpha in active if isinstance(alpha, Tensor)]
-        # A request without guidance gets what it would get without a processor.
-        return torch.where(torch.stack(per_row).any(dim=0), guided, scores.float()) if per_row else guided
+        if per_row:  # a request without guidance gets what it would get without a processor
+            guided = torch.where(torch.stack(per_row).any(dim=0), guided, scores.float())
+        if self._statistics is not None:
+            self._statistics.note(input_ids, scores, guided, rewards, strengths)
+        return guided
 
     def _alphas_now(self, input_ids: Tensor, is_prompt: bool) -> list[float] | Tensor:
         alpha = self._alpha

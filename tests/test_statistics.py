@@ -1,0 +1,102 @@
+"""What guidance did at each token, against recomputation from scratch, for whatever sequences come out."""
+
+import math
+
+import pytest
+import torch
+from oracle import guided, next_token_log_probs
+from support import ARM, ASSISTANT, BASE, ONE
+from test_fusion import adapters, base, folder, generate, models
+from test_strength import FOUR
+from tiny import VOCAB_SIZE
+
+from hf_genarm import GenARMLogitsProcessor
+
+__all__ = ["adapters", "base", "folder", "models"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+
+
+def row_at(text, mask, models, alphas, base_model=BASE):
+    """The row of the last token of a text."""
+    before = text[:-1]
+    before = torch.cat([before[: len(mask)][mask.bool()], before[len(mask) :]])
+    base_log_probs = next_token_log_probs(base_model, before)
+    rewards = [next_token_log_probs(model, before) for model in models]
+    result = guided(base_log_probs, rewards, alphas)
+    token = int(text[-1])
+    product = base_log_probs + sum(alpha * reward for alpha, reward in zip(alphas, rewards, strict=True))
+    return {
+        "token": token,
+        "base_log_prob": float(base_log_probs[token]),
+        "guided_log_prob": float(result[token]),
+        **{f"reward_log_prob_{k}": float(reward[token]) for k, reward in enumerate(rewards) if alphas[k]},
+        **{f"alpha_{k}": alpha for k, alpha in enumerate(alphas)},
+        "kl": float((result.exp() * (result - base_log_probs)).sum()),
+        "log_z": float(product.logsumexp(-1)),
+        "entropy": float(-(result.exp() * result).sum()),
+        "base_entropy": float(-(base_log_probs.exp() * base_log_probs).sum()),
+        "top_token_changed": bool(result.argmax() != base_log_probs.argmax()),
+    }
+
+
+OPTIONS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 0, "num_return_sequences": 2},
+    "beam search": {"num_beams": 3, "num_return_sequences": 2},
+    "assistant": {"assistant_model": ASSISTANT},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_token(name):
+    inputs = ONE if name in ("assistant", "prompt lookup") else FOUR
+    processor = GenARMLogitsProcessor([ARM, ASSISTANT], [0.8, -0.3])
+    processor.keeps_statistics = True
+    output = generate(BASE, [processor], inputs, **OPTIONS[name])
+    columns = processor.statistics(output.sequences)
+    start = inputs["input_ids"].shape[1]
+    n_tokens = len(output.sequences) * (output.sequences.shape[1] - start)
+    assert {len(column) for column in columns.values()} == {len(columns["kl"])}
+    n_rows = 0
+    for index, (sequence, position) in enumerate(zip(columns["sequence"], columns["position"], strict=True)):
+        text = output.sequences[sequence, : position + 1]
+        if 0 in text[start:] or 2 in text[start:-1]:  # after the end
+            continue
+        mask = inputs["attention_mask"][sequence // (len(output.sequences) // len(inputs["input_ids"]))]
+        for what, value in row_at(text, mask, [ARM, ASSISTANT], [0.8, -0.3]).items():
+            assert columns[what][index] == pytest.approx(value, abs=2e-4), what
+        n_rows += 1
+    assert 0.3 * n_tokens < n_rows <= n_tokens
+
+
+def test_strengths_of_each_request_and_in_force(base, adapters, models):
+    """Those that hold a divergence, too; a reward that is off has the strength 0 and no log-probability."""
+    alpha = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=alpha)
+    processor.keeps_statistics = True
+    output = generate(base, [processor], FOUR)
+    columns = processor.statistics(output.sequences)
+    strengths = dict(zip(columns["sequence"], columns["alpha_0"], strict=True))
+    assert strengths == {0: 1.0, 1: 0.5, 2: 0.0, 3: 2.0}
+    assert set(columns["alpha_1"]) == {0.0}
+    assert all(math.isnan(x) for x in columns["reward_log_prob_1"])
+    kl = [value for value, sequence in zip(columns["kl"], columns["sequence"], strict=True) if sequence == 2]
+    assert max(kl) < 1e-5
+    processor.alpha, processor.target_kl = [1.0, 0.0], 0.2
+    processor.keeps_statistics = True  # from the beginning
+    columns = processor.statistics(generate(base, [processor], ONE, min_new_tokens=20, max_new_tokens=20).sequences)
+    assert sum(columns["kl"]) / len(columns["kl"]) == pytest.approx(0.2, rel=0.1)
+    assert len({round(value, 4) for value in columns["alpha_0"]}) > 5
+
+
+def test_off_unless_asked_for():
+    processor = GenARMLogitsProcessor(ARM)
+    with pytest.raises(ValueError, match="keeps_statistics = True"):
+        processor.statistics(ONE["input_ids"])
+    scores = torch.randn(1, VOCAB_SIZE)
+    without = processor(ONE["input_ids"], scores)
+    processor.keeps_statistics = True
+    assert torch.equal(processor(ONE["input_ids"], scores), without)
+    assert processor.statistics(torch.tensor([[3, 4, 5]]))["kl"] == []
