@@ -1,0 +1,102 @@
+"""
+Whether `target_kl` holds the divergence from the base, on SmolLM2-135M-Instruct with two shipped reward models.
+
+    python examples/benchmarks/target_kl.py         # about 10 minutes on 2 cores
+
+The mean divergence per token of guided from unguided distributions over the answers to held-out prompts, sampled at
+temperature 1 under one seed: at strength 1, where it depends on the reward model, and held at several targets. Means
+with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` are left out: there is little to average.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.demo import demo_model
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from quickstart import Steering, bootstrap, held_out_prompts  # noqa: E402
+
+NAMES = ("sentiment", "brevity")
+
+
+def divergences(processor: GenARMLogitsProcessor, steer: Steering, min_tokens: int) -> list[np.ndarray]:
+    """Those of the tokens of each answer, its end included."""
+    processor.keeps_statistics = True
+    answers = steer.sample([processor])
+    sequences = torch.cat([steer.inputs["input_ids"], answers], dim=1)
+    columns = processor.statistics(sequences)
+    texts: dict[int, list[float]] = {}
+    ended: set[int] = set()
+    for text, token, kl in zip(columns["sequence"], columns["token"], columns["kl"], strict=True):
+        if text not in ended:
+            texts.setdefault(text, []).append(kl)
+        if token == steer.tokenizer.eos_token_id:
+            ended.add(text)
+    return [np.array(values) for values in texts.values() if len(values) >= min_tokens]
+
+
+def plot(runs: dict[str, list[np.ndarray]], path: Path) -> None:
+    """The mean of each text so far, for all texts of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.6), dpi=130, sharey=True)
+    for axis, (name, texts) in zip(axes, runs.items(), strict=True):
+        for values in texts:
+            axis.plot(np.cumsum(values) / np.arange(1, len(values) + 1), color="#1f77b4", alpha=0.2, linewidth=0.8)
+        axis.set(xlabel="token", title=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("KL per token so far, nats")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.1, 0.3, 0.6])
+    parser.add_argument("--n-prompts", type=int, default=36)
+    parser.add_argument("--min-tokens", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="PNG file")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
+    steer = Steering(model, tokenizer, held_out_prompts(args.n_prompts), args.max_new_tokens, args.seed)
+    runs: dict[str, list[np.ndarray]] = {}
+    with tqdm(total=len(NAMES) * (1 + len(args.targets)), desc="Generating") as progress:
+        for name in NAMES:
+            folder = str(ROOT / "model_cards" / f"arm-smollm2-135m-{name}")
+            processor = GenARMLogitsProcessor.from_pretrained(folder, base_model=model)
+            for target in (None, *args.targets):
+                processor.target_kl = target
+                setting = "α = 1" if target is None else f"target {target}"
+                runs[f"{name}, {setting}"] = divergences(processor, steer, args.min_tokens)
+                progress.update()
+    print(f"\n{'':<24} texts  KL per token, nats       of one text, 5 % to 95 %")
+    for name, texts in runs.items():
+        means = np.array([values.mean() for values in texts])
+        low, high = np.quantile(means, [0.05, 0.95])
+        print(
+            f"{name:<24} {len(texts):5}  " + "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(means, args.seed))
+            + f"     {low:.3f} to {high:.3f}"
+        )  # fmt: skip
+    if args.plot:
+        shown = [f"{name}, {x}" for name in NAMES for x in ("α = 1", f"target {args.targets[1]}")]
+        plot({name: runs[name] for name in shown}, args.plot)
+
+
+if __name__ == "__main__":
+    main()
