@@ -258,6 +258,8 @@ OTHER_REWARD_MODELS = [
     ("LoRA adapter on the base, in the base's own forward passes", "exact, in every mode above"),
     ("DoRA, trained biases, `modules_to_save`, embeddings", "exact, in passes of their own"),
     ("weights that are offloaded (`device_map`)", "exact"),
+    ("strengths of each request, schedules, a reference", "exact, in every mode above"),
+    ("a divergence that is held (`target_kl`)", "each text as it would be alone, also with beams and drafts"),
     ("int8 weights of base and reward model (torchao)", "exact for those weights"),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
     ("encoder-decoder or classifier", "refused: not a causal LM"),

@@ -5,7 +5,7 @@ Whether `target_kl` holds the divergence from the base, on SmolLM2-135M-Instruct
 
 The mean divergence per token of guided from unguided distributions over the answers to held-out prompts, sampled at
 temperature 1 under one seed: at strength 1, where it depends on the reward model, and held at several targets. Means
-with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` are left out: there is little to average.
+with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` are left out: little to average.
 """
 
 import argparse
