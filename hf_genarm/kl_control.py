@@ -25,7 +25,7 @@ class KLControl:
     """
 
     # What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
-    HORIZON, LARGEST = 8, 16.0
+    HORIZON, LARGEST = 4, 16.0
     # Of texts that are shorter than the longest by more, none goes on: drafts are shorter than that.
     KEPT_LENGTHS = 64
 
