@@ -58,7 +58,7 @@ def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_pa
         args=AutoregressiveRewardConfig(
             str(tmp_path / "arm"), report_to="none", gradient_checkpointing=False, max_steps=2, learning_rate=1e-2
         ),
-        train_dataset=Dataset.from_dict({"prompt": ["How? "] * 2, "chosen": ["Fine."] * 2, "rejected": ["Cold."] * 2}),
+        train_dataset=Dataset.from_dict(STANDARD),
         processing_class=tokenizer,
         quantization_config=int8(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
