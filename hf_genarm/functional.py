@@ -74,6 +74,20 @@ def fill_unscored(log_probs: Tensor, alpha: float | Tensor, scores: Tensor) -> T
     return torch.where(unscored, factor.nan_to_num(0.0)[:, None] / alpha, log_probs)
 
 
+def kl_divergence(log_probs: Tensor, base_log_probs: Tensor) -> Tensor:
+    r"""
+    $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row of log-probabilities `(batch_size, vocab_size)`; impossible
+    tokens have no share in it.
+    """
+    ratio = (log_probs - base_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
+    return (log_probs.exp() * ratio).sum(dim=-1)
+
+
+def text_keys(input_ids: Tensor) -> list[bytes]:
+    """What tells the rows of `input_ids` apart; without its last `input_ids.element_size()` bytes, the text before."""
+    return [row.numpy().tobytes() for row in input_ids.cpu()]
+
+
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     r"""
     Log-probability $\log\pi_r(y_t \mid x, y_{<t})$ of each given token, computed in float32.

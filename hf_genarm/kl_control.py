@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import weighted
+from .functional import kl_divergence, text_keys, weighted
 
 
 class KLControl:
@@ -56,7 +56,7 @@ class KLControl:
         parts = [weighted(log_probs, alpha) for log_probs, alpha in zip(rewards, alphas, strict=True)]
         # Impossible tokens stay so at any factor but 0, which would make them NaN.
         direction = torch.stack(parts).sum(dim=0).masked_fill(base == -torch.inf, 0.0).clamp(min=-1e9)
-        texts = [row.numpy().tobytes() for row in input_ids.cpu()]
+        texts = text_keys(input_ids)
         width = input_ids.element_size()
         before = self._missing.get(input_ids.shape[1] - 1, {})
         missing = torch.tensor([before.get(text[:-width], 0.0) for text in texts], device=base.device)
@@ -84,4 +84,4 @@ def divergence(base: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
     r"""$\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row, for $\pi \propto \pi_\text{base}\exp(\text{scale} \cdot
     \text{direction})$."""
     guided = (base + scale[:, None] * direction).log_softmax(dim=-1)
-    return (guided.exp() * (guided - base).masked_fill(guided == -torch.inf, 0.0)).sum(dim=-1)
+    return kl_divergence(guided, base)

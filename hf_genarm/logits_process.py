@@ -353,16 +353,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
             fused = [self._reward_models[index] for index, _ in active if self._engines[index] == "fused"]
             self._fusion.join_next_pass(fused, generation)
         strengths = [alpha for _, alpha in active]
-        if self._kl_control is not None:
+        kl_control, statistics = self._kl_control, self._statistics  # which another thread may set meanwhile
+        if kl_control is not None:
             filled = self._rewards.filled(rewards, strengths, scores)
-            scale = self._kl_control(input_ids, scores, filled, strengths)
+            scale = kl_control(input_ids, scores, filled, strengths)
             strengths = [alpha * scale for alpha in strengths]
         guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
         per_row = [alpha != 0 for _, alpha in active if isinstance(alpha, Tensor)]
         if per_row:  # a request without guidance gets what it would get without a processor
             guided = torch.where(torch.stack(per_row).any(dim=0), guided, scores.float())
-        if self._statistics is not None:
-            self._statistics.note(input_ids, scores, guided, rewards, strengths)
+        if statistics is not None:
+            statistics.note(input_ids, scores, guided, rewards, strengths)
         return guided
 
     def _alphas_now(self, input_ids: Tensor, is_prompt: bool) -> list[float] | Tensor:

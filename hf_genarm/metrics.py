@@ -37,7 +37,8 @@ def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int
     return float(low), float(high)
 
 
-def _is_right(margin: np.ndarray) -> np.ndarray:
+def is_right(margin: np.ndarray) -> np.ndarray:
+    """1 where the chosen response has the higher reward, 0.5 at a tie, 0 elsewhere."""
     return (margin > 0) + 0.5 * (margin == 0)
 
 
@@ -81,28 +82,28 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     lengths, *base = prediction.label_ids
     margin = prediction.predictions[:, 0] - prediction.predictions[:, 1]
     longer = lengths[:, 0] - lengths[:, 1]
-    is_right = _is_right(margin)
-    low, high = accuracy_interval(is_right)
+    right = is_right(margin)
+    low, high = accuracy_interval(right)
     varies = margin.std() > 0 and longer.std() > 0
     matched = np.abs(longer) <= _MATCHED * lengths.max(axis=1)
     metrics = {
         "n_pairs": len(margin),
-        "pair_accuracy": float(is_right.mean()),
+        "pair_accuracy": float(right.mean()),
         "pair_accuracy_low": low,
         "pair_accuracy_high": high,
         "shorter_accuracy": float(((longer < 0) + 0.5 * (longer == 0)).mean()),
         "mean_margin": float(margin.mean()),
         "rms_margin": float(np.sqrt((margin**2).mean())),
         "margin_length_correlation": float(np.corrcoef(margin, longer)[0, 1]) if varies else 0.0,
-        "calibration_error": calibration_error(margin, is_right),
+        "calibration_error": calibration_error(margin, right),
         "n_length_matched": int(matched.sum()),
     }
     if matched.any():
-        low, high = accuracy_interval(is_right[matched])
-        metrics["length_matched_accuracy"] = float(is_right[matched].mean())
+        low, high = accuracy_interval(right[matched])
+        metrics["length_matched_accuracy"] = float(right[matched].mean())
         metrics |= {"length_matched_accuracy_low": low, "length_matched_accuracy_high": high}
     for base_rewards in base:
-        has_learned = _is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1]))
+        has_learned = is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1]))
         low, high = accuracy_interval(has_learned)
         metrics["contrast_accuracy"] = float(has_learned.mean())
         metrics |= {"contrast_accuracy_low": low, "contrast_accuracy_high": high}

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .functional import kl_divergence, text_keys, weighted
+
 
 class Statistics:
     r"""
@@ -50,12 +52,12 @@ class Statistics:
                 With which strength.
         """
         n_texts, length = input_ids.shape
-        texts = _keys(input_ids)
+        texts = text_keys(input_ids)
         self._settle(texts, input_ids)
         base, guided = scores.float().log_softmax(dim=-1), guided.float().log_softmax(dim=-1)
         possible = guided > -torch.inf
         values = {
-            "kl": (guided.exp() * (guided - base).where(possible, 0.0)).sum(dim=-1),
+            "kl": kl_divergence(guided, base),
             "entropy": -(guided.exp() * guided.where(possible, 0.0)).sum(dim=-1),
             "base_entropy": -(base.exp() * base.where(base > -torch.inf, 0.0)).sum(dim=-1),
             "top_token_changed": guided.argmax(dim=-1) != base.argmax(dim=-1),
@@ -65,7 +67,7 @@ class Statistics:
         for (index, reward), alpha in zip(rewards.items(), strengths, strict=True):
             values[f"alpha_{index}"] = torch.as_tensor(alpha, device=base.device).expand(n_texts, 1)[:, 0]
             log_probs[f"reward_log_prob_{index}"] = reward
-            product = product + torch.where(values[f"alpha_{index}"][:, None] == 0, 0.0, alpha * reward)
+            product = product + weighted(reward, alpha)
         values["log_z"] = product.logsumexp(dim=-1)
         columns = {name: value.tolist() for name, value in values.items()}
         for row, text in enumerate(texts):
@@ -86,8 +88,8 @@ class Statistics:
         names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed"]
         columns: dict[str, list[Any]] = {name: [] for name in names}
         for position in range(1, sequences.shape[1]):
-            texts = _keys(sequences[:, :position])
-            self._settle(_keys(sequences[:, : position + 1]), sequences[:, : position + 1])
+            texts = text_keys(sequences[:, :position])
+            self._settle(text_keys(sequences[:, : position + 1]), sequences[:, : position + 1])
             for index, text in enumerate(texts):
                 noted = self._of_text.get(text)
                 if noted is None:
@@ -111,7 +113,3 @@ class Statistics:
                 token = int(input_ids[index, -1])
                 taken = {name: float(value[rows[before], token]) for name, value in log_probs.items()}
                 self._of_text[before][f"token {token}"] = taken
-
-
-def _keys(input_ids: Tensor) -> list[bytes]:
-    return [row.numpy().tobytes() for row in input_ids.cpu()]

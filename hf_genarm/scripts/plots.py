@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_matplotlib_available, logging
 
+from ..metrics import is_right
+
 logger = logging.get_logger(__name__)
 
 BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "0.5"
@@ -62,10 +64,10 @@ def plot_evaluation(margin: np.ndarray, longer: np.ndarray, path: str) -> None:
     axes[0].set(xlabel="tokens of chosen minus rejected", ylabel="reward of chosen minus rejected")
 
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    is_right = (margin > 0) + 0.5 * (margin == 0)
+    right = is_right(margin)
     order = np.array_split(np.argsort(confidence), min(8, len(margin)))
     means = [confidence[part].mean() for part in order]
-    shares = np.array([is_right[part].mean() for part in order])
+    shares = np.array([right[part].mean() for part in order])
     error = 1.96 * np.sqrt(shares * (1 - shares) / np.array([len(part) for part in order]))
     axes[1].errorbar(means, shares, error, fmt="o", color=ORANGE, capsize=4, label="an eighth of the pairs")
     axes[1].plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="calibrated")
