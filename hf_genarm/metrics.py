@@ -16,6 +16,9 @@ METRICS = (
     "n_length_matched",
 )
 OPTIONAL_METRICS = (
+    "gain_over_shorter",
+    "gain_over_shorter_low",
+    "gain_over_shorter_high",
     "length_matched_accuracy",
     "length_matched_accuracy_low",
     "length_matched_accuracy_high",
@@ -28,11 +31,10 @@ _MATCHED = 0.1
 
 
 def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1."""
-    outcomes = np.array([0.0, 0.5, 1.0])
-    shares = [(is_right == outcome).mean() for outcome in outcomes]
+    """95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1, or differences of such."""
+    outcomes, numbers = np.unique(is_right, return_counts=True)
     # To resample the values is to draw how often each outcome occurs.
-    counts = np.random.default_rng(seed).multinomial(len(is_right), shares, size=n_resamples)
+    counts = np.random.default_rng(seed).multinomial(len(is_right), numbers / len(is_right), size=n_resamples)
     low, high = np.quantile(counts @ outcomes / len(is_right), [0.025, 0.975])
     return float(low), float(high)
 
@@ -67,6 +69,8 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
             - `pair_accuracy`: share of pairs whose chosen response has the higher reward, ties count half; with the
               bounds of its 95 % bootstrap interval, `pair_accuracy_low` and `pair_accuracy_high`
             - `shorter_accuracy`: the same for preferring the shorter response, which an untrained model does
+            - `gain_over_shorter`, with `gain_over_shorter_low` and `gain_over_shorter_high`: the difference of the two,
+              paired by pair
             - `mean_margin`: mean of chosen minus rejected reward
             - `rms_margin`: its root mean square
             - `margin_length_correlation`: Pearson correlation of that difference with the difference in length; 0 if
@@ -82,8 +86,9 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     lengths, *base = prediction.label_ids
     margin = prediction.predictions[:, 0] - prediction.predictions[:, 1]
     longer = lengths[:, 0] - lengths[:, 1]
-    right = is_right(margin)
+    right, shorter = is_right(margin), is_right(-longer)
     low, high = accuracy_interval(right)
+    gain_low, gain_high = accuracy_interval(right - shorter)
     varies = margin.std() > 0 and longer.std() > 0
     matched = np.abs(longer) <= _MATCHED * lengths.max(axis=1)
     metrics = {
@@ -91,7 +96,10 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "pair_accuracy": float(right.mean()),
         "pair_accuracy_low": low,
         "pair_accuracy_high": high,
-        "shorter_accuracy": float(((longer < 0) + 0.5 * (longer == 0)).mean()),
+        "shorter_accuracy": float(shorter.mean()),
+        "gain_over_shorter": float((right - shorter).mean()),
+        "gain_over_shorter_low": gain_low,
+        "gain_over_shorter_high": gain_high,
         "mean_margin": float(margin.mean()),
         "rms_margin": float(np.sqrt((margin**2).mean())),
         "margin_length_correlation": float(np.corrcoef(margin, longer)[0, 1]) if varies else 0.0,

@@ -425,6 +425,17 @@ def test_the_interval_of_an_accuracy():
     assert accuracy_interval(np.ones(5)) == (1.0, 1.0)
 
 
+def test_gain_over_the_length_rule_is_paired():
+    # Chosen against rejected by reward 1, 1, 0, tie; the length rule says 1, 0, 0, tie: 0.625 - 0.375
+    metrics = preference_metrics(prediction([1.0, 2.0, -1.0, 0.0], [8, 12, 14, 10]))
+    assert (metrics["pair_accuracy"], metrics["shorter_accuracy"]) == (0.625, 0.375)
+    assert metrics["gain_over_shorter"] == 0.25
+    # One pair in four differs, by 1: the mean of four draws is 0 with probability 0.75^4 = 0.32, and 1 with 0.004.
+    assert (metrics["gain_over_shorter_low"], metrics["gain_over_shorter_high"]) == (0.0, 0.75)
+    same = preference_metrics(prediction([2.0, -4.0], [8, 14]))
+    assert (same["gain_over_shorter_low"], same["gain_over_shorter_high"]) == (0.0, 0.0)
+
+
 def test_custom_generate(make_trainer, tokenizer):
     """No import of ours in the user's code: the folder brings it."""
     trainer = make_trainer(custom_generate=True)

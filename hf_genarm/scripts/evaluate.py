@@ -88,6 +88,7 @@ def table(name: str, metrics: dict[str, float]) -> str:
         ("pairs", f"{metrics['n_pairs']}"),
         ("prefers the chosen response", share("pair_accuracy")),
         ("  the shorter response is the chosen one", f"{metrics['shorter_accuracy']:.3f}"),
+        ("  the difference, paired", share("gain_over_shorter")),
     ]
     if metrics["n_length_matched"]:
         matched = f"  among {metrics['n_length_matched']} pairs of similar lengths"
