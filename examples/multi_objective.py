@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 from quickstart import Steering, bootstrap, held_out_prompts
+from soup import save_soup
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,19 +28,6 @@ CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = ("sentiment", "brevity")
 FOLDERS = [str(CARDS / f"arm-smollm2-135m-{name}") for name in NAMES]
 N_WEIGHTINGS = 7
-
-
-def save_soups(weights: np.ndarray, folder: Path) -> list[str]:
-    """Writes an adapter for each weighting, with the weighted average of the products of the two."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_model()), FOLDERS[0], NAMES[0])
-    model.load_adapter(FOLDERS[1], NAMES[1])
-    names = []
-    for index, weight in enumerate(weights):
-        # `cat` keeps the factors side by side, so that the product is the average, exactly.
-        model.add_weighted_adapter(list(NAMES), [float(weight), 1 - float(weight)], str(index), combination_type="cat")
-        model.save_pretrained(folder, selected_adapters=[str(index)])
-        names.append(str(folder / str(index)))
-    return names
 
 
 def measure(texts: list[str], steer: Steering) -> dict[str, np.ndarray]:
@@ -125,8 +112,10 @@ def main() -> None:
         results["mixed rewards"].append(run("mixed rewards", number, mixed))
     first, *_, last = results["mixed rewards"]  # of one reward alone, a soup is the same
     with tempfile.TemporaryDirectory() as folder:
-        for number, path in enumerate(save_soups(weights[1:-1], Path(folder)), start=1):
-            soup = GenARMLogitsProcessor.from_pretrained(path, base_model=model, alpha=args.alpha)
+        for number, weight in enumerate(weights[1:-1], start=1):
+            path = Path(folder) / str(number)
+            save_soup(demo_model(), FOLDERS, [float(weight), 1 - float(weight)], path)
+            soup = GenARMLogitsProcessor.from_pretrained(str(path), base_model=model, alpha=args.alpha)
             results["rewarded soups"].append(run("rewarded soups", number, soup))
     results["rewarded soups"] = [first, *results["rewarded soups"], last]
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
+from meter import Meter  # noqa: E402
 from quickstart import ALPHAS, Steering, bootstrap  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
@@ -27,46 +28,17 @@ def interval(values: np.ndarray) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values, SEED))
 
 
-class KLMeter:
-    """The divergence of guided from unguided next-token distributions: one processor before, one after guidance."""
-
-    def __init__(self) -> None:
-        self.per_step: list[torch.Tensor] = []
-        self._base: torch.Tensor | None = None
-
-    def around(self, processor: LogitsProcessor) -> list[LogitsProcessor]:
-        meter = self
-
-        class Before(LogitsProcessor):
-            def __call__(self, input_ids, scores):
-                meter._base = scores.float().log_softmax(dim=-1)
-                return scores
-
-        class After(LogitsProcessor):
-            def __call__(self, input_ids, scores):
-                guided = scores.float().log_softmax(dim=-1)
-                meter.per_step.append((guided.exp() * (guided - meter._base)).sum(dim=-1))
-                return scores
-
-        return [Before(), processor, After()]
-
-    def per_text(self, n_tokens: np.ndarray) -> np.ndarray:
-        """Mean over the tokens of each text, its end included."""
-        kl = torch.stack(self.per_step, dim=1).numpy()
-        written = np.arange(kl.shape[1])[None] < n_tokens[:, None]
-        return (kl * written).sum(axis=1) / written.sum(axis=1)
-
-
 class MeasuredSteering(Steering):
     """Samples one answer to each prompt, and measures how far guidance went from the base."""
 
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
         """Returns the texts, and the mean KL per token of each."""
-        meter = KLMeter()
+        meter = Meter()
         answers = self.sample(meter.around(processor))
         ended = (answers == self.tokenizer.eos_token_id).long()
-        n_tokens = (ended.cumsum(dim=1) - ended == 0).sum(dim=1).numpy()
-        return self.tokenizer.batch_decode(answers, skip_special_tokens=True), meter.per_text(n_tokens)
+        n_tokens = (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
+        kl, _ = meter.read(answers, n_tokens)
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True), (kl / n_tokens).numpy()
 
 
 def publish(
