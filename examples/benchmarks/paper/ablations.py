@@ -1,0 +1,62 @@
+"""What the choices in training an ARM do, with everything else as it is in the headline."""
+
+from functools import partial
+
+from bench import Bench, Step
+from intervals import cell
+from judges import judge, n_words, oracle, read, second_judge
+from methods import GENARM, choose, guided, mean
+from prompts import dev_prompts, sentiment_pairs
+from report import table
+from training import train_arm
+
+# What it is called, what is changed, and the share of the pairs
+VARIANTS = {
+    "beta-high": ("β_r = 0.2", {"beta": 0.2}, 1.0),
+    "length-normalised": ("length-normalised, β_r = 2", {"beta": 2.0, "length_normalized": True}, 1.0),
+    "decode-aware": ("decode-aware, at α = 1", {"decode_alpha": 1.0}, 1.0),
+    "half": ("half of the pairs", {}, 0.5),
+    "quarter": ("a quarter of the pairs", {}, 0.25),
+}
+
+
+def steps(bench: Bench) -> list[Step]:
+    size, work = bench.size, []
+    for key, (_, objective, share) in VARIANTS.items():
+        n_pairs = int(share * size.n_pairs)
+        train = partial(train_arm, bench, sentiment_pairs(n_pairs), **objective)
+
+        def method(key=key):
+            alpha = choose(bench, GENARM)
+            return guided(bench, f"arm-{key}", alpha=alpha), {"α": alpha}
+
+        work.append(bench.training(f"arm-{key}", 0.6 * n_pairs * size.n_epochs, train))
+        work.append(bench.sampling(f"dev-ablation-{key}", dev_prompts(size.n_dev_prompts), method, GENARM.cost))
+    return work
+
+
+def section(bench: Bench) -> str:
+    default = bench.answers(GENARM.dev_cell(choose(bench, GENARM)))
+    runs = {"as in the headline": default}
+    runs |= {name: bench.answers(f"dev-ablation-{key}") for key, (name, _, _) in VARIANTS.items()}
+    rows = []
+    for name, answers in runs.items():
+        reward = mean(judge(oracle, answers))
+        rows.append(
+            [
+                name,
+                cell(reward),
+                "" if answers is default else cell(reward - mean(judge(oracle, default))),
+                cell(mean(judge(second_judge, answers))),
+                cell(mean(read("kl", answers)), 1),
+                cell(mean(judge(n_words, answers)), 1),
+            ]
+        )
+    return "\n\n".join(
+        [
+            "## Ablations",
+            f"The ARM of seed 0, one thing changed at a time, at α = {choose(bench, GENARM):g} on the "
+            f"{bench.size.n_dev_prompts} dev prompts. Fewer pairs are also fewer steps.",
+            table(["", "oracle", "less the first row", "second judge", "KL per answer, nats", "words"], rows),
+        ]
+    )

@@ -1,0 +1,122 @@
+"""Two objectives, mixed with weights at decoding time or in the weights."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from bench import Bench, Step
+from figures import pareto
+from intervals import cell, hypervolume, interval, resampled_means
+from judges import judge, n_words, oracle, read
+from methods import DPO, GENARM, choose, dpo_adapter, guided, mean, policy
+from prompts import brevity_pairs, test_prompts
+from report import table
+from settings import WEIGHTINGS
+from soup import save_soup
+from training import train_arm, train_dpo
+
+ARMS = ("arm-seed0", "arm-brevity")
+METHODS = ("GenARM", "GenARM less base", "rewarded soups", "MOD")
+INNER = WEIGHTINGS[1:-1]
+
+
+def dpo_adapters(bench: Bench) -> tuple[str, str]:
+    return dpo_adapter(choose(bench, DPO), 0), "dpo-brevity"
+
+
+def steps(bench: Bench) -> list[Step]:
+    size = bench.size
+    pairs, n_steps = brevity_pairs(size.n_pairs), size.n_pairs * size.n_epochs
+    prompts = test_prompts(size.n_prompts)[: size.n_pareto_prompts]
+
+    def train_chosen(folder: Path) -> None:
+        train_dpo(bench, pairs, folder, beta=choose(bench, DPO))
+
+    work = [
+        bench.training("arm-brevity", 0.6 * n_steps, partial(train_arm, bench, pairs)),
+        bench.training("dpo-brevity", 1.6 * n_steps, train_chosen),
+    ]
+    work += [bench.training(f"soup-{weight:g}", 2.0, partial(soup, bench, weight)) for weight in INNER]
+    for method in METHODS:
+        for weight in WEIGHTINGS:
+            if method == "MOD" and weight not in INNER:
+                continue  # the policies themselves, as with soups
+            work.append(
+                bench.sampling(
+                    front_cell(method, weight),
+                    prompts,
+                    lambda method=method, weight=weight: (processors(bench, method, weight), {"weight": weight}),
+                    2.0,
+                    n_samples=1,
+                )
+            )
+    return work
+
+
+def front_cell(method: str, weight: float) -> str:
+    name = "rewarded soups" if method == "MOD" and weight not in INNER else method
+    return f"pareto-{name.replace(' ', '-')}-{weight:g}"
+
+
+def processors(bench: Bench, method: str, weight: float) -> list:
+    alpha = choose(bench, GENARM)
+    weights = [weight, 1 - weight]
+    if method == "MOD":
+        return policy(bench, *dpo_adapters(bench), weights=weights)
+    if method == "rewarded soups":
+        ends = {0.0: dpo_adapters(bench)[1], 1.0: dpo_adapters(bench)[0]}
+        return policy(bench, ends.get(weight, f"soup-{weight:g}"), weights=[1.0])
+    if method == "GenARM":
+        return guided(bench, *ARMS, alpha=[alpha * w for w in weights])
+    # Less the base it starts from the base itself, so it takes twice the strength to go as far.
+    return guided(bench, *ARMS, alpha=[2 * alpha * w for w in weights], reference="base")
+
+
+def soup(bench: Bench, weight: float, folder: Path) -> None:
+    folders = [str(bench.adapter(name)) for name in dpo_adapters(bench)]
+    save_soup(bench.model_path, folders, [weight, 1 - weight], folder)
+
+
+def section(bench: Bench) -> str:
+    n = bench.size.n_pareto_prompts
+    fronts, rows, figure = {}, [], {}
+    for method in METHODS:
+        for weight in WEIGHTINGS:
+            answers = bench.answers(front_cell(method, weight))
+            reward, words = mean(judge(oracle, answers)), mean(judge(n_words, answers))
+            fronts.setdefault(method, []).append(np.stack([reward, -words], axis=1))
+            figure.setdefault(method, []).append((interval(words), interval(reward)))
+            rows.append([method, f"{weight:g}", cell(reward), cell(words, 1), cell(mean(read("kl", answers)), 1)])
+    base = bench.answers("test-base", n)
+    base_reward, base_words = mean(judge(oracle, base)[:, :1]), mean(judge(n_words, base)[:, :1])
+    rows.insert(0, ["base", "", cell(base_reward), cell(base_words, 1), "0"])
+    pareto(figure, (interval(base_words), interval(base_reward)), bench.output / "figures" / "pareto.png", n)
+
+    # The worst of every method in each objective, so that no front is cut off.
+    worst = np.min([points.mean(axis=0) for front in fronts.values() for points in front], axis=0)
+    volumes = {}
+    for method, front in fronts.items():
+        points = np.stack([resampled_means(values) for values in front], axis=1)  # (resamples, weightings, 2)
+        volumes[method] = (
+            hypervolume(np.array([values.mean(axis=0) for values in front]), worst),
+            np.array([hypervolume(resample, worst) for resample in points]),
+        )
+    comparison = []
+    soups, resampled_soups = volumes["rewarded soups"]
+    for method, (volume, resampled) in volumes.items():
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        less_low, less_high = np.quantile(resampled - resampled_soups, [0.025, 0.975])
+        difference = "" if method == "rewarded soups" else f"{volume - soups:+.2f} [{less_low:+.2f}, {less_high:+.2f}]"
+        comparison.append([method, f"{volume:.2f} [{low:.2f}, {high:.2f}]", difference])
+    return "\n\n".join(
+        [
+            "## Two objectives",
+            f"Sentiment and brevity, {len(WEIGHTINGS)} weightings, one answer to each of {n} held-out prompts. "
+            "GenARM mixes two ARMs at decoding time, *less base* with log π_r − log π_base at twice the strength; "
+            "rewarded soups average the weights of two DPO policies; MOD mixes the log-probabilities of the policies.",
+            "![Pareto fronts](figures/pareto.png)",
+            "Hypervolume in sentiment × words, above the worst value of any method in each objective:",
+            table(["method", "hypervolume", "less that of rewarded soups"], comparison),
+            table(["method", "weight of sentiment", "oracle", "words", "KL per answer, nats"], rows),
+        ]
+    )

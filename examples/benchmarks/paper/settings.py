@@ -1,0 +1,60 @@
+"""How large a run is. Every size does the same; only the numbers differ."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    Attributes:
+        n_layers: layers of SmolLM2 that the base keeps; all of them, but for the smoke size.
+        n_shallow_layers: layers that the weak reward model keeps.
+        n_pairs, n_epochs: what every method is trained on, and how often.
+        n_dev_prompts, n_prompts: prompts for choosing settings, and for the results.
+        n_samples: answers to each prompt.
+        n_samples_of_seed: answers to each prompt from each training seed, of the methods that have several.
+        n_distilled_pairs: whose texts the weak reward model is distilled on.
+        n_rollout_prompts: prompts that the rollouts of Transfer-Q are affordable for.
+        n_pareto_prompts: prompts for each point of the Pareto fronts.
+        seeds: of the training runs.
+        max_new_tokens: length at which answers are cut.
+        n_rounds: of the timing.
+        n_hh_pairs, n_cpo_pairs: real pairs that are held out, and those that TRL's CPO is trained on, too.
+    """
+
+    n_layers: int
+    n_shallow_layers: int
+    n_pairs: int
+    n_epochs: int
+    n_dev_prompts: int
+    n_prompts: int
+    n_samples: int
+    n_samples_of_seed: int
+    n_distilled_pairs: int
+    n_rollout_prompts: int
+    n_pareto_prompts: int
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    n_rounds: int
+    n_hh_pairs: int
+    n_cpo_pairs: int
+
+
+SIZES = {
+    "smoke": Size(4, 2, 4, 1, 2, 4, 2, 1, 2, 2, 3, (0, 1), 4, 1, 4, 2),
+    "laptop": Size(30, 10, 128, 1, 24, 204, 4, 2, 240, 12, 68, (0, 1, 2), 24, 3, 400, 64),
+    "full": Size(30, 10, 333, 2, 36, 360, 8, 4, 333, 72, 204, (0, 1, 2), 48, 9, 400, 256),
+}
+
+# What is tried for each method, on the dev prompts
+SHARPENING = (0.5, 1.0, 2.0)  # α of the base at temperature 1 / (1 + α)
+ALPHAS = (1.0, 2.0, 4.0)  # strength of GenARM
+PAPER_ALPHAS = (0.5, 1.0, 2.0)  # strength of GenARM with the paper's β_r
+BETAS = (0.03, 0.1, 0.3)  # β of DPO
+WEIGHTS = (1.0, 4.0, 16.0)  # weight of the reward in ARGS
+
+BETA_R = 0.01  # β_r of GenARM
+PAPER_BETA_R = 0.05  # the paper's, for longer answers
+TOP_K = 10  # candidates that ARGS scores at each step, the paper's
+ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
+WEIGHTINGS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the first of two objectives

@@ -1,0 +1,35 @@
+"""A reward model of whole answers, as `trl.RewardTrainer` trains it: what ARGS, rollouts and best-of-n score with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_trajectory_reward_model(folder: Path) -> PreTrainedModel:
+    model = AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, dtype=torch.float32)
+    return model.merge_and_unload().eval()
+
+
+@torch.no_grad()
+def trajectory_rewards(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    answers: list[str],
+    batch_size: int = 32,
+) -> np.ndarray:
+    """The reward of each answer, in the chat format of the training pairs; `(n_answers,)`."""
+    rewards = []
+    for start in range(0, len(prompts), batch_size):
+        batch = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
+        chats = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in batch
+        ]
+        inputs = tokenizer.apply_chat_template(
+            chats, return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "right"}
+        )
+        rewards.append(model(**inputs).logits[:, 0])
+    return torch.cat(rewards).numpy()
