@@ -48,8 +48,9 @@ class Step:
 
 
 class Bench:
-    def __init__(self, size: Size, output: Path):
+    def __init__(self, size: Size, output: Path, report: Path | None = None):
         self.size, self.output = size, output
+        self.figures = (report or output) / "figures"
         self.tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
 
     @cached_property

@@ -10,6 +10,7 @@ from methods import (
     ARGS,
     DPO,
     GENARM,
+    LESS_BASE,
     METHODS,
     SHARPENED,
     Method,
@@ -20,6 +21,7 @@ from methods import (
     guided,
     mean,
     policy,
+    seeds_of,
     trainings,
     trial,
 )
@@ -33,8 +35,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel
 
+TRAINED = (GENARM, LESS_BASE, DPO, ARGS)
 # Strengths beside those that were tried, for the frontier: of GenARM, and of the policies that adapters are.
-MORE_ALPHAS = {"genarm": (0.5,), "genarm-contrast": (1.0, 2.0, 4.0), "dpo-strength": (2.0, 4.0)}
+MORE_ALPHAS = {"genarm": (0.5,), "dpo-strength": (2.0, 4.0)}
 BEST_OF = {
     "rm": "best of {n}, trajectory RM",
     "arm": "best of {n}, ARM",
@@ -51,8 +54,8 @@ def steps(bench: Bench) -> list[Step]:
     work += [bench.sampling("test-base", test, lambda: ([], {})), answer_test_prompts(bench, SHARPENED)]
     work += [
         answer_test_prompts(bench, method, seed, has_seeds=True)
-        for seed in size.seeds
-        for method in (GENARM, DPO, ARGS)
+        for method in TRAINED
+        for seed in seeds_of(bench, method)
     ]
     n_texts = size.n_prompts * size.n_samples
     work.append(bench.measuring("best-of-rm", 0.15 * n_texts, lambda: best_by_reward_model(bench)))
@@ -78,8 +81,7 @@ def frontier_steps(bench: Bench) -> list[Step]:
     def method(key: str, alpha: float):
         if key == "dpo-strength":
             return policy(bench, dpo_adapter(choose(bench, DPO), 0), weights=[alpha]), {"α": alpha}
-        reference = {"reference": "base"} if key == "genarm-contrast" else {}
-        return guided(bench, "arm-seed0", alpha=alpha, **reference), {"α": alpha}
+        return guided(bench, "arm-seed0", alpha=alpha), {"α": alpha}
 
     return [
         bench.sampling(f"dev-{key}-{alpha:g}", dev, lambda key=key, alpha=alpha: method(key, alpha), 1.7)
@@ -151,7 +153,7 @@ def runs(bench: Bench) -> dict[str, Answers]:
     """The answers of every method to the test prompts."""
     base = bench.answers("test-base")
     result = {"base": base, SHARPENED.name: bench.answers(SHARPENED.test_cell(0))}
-    result |= {method.name: all_seeds(bench, method, bench.size.seeds) for method in (GENARM, DPO, ARGS)}
+    result |= {method.name: all_seeds(bench, method) for method in TRAINED}
     chosen = bench.measured("best-of-rm") | bench.measured("best-of-arm")
     for key, name in BEST_OF.items():
         best = [[row[index]] for row, index in zip(base, chosen[key], strict=True)]
@@ -165,14 +167,20 @@ def section(bench: Bench) -> str:
     return "\n\n".join(
         [
             "## Rewards of all methods",
-            f"{bench.size.n_prompts} held-out prompts; the answers of {len(bench.size.seeds)} training seeds count as "
-            f"further answers to each. The rollouts answer the first {bench.size.n_rollout_prompts} prompts, once.",
+            f"{bench.size.n_prompts} held-out prompts; the answers of {len(bench.size.seeds)} training seeds (ARGS: "
+            f"{bench.size.n_args_seeds}) count as further answers to each. The rollouts answer the first "
+            f"{bench.size.n_rollout_prompts} prompts, once. "
+            "*GenARM* is Eq. 7 with an ARM that was trained by Eq. 5 with β_r = 0.01: of three training runs the one "
+            "that does best on the dev prompts, as β is chosen for DPO from three. The other two, with the paper's β_r "
+            "of 0.05 and with length-normalised log-probabilities, are with every setting that was tried. *GenARM less "
+            'base* is the same ARM with `reference="base"`: it steers with log π_r − log π_base, and does not '
+            "sharpen the base.",
             _levels(bench, answers),
             "![Oracle reward and second judge of all methods](figures/headline.png)",
             "### GenARM against the others",
             "Differences are GenARM less the other, paired by prompt; p-values are two-sided and adjusted for all rows "
             "(Holm). *Length-matched*: over pairs of answers to a prompt that differ by at most 2 words.",
-            _comparisons(bench, answers),
+            _comparisons(answers),
             "### Training seeds",
             _seeds(bench),
             "### Every setting that was tried",
@@ -181,8 +189,7 @@ def section(bench: Bench) -> str:
             _trials(bench),
             "## Reward against divergence",
             "Mean oracle reward against the sum of the exact per-step KL divergence from the base along the answer, on "
-            "the dev prompts, one point for each setting. *GenARM less base* steers with log π_r − log π_base; "
-            "*DPO at other strengths* is π_base^(1−α) π_DPO^α.",
+            "the dev prompts, one point for each setting. *DPO at other strengths* is π_base^(1−α) π_DPO^α.",
             "![Reward against KL](figures/frontier.png)",
             _frontier(bench),
         ]
@@ -207,42 +214,37 @@ def _levels(bench: Bench, answers: dict[str, Answers]) -> str:
                 f"{judge(n_words, rows_of_answers).mean():.1f}",
             ]
         )
-    forest(points, bench.output / "figures" / "headline.png", bench.size.n_prompts)
+    forest(points, bench.figures / "headline.png", bench.size.n_prompts)
     header = ["method", "oracle (VADER)", "second judge (TextBlob)", "KL per answer, nats", "perplexity under the base"]
     return table([*header, "degenerate", "words"], rows)
 
 
-def _comparisons(bench: Bench, answers: dict[str, Answers]) -> str:
-    ours = answers[GENARM.name]
+def _comparisons(answers: dict[str, Answers]) -> str:
     rows, p_values = [], []
-    for name, theirs in answers.items():
-        if name == GENARM.name:
-            continue
-        mine = ours[: len(theirs)]
-        scores, other_scores = judge(oracle, mine), judge(oracle, theirs)
-        difference = mean(scores) - mean(other_scores)
-        seconds = mean(judge(second_judge, mine)) - mean(judge(second_judge, theirs))
-        matched = length_matched(scores, judge(n_words, mine), other_scores, judge(n_words, theirs))
-        p_values.append(p_value(difference))
-        rows.append([name, cell(win_rates(scores, other_scores)), cell(difference), cell(seconds), cell(matched)])
+    for ours in (GENARM.name, LESS_BASE.name):
+        for name, theirs in answers.items():
+            if name == ours or (ours, name) == (LESS_BASE.name, GENARM.name):
+                continue
+            mine = answers[ours][: len(theirs)]
+            scores, other_scores = judge(oracle, mine), judge(oracle, theirs)
+            difference = mean(scores) - mean(other_scores)
+            seconds = mean(judge(second_judge, mine)) - mean(judge(second_judge, theirs))
+            matched = length_matched(scores, judge(n_words, mine), other_scores, judge(n_words, theirs))
+            p_values.append(p_value(difference))
+            wins = win_rates(scores, other_scores)
+            rows.append([ours, name, *map(cell, (wins, difference, seconds, matched))])
     for row, p in zip(rows, holm(p_values), strict=True):
         row.append("< 0.001" if p < 0.001 else f"{p:.3f}")
-    header = [
-        "GenARM against",
-        "win + half-tie rate",
-        "oracle",
-        "second judge",
-        "oracle, length-matched",
-        "p of oracle",
-    ]
+    header = ["", "against", "win + half-tie rate", "oracle", "second judge", "oracle, length-matched", "p of oracle"]
     return table(header, rows)
 
 
 def _seeds(bench: Bench) -> str:
-    rows = [
-        [method.name, *(cell(mean(judge(oracle, bench.answers(method.test_cell(seed))))) for seed in bench.size.seeds)]
-        for method in (GENARM, DPO, ARGS)
-    ]
+    rows = []
+    for method in TRAINED:
+        runs = [bench.answers(method.test_cell(seed)) for seed in seeds_of(bench, method)]
+        cells = [cell(mean(judge(oracle, answers))) for answers in runs]
+        rows.append([method.name, *cells, *[""] * (len(bench.size.seeds) - len(cells))])
     return table(["oracle reward", *(f"seed {seed}" for seed in bench.size.seeds)], rows)
 
 
@@ -266,9 +268,7 @@ def _frontier(bench: Bench) -> str:
         "GenARM": [
             (f"dev-genarm-{alpha:g}", f"α = {alpha:g}") for alpha in sorted({*GENARM.values, *MORE_ALPHAS["genarm"]})
         ],
-        "GenARM less base": [
-            (f"dev-genarm-contrast-{alpha:g}", f"α = {alpha:g}") for alpha in MORE_ALPHAS["genarm-contrast"]
-        ],
+        "GenARM less base": [(LESS_BASE.dev_cell(value), f"α = {value:g}") for value in LESS_BASE.values],
         "DPO": [(DPO.dev_cell(value), f"β = {value:g}") for value in DPO.values],
         "DPO at other strengths": [
             (f"dev-dpo-strength-{alpha:g}", f"α = {alpha:g}") for alpha in MORE_ALPHAS["dpo-strength"]
@@ -286,5 +286,5 @@ def _frontier(bench: Bench) -> str:
                 [name, setting, cell(kl, 1), cell(reward), cell(mean(judge(second_judge, answers))), degenerate]
             )
     base = interval(mean(judge(oracle, bench.answers("dev-base"))))
-    frontier(curves, base, bench.output / "figures" / "frontier.png", bench.size.n_dev_prompts)
+    frontier(curves, base, bench.figures / "frontier.png", bench.size.n_dev_prompts)
     return table(["method", "setting", "KL per answer, nats", "oracle", "second judge", "degenerate"], rows)

@@ -10,7 +10,16 @@ from args_search import ARGSLogitsProcessor
 from bench import Bench, Step
 from judges import is_degenerate, judge, oracle
 from prompts import dev_prompts, sentiment_pairs
-from settings import ALPHAS, BETAS, PAPER_ALPHAS, PAPER_BETA_R, SHARPENING, TOP_K, WEIGHTS
+from settings import (
+    ALPHAS,
+    BETAS,
+    LENGTH_NORMALISED,
+    PAPER_ALPHAS,
+    PAPER_OBJECTIVE,
+    SHARPENING,
+    TOP_K,
+    WEIGHTS,
+)
 from training import train_arm, train_dpo, train_trajectory_reward_model
 from trajectory_reward import load_trajectory_reward_model
 from transformers import LogitsProcessor, TemperatureLogitsWarper
@@ -43,8 +52,16 @@ def genarm(bench: Bench, alpha: float, seed: int) -> Processors:
     return guided(bench, f"arm-seed{seed}", alpha=alpha)
 
 
-def paper_genarm(bench: Bench, alpha: float, seed: int) -> Processors:
+def genarm_less_base(bench: Bench, alpha: float, seed: int) -> Processors:
+    return guided(bench, f"arm-seed{seed}", alpha=alpha, reference="base")
+
+
+def paper_beta(bench: Bench, alpha: float, seed: int) -> Processors:
     return guided(bench, "arm-paper-beta", alpha=alpha)
+
+
+def length_normalised(bench: Bench, alpha: float, seed: int) -> Processors:
+    return guided(bench, "arm-length-normalised", alpha=alpha)
 
 
 def dpo(bench: Bench, beta: float, seed: int) -> Processors:
@@ -79,10 +96,12 @@ class Method:
 
 SHARPENED = Method("base, sharpened", "sharpened", "α", SHARPENING, 1, sharpened)
 GENARM = Method("GenARM", "genarm", "α", ALPHAS, 1.7, genarm)
-PAPER_GENARM = Method(f"GenARM, β_r = {PAPER_BETA_R:g}", "paper-genarm", "α", PAPER_ALPHAS, 1.7, paper_genarm)
+LESS_BASE = Method("GenARM less base", "genarm-contrast", "α", ALPHAS, 1.9, genarm_less_base)
+PAPER_BETA = Method("GenARM, β_r = 0.05", "paper-beta", "α", PAPER_ALPHAS, 1.7, paper_beta)
+NORMALISED = Method("GenARM, length-normalised", "length-normalised", "α", ALPHAS, 1.7, length_normalised)
 DPO = Method("DPO", "dpo", "β", BETAS, 1.7, dpo)
 ARGS = Method("ARGS", "args", "w", WEIGHTS, 5, args_search)
-METHODS = (SHARPENED, GENARM, PAPER_GENARM, DPO, ARGS)
+METHODS = (SHARPENED, GENARM, LESS_BASE, PAPER_BETA, NORMALISED, DPO, ARGS)
 
 
 def trainings(bench: Bench) -> list[Step]:
@@ -91,10 +110,11 @@ def trainings(bench: Bench) -> list[Step]:
     steps = []
     for seed in bench.size.seeds:
         steps.append(bench.training(f"arm-seed{seed}", 0.6 * n_texts, partial(train_arm, bench, pairs, seed=seed)))
+    for seed in seeds_of(bench, ARGS):
         reward_model = partial(train_trajectory_reward_model, bench, pairs, seed=seed)
         steps.append(bench.training(f"rm-seed{seed}", 0.6 * n_texts, reward_model))
-    paper = partial(train_arm, bench, pairs, beta=PAPER_BETA_R)
-    steps.append(bench.training("arm-paper-beta", 0.6 * n_texts, paper))
+    for name, objective in (("arm-paper-beta", PAPER_OBJECTIVE), ("arm-length-normalised", LENGTH_NORMALISED)):
+        steps.append(bench.training(name, 0.6 * n_texts, partial(train_arm, bench, pairs, **objective)))
     for beta in BETAS:
         steps.append(bench.training(dpo_adapter(beta, 0), 1.6 * n_texts, partial(train_dpo, bench, pairs, beta=beta)))
     return steps
@@ -133,9 +153,13 @@ def choose(bench: Bench, method: Method) -> float:
     return max(rewards, key=lambda value: rewards[value])
 
 
-def all_seeds(bench: Bench, method: Method, seeds: tuple[int, ...]) -> list[list[dict]]:
+def seeds_of(bench: Bench, method: Method) -> tuple[int, ...]:
+    return bench.size.seeds[: bench.size.n_args_seeds] if method is ARGS else bench.size.seeds
+
+
+def all_seeds(bench: Bench, method: Method) -> list[list[dict]]:
     """The answers of all training seeds, as further answers to each prompt."""
-    runs = [bench.answers(method.test_cell(seed)) for seed in seeds]
+    runs = [bench.answers(method.test_cell(seed)) for seed in seeds_of(bench, method)]
     return [[answer for row in rows for answer in row] for rows in zip(*runs, strict=True)]
 
 

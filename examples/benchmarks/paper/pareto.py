@@ -8,7 +8,7 @@ from bench import Bench, Step
 from figures import pareto
 from intervals import cell, hypervolume, interval, resampled_means
 from judges import judge, n_words, oracle, read
-from methods import DPO, GENARM, choose, dpo_adapter, guided, mean, policy
+from methods import DPO, GENARM, LESS_BASE, choose, dpo_adapter, guided, mean, policy
 from prompts import brevity_pairs, test_prompts
 from report import table
 from settings import WEIGHTINGS
@@ -16,7 +16,7 @@ from soup import save_soup
 from training import train_arm, train_dpo
 
 ARMS = ("arm-seed0", "arm-brevity")
-METHODS = ("GenARM", "GenARM less base", "rewarded soups", "MOD")
+METHODS = ("GenARM", "rewarded soups", "MOD", "GenARM less base")
 INNER = WEIGHTINGS[1:-1]
 
 
@@ -68,8 +68,8 @@ def processors(bench: Bench, method: str, weight: float) -> list:
         return policy(bench, ends.get(weight, f"soup-{weight:g}"), weights=[1.0])
     if method == "GenARM":
         return guided(bench, *ARMS, alpha=[alpha * w for w in weights])
-    # Less the base it starts from the base itself, so it takes twice the strength to go as far.
-    return guided(bench, *ARMS, alpha=[2 * alpha * w for w in weights], reference="base")
+    alpha = choose(bench, LESS_BASE)
+    return guided(bench, *ARMS, alpha=[alpha * w for w in weights], reference="base")
 
 
 def soup(bench: Bench, weight: float, folder: Path) -> None:
@@ -90,7 +90,7 @@ def section(bench: Bench) -> str:
     base = bench.answers("test-base", n)
     base_reward, base_words = mean(judge(oracle, base)[:, :1]), mean(judge(n_words, base)[:, :1])
     rows.insert(0, ["base", "", cell(base_reward), cell(base_words, 1), "0"])
-    pareto(figure, (interval(base_words), interval(base_reward)), bench.output / "figures" / "pareto.png", n)
+    pareto(figure, (interval(base_words), interval(base_reward)), bench.figures / "pareto.png", n)
 
     # The worst of every method in each objective, so that no front is cut off.
     worst = np.min([points.mean(axis=0) for front in fronts.values() for points in front], axis=0)
@@ -112,7 +112,7 @@ def section(bench: Bench) -> str:
         [
             "## Two objectives",
             f"Sentiment and brevity, {len(WEIGHTINGS)} weightings, one answer to each of {n} held-out prompts. "
-            "GenARM mixes two ARMs at decoding time, *less base* with log π_r − log π_base at twice the strength; "
+            "GenARM mixes two ARMs at decoding time, *less base* with log π_r − log π_base; "
             "rewarded soups average the weights of two DPO policies; MOD mixes the log-probabilities of the policies.",
             "![Pareto fronts](figures/pareto.png)",
             "Hypervolume in sentiment × words, above the worst value of any method in each objective:",

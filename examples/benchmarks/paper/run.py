@@ -65,9 +65,11 @@ def main() -> None:
         "--hh-dataset", default=real_pairs.HUB_ID, help="Hub id, or a file with `chosen` and `rejected`"
     )
     parser.add_argument("--output", type=Path, help="folder of all that is kept (default: outputs/paper/SIZE)")
+    parser.add_argument("--report", type=Path, help="folder of the report (default: that of all that is kept)")
     args = parser.parse_args()
     output = args.output or Path("outputs/paper") / args.size
-    bench = Bench(SIZES[args.size], output)
+    report_folder = args.report or output
+    bench = Bench(SIZES[args.size], output, report_folder)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -90,8 +92,10 @@ def main() -> None:
 
     sections = {name: EXPERIMENTS[name].section(bench) for name in needed}
     command = f"python examples/benchmarks/paper/run.py --size {args.size}"
-    (output / "RESULTS.md").write_text(report(bench, command, sections))
-    print(f"The report is in {os.path.relpath(output / 'RESULTS.md')}")
+    if len(needed) < len(EXPERIMENTS):
+        command += f" --only {' '.join(needed)}"
+    (report_folder / "RESULTS.md").write_text(report(bench, command, sections))
+    print(f"The report is in {os.path.relpath(report_folder / 'RESULTS.md')}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ class Size:
         n_rollout_prompts: prompts that the rollouts of Transfer-Q are affordable for.
         n_pareto_prompts: prompts for each point of the Pareto fronts.
         seeds: of the training runs.
+        n_args_seeds: how many of them the trajectory RM of ARGS, the slowest method, is trained with.
         max_new_tokens: length at which answers are cut.
         n_rounds: of the timing.
         n_hh_pairs, n_cpo_pairs: real pairs that are held out, and those that TRL's CPO is trained on, too.
@@ -34,6 +35,7 @@ class Size:
     n_rollout_prompts: int
     n_pareto_prompts: int
     seeds: tuple[int, ...]
+    n_args_seeds: int
     max_new_tokens: int
     n_rounds: int
     n_hh_pairs: int
@@ -41,20 +43,22 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(4, 2, 4, 1, 2, 4, 2, 1, 2, 2, 3, (0, 1), 4, 1, 4, 2),
-    "laptop": Size(30, 10, 128, 1, 24, 204, 4, 2, 240, 12, 68, (0, 1, 2), 24, 3, 400, 64),
-    "full": Size(30, 10, 333, 2, 36, 360, 8, 4, 333, 72, 204, (0, 1, 2), 48, 9, 400, 256),
+    "smoke": Size(4, 2, 4, 1, 2, 4, 2, 1, 2, 2, 3, (0, 1), 2, 4, 1, 4, 2),
+    "laptop": Size(30, 10, 128, 1, 24, 204, 4, 2, 120, 12, 68, (0, 1, 2), 2, 24, 3, 400, 64),
+    "full": Size(30, 10, 333, 2, 36, 360, 8, 4, 333, 72, 204, (0, 1, 2), 3, 48, 9, 400, 256),
 }
 
-# What is tried for each method, on the dev prompts
+# What is tried for each method, on the dev prompts. DPO and GenARM have three training runs to choose from.
 SHARPENING = (0.5, 1.0, 2.0)  # α of the base at temperature 1 / (1 + α)
 ALPHAS = (1.0, 2.0, 4.0)  # strength of GenARM
-PAPER_ALPHAS = (0.5, 1.0, 2.0)  # strength of GenARM with the paper's β_r
+PAPER_ALPHAS = (0.5, 1.0, 2.0)  # the same for the paper's β_r
 BETAS = (0.03, 0.1, 0.3)  # β of DPO
 WEIGHTS = (1.0, 4.0, 16.0)  # weight of the reward in ARGS
 
-BETA_R = 0.01  # β_r of GenARM
-PAPER_BETA_R = 0.05  # the paper's, for longer answers
+# The training runs of GenARM: Eq. 5 with the β_r that does best on the dev prompts, and the two others
+OBJECTIVE = {"beta": 0.01}
+PAPER_OBJECTIVE = {"beta": 0.05}  # for longer answers
+LENGTH_NORMALISED = {"beta": 2.0, "length_normalized": True}
 TOP_K = 10  # candidates that ARGS scores at each step, the paper's
 ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
 WEIGHTINGS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the first of two objectives

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from bench import Bench, Step
 from headline import merged_dpo, rollouts
-from methods import ARGS, GENARM, choose, guided
+from methods import ARGS, GENARM, LESS_BASE, choose
 from prompts import test_prompts
 from report import table
 from settings import ROLLOUT_TOP_K
@@ -44,13 +44,15 @@ def measure(bench: Bench) -> dict[str, list[float]]:
         output = generate(bench.model, n_answers=n)[:, inputs.input_ids.shape[1] :]
         score([prompt] * n, bench.tokenizer.batch_decode(output, skip_special_tokens=True))
 
-    genarm = guided(bench, "arm-seed0", alpha=choose(bench, GENARM))
+    genarm = GENARM.processors(bench, choose(bench, GENARM), 0)
+    less_base = LESS_BASE.processors(bench, choose(bench, LESS_BASE), 0)
     args = ARGS.processors(bench, choose(bench, ARGS), 0)
     transfer_q = rollouts(bench, [prompt])
     methods: dict[str, Callable[[], object]] = {
         "base": lambda: generate(bench.model),
         "DPO, merged into the base": lambda: generate(dpo),
         "GenARM": lambda: generate(bench.model, genarm),
+        "GenARM less base": lambda: generate(bench.model, less_base),
         "ARGS": lambda: generate(bench.model, args),
         f"best of {n}, trajectory RM": lambda: best_of_n(
             lambda prompts, texts: trajectory_rewards(reward_model, bench.tokenizer, prompts, texts)

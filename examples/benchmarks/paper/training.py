@@ -8,7 +8,7 @@ import torch
 from bench import Bench
 from datasets import Dataset
 from peft import LoraConfig
-from settings import BETA_R
+from settings import OBJECTIVE
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
@@ -64,7 +64,7 @@ def _train(trainer_class, config, model, bench: Bench, pairs: Dataset, task_type
 def train_arm(
     bench: Bench, pairs: Dataset, folder: Path, seed: int = 0, model_path: str | None = None, **objective: Any
 ) -> None:
-    arguments = _arguments(bench, folder, seed) | {"beta": BETA_R} | objective
+    arguments = _arguments(bench, folder, seed) | (objective or OBJECTIVE)
     model = AutoModelForCausalLM.from_pretrained(model_path or bench.model_path, dtype=torch.float32)
     trainer = _train(AutoregressiveRewardTrainer, AutoregressiveRewardConfig(**arguments), model, bench, pairs)
     trainer.reward_info.save(folder)

@@ -65,7 +65,7 @@ def section(bench: Bench) -> str:
         "base": bench.answers("test-base"),
         CONTROL.name: bench.answers(CONTROL.test_cell(0)),
         WEAK.name: bench.answers(WEAK.test_cell(0)),
-        "DPO of the whole model": all_seeds(bench, DPO, bench.size.seeds),
+        "DPO of the whole model": all_seeds(bench, DPO),
     }
     rewards = {name: mean(judge(oracle, answers)) for name, answers in runs.items()}
     recovered = _ratio(rewards[WEAK.name] - rewards["base"], rewards["DPO of the whole model"] - rewards["base"])
@@ -80,7 +80,7 @@ def section(bench: Bench) -> str:
     ]
     gap(
         {name: interval(values) for name, values in rewards.items()},
-        bench.output / "figures" / "weak_to_strong.png",
+        bench.figures / "weak_to_strong.png",
         bench.size.n_prompts,
     )
     return "\n\n".join(
