@@ -1,5 +1,6 @@
 """The benchmark in `examples/benchmarks/paper`: its baselines against recomputation, its statistics by hand."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -211,11 +212,12 @@ def test_no_prompt_is_in_two_splits():
 @pytest.mark.slow
 def test_smoke_run_writes_every_section_and_does_nothing_twice(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
-    questions = "".join(
-        f'{{"prompt": "What is {n}?", "chosen": "It is {n} and no more.", "rejected": "Who knows? {n * n}."}}\n'
+    dialogue = "\n\nHuman: What is {}?\n\nAssistant: {}"
+    rows = [
+        {"chosen": dialogue.format(n, f"It is {n} and no more."), "rejected": dialogue.format(n, "Who knows?")}
         for n in range(16)
-    )
-    pairs.write_text(questions)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, str(PAPER / "run.py"), "--size", "smoke", "--output", str(tmp_path / "out")]
     command += ["--hh-dataset", str(pairs)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

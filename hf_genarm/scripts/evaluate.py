@@ -49,16 +49,8 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
         args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
     )
 
-    beta = arm.info.beta or 1.0
-    rewards, lengths = score(arm, pairs, args.batch_size)
-    labels: tuple[np.ndarray, ...] = (lengths,)
-    if isinstance(arm.model, PeftModel):
-        with arm.model.disable_adapter():
-            labels += (beta * score(arm, pairs, args.batch_size)[0],)
-    rewards = beta * rewards
-    metrics = preference_metrics(EvalPrediction(predictions=rewards, label_ids=labels))
-
-    report = {"model": args.model, "dataset": pair_args.dataset, "beta": beta, "metrics": metrics}
+    metrics, rewards, lengths = measure(arm, pairs, args.batch_size)
+    report = {"model": args.model, "dataset": pair_args.dataset, "beta": arm.info.beta or 1.0, "metrics": metrics}
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "evaluation.json"), "w") as file:
         json.dump({**report, "versions": package_versions()}, file, indent=2)
@@ -66,6 +58,20 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     plot_evaluation(margin, longer, os.path.join(args.output_dir, "evaluation.png"))
     print(table(args.model, metrics))
     print(f"The report is in {args.output_dir}.")
+
+
+def measure(
+    arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Metrics of pairs, and what they are made from: rewards and numbers of tokens, each `(n_pairs, 2)`."""
+    beta = arm.info.beta or 1.0
+    rewards, lengths = score(arm, pairs, batch_size)
+    labels: tuple[np.ndarray, ...] = (lengths,)
+    if isinstance(arm.model, PeftModel):
+        with arm.model.disable_adapter():
+            labels += (beta * score(arm, pairs, batch_size)[0],)
+    rewards = beta * rewards
+    return preference_metrics(EvalPrediction(predictions=rewards, label_ids=labels)), rewards, lengths
 
 
 def score(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,5 @@
 """Real pairs: the shipped adapter on held-out pairs of HH-RLHF's harmless-base, and the same training by TRL's CPO."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,10 +10,10 @@ from training import adapter_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
+from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardModel, AutoregressiveRewardTrainer
 from hf_genarm.demo import demo_model
-from hf_genarm.scripts import evaluate
-from hf_genarm.scripts.pairs import PairArguments, load_pairs
+from hf_genarm.scripts.evaluate import measure
+from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
 
 HUB_ID = "Anthropic/hh-rlhf"
 ADAPTER = Path(__file__).parent.parent.parent.parent / "model_cards" / "arm-smollm2-135m-harmless"
@@ -38,13 +37,15 @@ def _source(dataset: str) -> PairArguments:
 
 
 def held_out(bench: Bench, dataset: str) -> dict[str, float]:
-    """The report of `hf-genarm evaluate` on the pairs that the shipped adapter was not trained on."""
-    source, folder = _source(dataset), bench.output / "trainers" / "evaluation"
-    source.test_size = N_HELD_OUT
-    evaluate.main(
-        source, evaluate.EvaluateArguments(str(ADAPTER), max_pairs=bench.size.n_hh_pairs, output_dir=str(folder))
-    )
-    return json.loads((folder / "evaluation.json").read_text())["metrics"]
+    """What `hf-genarm evaluate` says about the pairs that the shipped adapter was not trained on."""
+    source = _source(dataset)
+    _, pairs = hold_out(load_pairs(source, str(source.dataset_test_split)), N_HELD_OUT)
+    pairs = pairs.select(range(min(bench.size.n_hh_pairs, len(pairs))))
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    arm = AutoregressiveRewardModel.from_pretrained(str(ADAPTER), base_model=model)
+    arm.tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    metrics, _, _ = measure(arm, pairs, batch_size=8)
+    return metrics
 
 
 def _short_texts(bench: Bench, dataset: str) -> Dataset:
