@@ -7,6 +7,12 @@ from transformers import LogitsProcessor
 from hf_genarm.functional import kl_divergence
 
 
+def answer_lengths(answers: Tensor, eos_token_id: int) -> Tensor:
+    """How many tokens of each row are the answer, its end token included; `(batch_size,)`."""
+    ended = (answers == eos_token_id).long()
+    return (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
+
+
 class Meter:
     """The exact divergence from the base at each step, and the log-probability that the base gives to each token."""
 
@@ -45,7 +51,7 @@ class Meter:
             answers (`torch.LongTensor` of shape `(batch_size, max_length)`):
                 The tokens that were generated.
             lengths (`torch.LongTensor` of shape `(batch_size,)`):
-                How many of them are the answer, its end token included.
+                Their [`answer_lengths`].
 
         Returns:
             Two `torch.Tensor` of shape `(batch_size,)`, sums over the answer in nats: the divergence of the method's

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-from meter import Meter  # noqa: E402
+from meter import Meter, answer_lengths  # noqa: E402
 from quickstart import ALPHAS, Steering, bootstrap  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
@@ -35,8 +35,7 @@ class MeasuredSteering(Steering):
         """Returns the texts, and the mean KL per token of each."""
         meter = Meter()
         answers = self.sample(meter.around(processor))
-        ended = (answers == self.tokenizer.eos_token_id).long()
-        n_tokens = (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
+        n_tokens = answer_lengths(answers, self.tokenizer.eos_token_id)
         kl, _ = meter.read(answers, n_tokens)
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True), (kl / n_tokens).numpy()
 

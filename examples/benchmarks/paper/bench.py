@@ -18,7 +18,7 @@ from hf_genarm.demo import demo_model
 EXAMPLES = Path(__file__).parent.parent.parent
 sys.path += [str(EXAMPLES), str(EXAMPLES / "data"), str(EXAMPLES.parent / "model_cards")]
 
-from meter import Meter  # noqa: E402
+from meter import Meter, answer_lengths  # noqa: E402
 
 Answers = list[list[dict]]
 
@@ -127,14 +127,8 @@ class Bench:
     def answers_path(self, cell: str) -> Path:
         return self.output / "answers" / f"{cell}.jsonl"
 
-    def _lines(self, cell: str) -> list[dict]:
-        return [json.loads(line) for line in self.answers_path(cell).read_text().splitlines()]
-
     def answers(self, cell: str, n_prompts: int | None = None) -> Answers:
-        return [line["answers"] for line in self._lines(cell)][:n_prompts]
-
-    def setting(self, cell: str) -> dict:
-        return self._lines(cell)[0]["setting"]
+        return [json.loads(line)["answers"] for line in self.answers_path(cell).read_text().splitlines()][:n_prompts]
 
     def chats(self, prompts: list[str]):
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -152,8 +146,7 @@ class Bench:
             max_new_tokens=self.size.max_new_tokens,
             num_return_sequences=n_samples,
         )[:, inputs.input_ids.shape[1] :]
-        ended = (output == self.tokenizer.eos_token_id).long()
-        lengths = (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
+        lengths = answer_lengths(output, self.tokenizer.eos_token_id)
         kl, log_prob = meter.read(output, lengths)
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         rows = [

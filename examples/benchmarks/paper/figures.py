@@ -1,5 +1,6 @@
 """The pictures of the report, readable at the width of a README."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +23,7 @@ COLOURS = {
 }
 
 
-def _bars(points: list[Interval]) -> list[list[float]]:
+def _bars(points: Sequence[Interval]) -> list[list[float]]:
     return [[middle - low for middle, low, _ in points], [high - middle for middle, _, high in points]]
 
 
@@ -33,6 +34,19 @@ def _save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _curve(axis, name: str, x: Sequence[Interval], y: Sequence[Interval]) -> None:
+    axis.errorbar(
+        [value[0] for value in x], [value[0] for value in y], yerr=_bars(y), xerr=_bars(x), color=COLOURS[name],
+        fmt="o--" if name == "base, sharpened" else "o-", capsize=2, elinewidth=0.7, markersize=4, label=name,
+    )  # fmt: skip
+
+
+def _save_curves(figure, axis, path: Path) -> None:
+    axis.set(ylabel="oracle reward (VADER)", title=axis.get_title() + ", 95 % intervals")
+    axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
 
 
 def forest(points: dict[str, tuple[Interval, Interval]], path: Path, n_prompts: int) -> None:
@@ -57,20 +71,11 @@ def frontier(
     figure, axis = plt.subplots(figsize=(7.5, 4.8), dpi=140)
     for name, points in curves.items():
         settings, x, y = zip(*sorted(points, key=lambda point: point[1][0]), strict=True)
-        means = [value[0] for value in x]
-        axis.errorbar(
-            means, [value[0] for value in y], yerr=_bars(y), xerr=_bars(x), color=COLOURS[name], capsize=2,
-            fmt="o--" if name == "base, sharpened" else "o-", elinewidth=0.7, markersize=4, label=name,
-        )  # fmt: skip
-        axis.annotate(settings[-1], (means[-1], y[-1][0]), (4, 5), textcoords="offset points", fontsize=7)
+        _curve(axis, name, x, y)
+        axis.annotate(settings[-1], (x[-1][0], y[-1][0]), (4, 5), textcoords="offset points", fontsize=7)
     axis.axhline(base[0], color="0.6", linestyle=":", linewidth=1, label="base")
-    axis.set(
-        xlabel="KL from the base, nats per answer",
-        ylabel="oracle reward (VADER)",
-        title=f"Reward against divergence, {n_prompts} dev prompts, 95 % intervals",
-    )
-    axis.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    axis.set(xlabel="KL from the base, nats per answer", title=f"Reward against divergence, {n_prompts} dev prompts")
+    _save_curves(figure, axis, path)
 
 
 def pareto(
@@ -80,19 +85,14 @@ def pareto(
     figure, axis = plt.subplots(figsize=(7.5, 4.8), dpi=140)
     for name, points in fronts.items():
         x, y = zip(*points, strict=True)
-        axis.errorbar(
-            [value[0] for value in x], [value[0] for value in y], yerr=_bars(y), xerr=_bars(x), fmt="o-",
-            color=COLOURS[name], capsize=2, elinewidth=0.7, markersize=4, label=name,
-        )  # fmt: skip
+        _curve(axis, name, x, y)
     axis.plot(base[0][0], base[1][0], "X", color="0.4", markersize=9, label="base")
     axis.invert_xaxis()
     axis.set(
         xlabel="words in the answer (fewer to the right)",
-        ylabel="oracle reward (VADER)",
-        title=f"Two objectives, weights from 0 to 1, {n_prompts} held-out prompts, 95 % intervals",
+        title=f"Two objectives, weights from 0 to 1, {n_prompts} held-out prompts",
     )
-    axis.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    _save_curves(figure, axis, path)
 
 
 def gap(rows: dict[str, Interval], path: Path, n_prompts: int) -> None:

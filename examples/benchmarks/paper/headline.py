@@ -1,5 +1,7 @@
 """Rewards and win rates of all methods, and how far from the base they go for it."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from bench import Answers, Bench, Step
@@ -164,6 +166,7 @@ def runs(bench: Bench) -> dict[str, Answers]:
 
 def section(bench: Bench) -> str:
     answers = runs(bench)
+    judged = {name: Judged.of(rows) for name, rows in answers.items()}
     return "\n\n".join(
         [
             "## Rewards of all methods",
@@ -175,12 +178,12 @@ def section(bench: Bench) -> str:
             "of 0.05 and with length-normalised log-probabilities, are with every setting that was tried. *GenARM less "
             'base* is the same ARM with `reference="base"`: it steers with log π_r − log π_base, and does not '
             "sharpen the base.",
-            _levels(bench, answers),
+            _levels(bench, answers, judged),
             "![Oracle reward and second judge of all methods](figures/headline.png)",
             "### GenARM against the others",
             "Differences are GenARM less the other, paired by prompt; p-values are two-sided and adjusted for all rows "
             "(Holm). *Length-matched*: over pairs of answers to a prompt that differ by at most 2 words.",
-            _comparisons(answers),
+            _comparisons(judged),
             "### Training seeds",
             _seeds(bench),
             "### Every setting that was tried",
@@ -196,10 +199,23 @@ def section(bench: Bench) -> str:
     )
 
 
-def _levels(bench: Bench, answers: dict[str, Answers]) -> str:
+@dataclass
+class Judged:
+    """Numbers of each answer of a method, `(n_prompts, n_samples)`."""
+
+    oracle: np.ndarray
+    second: np.ndarray
+    words: np.ndarray
+
+    @classmethod
+    def of(cls, answers: Answers) -> "Judged":
+        return cls(judge(oracle, answers), judge(second_judge, answers), judge(n_words, answers))
+
+
+def _levels(bench: Bench, answers: dict[str, Answers], judged: dict[str, Judged]) -> str:
     rows, points = [], {}
     for name, rows_of_answers in answers.items():
-        first, second = (mean(judge(judged, rows_of_answers)) for judged in (oracle, second_judge))
+        first, second = mean(judged[name].oracle), mean(judged[name].second)
         points[name] = interval(first), interval(second)
         n_tokens, log_probs = read("n_tokens", rows_of_answers), read("base_log_prob", rows_of_answers)
         kl = "" if name.startswith("best of") else cell(mean(read("kl", rows_of_answers)), 1)
@@ -211,7 +227,7 @@ def _levels(bench: Bench, answers: dict[str, Answers]) -> str:
                 kl,
                 f"{np.exp(-log_probs.sum() / n_tokens.sum()):.1f}",
                 f"{judge(is_degenerate, rows_of_answers).mean():.1%}",
-                f"{judge(n_words, rows_of_answers).mean():.1f}",
+                f"{judged[name].words.mean():.1f}",
             ]
         )
     forest(points, bench.figures / "headline.png", bench.size.n_prompts)
@@ -219,19 +235,18 @@ def _levels(bench: Bench, answers: dict[str, Answers]) -> str:
     return table([*header, "degenerate", "words"], rows)
 
 
-def _comparisons(answers: dict[str, Answers]) -> str:
+def _comparisons(judged: dict[str, Judged]) -> str:
     rows, p_values = [], []
     for ours in (GENARM.name, LESS_BASE.name):
-        for name, theirs in answers.items():
+        for name, theirs in judged.items():
             if name == ours or (ours, name) == (LESS_BASE.name, GENARM.name):
                 continue
-            mine = answers[ours][: len(theirs)]
-            scores, other_scores = judge(oracle, mine), judge(oracle, theirs)
-            difference = mean(scores) - mean(other_scores)
-            seconds = mean(judge(second_judge, mine)) - mean(judge(second_judge, theirs))
-            matched = length_matched(scores, judge(n_words, mine), other_scores, judge(n_words, theirs))
+            n, mine = len(theirs.oracle), judged[ours]  # the rollouts have the first prompts only
+            difference = mean(mine.oracle[:n]) - mean(theirs.oracle)
+            seconds = mean(mine.second[:n]) - mean(theirs.second)
+            matched = length_matched(mine.oracle[:n], mine.words[:n], theirs.oracle, theirs.words)
             p_values.append(p_value(difference))
-            wins = win_rates(scores, other_scores)
+            wins = win_rates(mine.oracle[:n], theirs.oracle)
             rows.append([ours, name, *map(cell, (wins, difference, seconds, matched))])
     for row, p in zip(rows, holm(p_values), strict=True):
         row.append("< 0.001" if p < 0.001 else f"{p:.3f}")
@@ -265,15 +280,15 @@ def _trials(bench: Bench) -> str:
 def _frontier(bench: Bench) -> str:
     cells = {
         SHARPENED.name: [(SHARPENED.dev_cell(value), f"α = {value:g}") for value in SHARPENED.values],
-        "GenARM": [
-            (f"dev-genarm-{alpha:g}", f"α = {alpha:g}") for alpha in sorted({*GENARM.values, *MORE_ALPHAS["genarm"]})
+        GENARM.name: [
+            (GENARM.dev_cell(alpha), f"α = {alpha:g}") for alpha in sorted({*GENARM.values, *MORE_ALPHAS["genarm"]})
         ],
-        "GenARM less base": [(LESS_BASE.dev_cell(value), f"α = {value:g}") for value in LESS_BASE.values],
-        "DPO": [(DPO.dev_cell(value), f"β = {value:g}") for value in DPO.values],
+        LESS_BASE.name: [(LESS_BASE.dev_cell(value), f"α = {value:g}") for value in LESS_BASE.values],
+        DPO.name: [(DPO.dev_cell(value), f"β = {value:g}") for value in DPO.values],
         "DPO at other strengths": [
             (f"dev-dpo-strength-{alpha:g}", f"α = {alpha:g}") for alpha in MORE_ALPHAS["dpo-strength"]
         ],
-        "ARGS": [(ARGS.dev_cell(value), f"w = {value:g}") for value in ARGS.values],
+        ARGS.name: [(ARGS.dev_cell(value), f"w = {value:g}") for value in ARGS.values],
     }
     rows, curves = [], {}
     for name, settings in cells.items():

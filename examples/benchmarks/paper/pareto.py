@@ -59,7 +59,6 @@ def front_cell(method: str, weight: float) -> str:
 
 
 def processors(bench: Bench, method: str, weight: float) -> list:
-    alpha = choose(bench, GENARM)
     weights = [weight, 1 - weight]
     if method == "MOD":
         return policy(bench, *dpo_adapters(bench), weights=weights)
@@ -67,6 +66,7 @@ def processors(bench: Bench, method: str, weight: float) -> list:
         ends = {0.0: dpo_adapters(bench)[1], 1.0: dpo_adapters(bench)[0]}
         return policy(bench, ends.get(weight, f"soup-{weight:g}"), weights=[1.0])
     if method == "GenARM":
+        alpha = choose(bench, GENARM)
         return guided(bench, *ARMS, alpha=[alpha * w for w in weights])
     alpha = choose(bench, LESS_BASE)
     return guided(bench, *ARMS, alpha=[alpha * w for w in weights], reference="base")

@@ -80,13 +80,10 @@ def main() -> None:
     for name in needed:
         options = [args.hh_dataset] if name == "real_pairs" else []
         work += EXPERIMENTS[name].steps(bench, *options)
+    work = [step for step in work if not step.is_done]
     with tqdm(total=round(sum(step.cost for step in work)), bar_format="{l_bar}{bar}| {elapsed} < {remaining}") as bar:
         for step in work:
-            bar.set_description(step.path.stem)
-            if step.is_done:
-                bar.total -= round(step.cost)
-                bar.refresh()
-                continue
+            bar.set_description(step.path.name)
             step()
             bar.update(round(step.cost))
 
