@@ -49,29 +49,28 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
         args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
     )
 
-    metrics, rewards, lengths = measure(arm, pairs, args.batch_size)
+    prediction = predict(arm, pairs, args.batch_size)
+    metrics = preference_metrics(prediction)
     report = {"model": args.model, "dataset": pair_args.dataset, "beta": arm.info.beta or 1.0, "metrics": metrics}
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "evaluation.json"), "w") as file:
         json.dump({**report, "versions": package_versions()}, file, indent=2)
+    rewards, lengths = prediction.predictions, prediction.label_ids[0]
     margin, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
     plot_evaluation(margin, longer, os.path.join(args.output_dir, "evaluation.png"))
     print(table(args.model, metrics))
     print(f"The report is in {args.output_dir}.")
 
 
-def measure(
-    arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Metrics of pairs, and what they are made from: rewards and numbers of tokens, each `(n_pairs, 2)`."""
+def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> EvalPrediction:
+    """Rewards of pairs and their numbers of tokens, as [`~hf_genarm.metrics.preference_metrics`] takes them."""
     beta = arm.info.beta or 1.0
     rewards, lengths = score(arm, pairs, batch_size)
     labels: tuple[np.ndarray, ...] = (lengths,)
     if isinstance(arm.model, PeftModel):
         with arm.model.disable_adapter():
             labels += (beta * score(arm, pairs, batch_size)[0],)
-    rewards = beta * rewards
-    return preference_metrics(EvalPrediction(predictions=rewards, label_ids=labels)), rewards, lengths
+    return EvalPrediction(predictions=beta * rewards, label_ids=labels)
 
 
 def score(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,104 +1,131 @@
-"""Real pairs: the shipped adapter on held-out pairs of HH-RLHF's harmless-base, and the same training by TRL's CPO."""
+"""
+Real pairs: held-out pairs of HH-RLHF's harmless-base, all of them, each judged by a reward model that was trained on
+the other half; and the same training by TRL's CPO.
+"""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from bench import Bench, Step
 from datasets import Dataset
 from report import table
-from training import adapter_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training import adapter_config, arguments, train_arm
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardModel, AutoregressiveRewardTrainer
-from hf_genarm.demo import demo_model
-from hf_genarm.scripts.evaluate import measure
+from hf_genarm.metrics import preference_metrics
+from hf_genarm.scripts.evaluate import predict
 from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
 
 HUB_ID = "Anthropic/hh-rlhf"
-ADAPTER = Path(__file__).parent.parent.parent.parent / "model_cards" / "arm-smollm2-135m-harmless"
-N_HELD_OUT = 400  # as `model_cards/make_harmless.py` holds out
 MAX_LENGTH = 128
+RECIPE: dict[str, Any] = {
+    # Sums of log-probs would be judged by length.
+    "beta": 1.0,
+    "length_normalized": True,
+    "num_train_epochs": 2,
+    "learning_rate": 1.5e-3,
+    "warmup_steps": 5,
+    "gradient_accumulation_steps": 4,
+    "max_length": MAX_LENGTH,
+    "truncation_mode": "keep_end",
+    "train_sampling_strategy": "group_by_length",
+    "adapter": {"r": 8, "lora_dropout": 0.05},
+}
 
 
 def steps(bench: Bench, dataset: str) -> list[Step]:
-    size = bench.size
-    return [
-        bench.measuring("hh", 1.2 * size.n_hh_pairs, lambda: held_out(bench, dataset)),
-        bench.measuring("hh-cpo", 6.0 * size.n_cpo_pairs, lambda: compare(bench, dataset)),
-    ]
+    size, work = bench.size, []
+    for half in range(2):
+        work += [
+            bench.training(arm_of(half), 2.0 * size.n_hh_pairs / 2, partial(train_on_the_other, bench, dataset, half)),
+            bench.measuring(rewards_of(half), 1.5 * size.n_hh_pairs / 2, partial(judge_half, bench, dataset, half)),
+        ]
+    return [*work, bench.measuring("hh-cpo", 6.0 * size.n_cpo_pairs, lambda: compare(bench, dataset))]
 
 
-def _source(dataset: str) -> PairArguments:
+def arm_of(half: int) -> str:
+    return f"arm-hh-{half}"
+
+
+def rewards_of(half: int) -> str:
+    return f"hh-{half}"
+
+
+def load(dataset: str) -> Dataset:
     is_hub = dataset == HUB_ID
-    return PairArguments(
-        dataset, dataset_data_dir="harmless-base" if is_hub else None, dataset_test_split="test" if is_hub else "train"
+    return load_pairs(
+        PairArguments(dataset, dataset_data_dir="harmless-base" if is_hub else None), "test" if is_hub else "train"
     )
 
 
-def held_out(bench: Bench, dataset: str) -> dict[str, float]:
-    """What `hf-genarm evaluate` says about the pairs that the shipped adapter was not trained on."""
-    source = _source(dataset)
-    _, pairs = hold_out(load_pairs(source, str(source.dataset_test_split)), N_HELD_OUT)
-    pairs = pairs.select(range(min(bench.size.n_hh_pairs, len(pairs))))
-    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
-    arm = AutoregressiveRewardModel.from_pretrained(str(ADAPTER), base_model=model)
-    arm.tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    metrics, _, _ = measure(arm, pairs, batch_size=8)
-    return metrics
+def halves(bench: Bench, dataset: str) -> tuple[Dataset, Dataset]:
+    """Without a prompt in common, and always the same."""
+    pairs = load(dataset)
+    return hold_out(pairs.select(range(min(bench.size.n_hh_pairs, len(pairs)))), 0.5)
 
 
-def _short_texts(bench: Bench, dataset: str) -> Dataset:
+def train_on_the_other(bench: Bench, dataset: str, half: int, folder: Path) -> None:
+    train_arm(bench, halves(bench, dataset)[1 - half], folder, **RECIPE)
+
+
+def judge_half(bench: Bench, dataset: str, half: int) -> dict[str, list]:
+    """What `hf-genarm evaluate` makes its report of."""
+    base = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
+    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter(arm_of(half))), base_model=base)
+    arm.tokenizer = AutoTokenizer.from_pretrained(bench.model_path)
+    prediction = predict(arm, halves(bench, dataset)[half], batch_size=8)
+    lengths, base_rewards = prediction.label_ids
+    return {
+        "rewards": prediction.predictions.tolist(),
+        "lengths": lengths.tolist(),
+        "base_rewards": base_rewards.tolist(),
+    }
+
+
+def _short_texts(bench: Bench, pairs: Dataset) -> Dataset:
     """Pairs that fit without truncation, as plain text, which the two trainers tokenize in the same way."""
-    tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    source = _source(dataset)
 
     def as_text(pair: dict) -> dict:
-        prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
+        prompt = bench.tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
         return {"prompt": prompt, "chosen": pair["chosen"][0]["content"], "rejected": pair["rejected"][0]["content"]}
 
     def fits(pair: dict) -> bool:
         return all(
-            len(tokenizer(pair["prompt"] + pair[name]).input_ids) < MAX_LENGTH for name in ("chosen", "rejected")
+            len(bench.tokenizer(pair["prompt"] + pair[name]).input_ids) < MAX_LENGTH for name in ("chosen", "rejected")
         )
 
-    pairs = load_pairs(source, str(source.dataset_test_split))
     return pairs.map(as_text).filter(fits).select(range(2 * bench.size.n_cpo_pairs))
 
 
 def compare(bench: Bench, dataset: str) -> dict[str, float]:
     """Eq. 5 by our trainer, and by TRL's CPO, in which it is `sigmoid` without the SFT term."""
-    pairs, n = _short_texts(bench, dataset), bench.size.n_cpo_pairs
-    train, test = pairs.select(range(n)), pairs.select(range(n, 2 * n))
-    arguments = {
-        "output_dir": str(bench.output / "trainers" / "cpo"),
+    texts, n = _short_texts(bench, load(dataset)), bench.size.n_cpo_pairs
+    train, test = texts.select(range(n)), texts.select(range(n, 2 * n))
+    settings = arguments(bench, bench.output / "trainers" / "cpo", seed=0) | {
         "learning_rate": 1e-3,
         "num_train_epochs": 1,
         "beta": 0.05,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
-        "max_length": 2 * MAX_LENGTH,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "remove_unused_columns": False,
     }
     result: dict[str, float] = {"n_pairs": n}
     for name, trainer_class, config in (
-        ("arm", AutoregressiveRewardTrainer, AutoregressiveRewardConfig(**arguments)),
-        ("cpo", CPOTrainer, CPOConfig(**arguments, loss_type="sigmoid", cpo_alpha=0.0)),
+        ("arm", AutoregressiveRewardTrainer, AutoregressiveRewardConfig(**settings)),
+        ("cpo", CPOTrainer, CPOConfig(**settings, loss_type="sigmoid", cpo_alpha=0.0)),
     ):
         torch.manual_seed(0)  # of the adapter
         trainer = trainer_class(
-            model=AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32),
             args=config,
             train_dataset=train,
             eval_dataset=test,
-            processing_class=AutoTokenizer.from_pretrained(demo_model()),
-            peft_config=adapter_config(30),
+            processing_class=AutoTokenizer.from_pretrained(bench.model_path),
+            peft_config=adapter_config(bench.size.n_layers),
         )
         trainer.train()
         measured = trainer.evaluate()
@@ -108,23 +135,30 @@ def compare(bench: Bench, dataset: str) -> dict[str, float]:
 
 
 def section(bench: Bench) -> str:
-    metrics, cpo = bench.measured("hh"), bench.measured("hh-cpo")
-
-    def share(name: str, form: str = "{:.3f} [{:.3f}, {:.3f}]") -> str:
-        return form.format(*(metrics[name + end] for end in ("", "_low", "_high")))
-
-    rows = [
-        ["the ARM", share("pair_accuracy")],
-        ["preferring the shorter", f"{metrics['shorter_accuracy']:.3f}"],
-        ["the difference, paired", share("gain_over_shorter", "{:+.3f} [{:+.3f}, {:+.3f}]")],
-        ["what the ARM has learned: less the base's log-probability", share("contrast_accuracy")],
-    ]
+    measured = [bench.measured(rewards_of(half)) for half in range(2)]
+    rewards, lengths, base_rewards = (
+        np.concatenate([half[name] for half in measured]) for name in ("rewards", "lengths", "base_rewards")
+    )
+    rows = []
+    for name, values in (
+        ("the ARM", rewards),
+        ("what the ARM has learned: less the base's log-probability", rewards - base_rewards),
+    ):
+        metrics = preference_metrics(EvalPrediction(predictions=values, label_ids=(lengths,)))
+        accuracy, gain = (
+            [metrics[metric + end] for end in ("", "_low", "_high")]
+            for metric in ("pair_accuracy", "gain_over_shorter")
+        )
+        rows.append([name, "{:.3f} [{:.3f}, {:.3f}]".format(*accuracy), "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)])
+    rows.append(["preferring the shorter", f"{metrics['shorter_accuracy']:.3f}", ""])
+    cpo = bench.measured("hh-cpo")
     return "\n\n".join(
         [
             "## Real pairs",
-            f"HH-RLHF's harmless-base, {metrics['n_pairs']} held-out pairs, the adapter that "
-            "`model_cards/make_harmless.py` trains. The unit is the pair.",
-            table(["", "held-out accuracy"], rows),
+            f"HH-RLHF's harmless-base, {len(rewards)} pairs in two halves, each judged by an ARM that was "
+            "trained on the other (means of log-probabilities, "
+            f"{RECIPE['num_train_epochs']} epochs, LoRA r = {RECIPE['adapter']['r']}). The unit is the pair.",
+            table(["", "held-out accuracy", "less that of preferring the shorter, paired"], rows),
             f"Eq. 5 by TRL's `CPOTrainer` and by ours, {cpo['n_pairs']} pairs for one epoch in the same order, on as "
             f"many held-out pairs: loss {cpo['cpo_loss']:.4f} and {cpo['arm_loss']:.4f}, accuracy "
             f"{cpo['cpo_accuracy']:.3f} and {cpo['arm_accuracy']:.3f}.",

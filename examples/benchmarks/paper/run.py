@@ -91,6 +91,8 @@ def main() -> None:
     command = f"python examples/benchmarks/paper/run.py --size {args.size}"
     if len(needed) < len(EXPERIMENTS):
         command += f" --only {' '.join(needed)}"
+    if "real_pairs" in needed and args.hh_dataset != real_pairs.HUB_ID:
+        command += f" --hh-dataset {args.hh_dataset}"
     (report_folder / "RESULTS.md").write_text(report(bench, command, sections))
     print(f"The report is in {os.path.relpath(report_folder / 'RESULTS.md')}")
 

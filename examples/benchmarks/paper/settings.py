@@ -20,7 +20,7 @@ class Size:
         n_args_seeds: how many of them the trajectory RM of ARGS, the slowest method, is trained with.
         max_new_tokens: length at which answers are cut.
         n_rounds: of the timing.
-        n_hh_pairs, n_cpo_pairs: real pairs that are held out, and those that TRL's CPO is trained on, too.
+        n_hh_pairs, n_cpo_pairs: real pairs in both halves, and those that TRL's CPO is trained on, too.
     """
 
     n_layers: int
@@ -43,9 +43,63 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(4, 2, 4, 1, 2, 4, 2, 1, 2, 2, 3, (0, 1), 2, 4, 1, 4, 2),
-    "laptop": Size(30, 10, 128, 1, 24, 204, 4, 2, 120, 12, 68, (0, 1, 2), 2, 24, 3, 400, 64),
-    "full": Size(30, 10, 333, 2, 36, 360, 8, 4, 333, 72, 204, (0, 1, 2), 3, 48, 9, 400, 256),
+    "smoke": Size(
+        n_layers=4,
+        n_shallow_layers=2,
+        n_pairs=4,
+        n_epochs=1,
+        n_dev_prompts=2,
+        n_prompts=4,
+        n_samples=2,
+        n_samples_of_seed=1,
+        n_distilled_pairs=2,
+        n_rollout_prompts=2,
+        n_pareto_prompts=3,
+        seeds=(0, 1),
+        n_args_seeds=2,
+        max_new_tokens=4,
+        n_rounds=1,
+        n_hh_pairs=4,
+        n_cpo_pairs=2,
+    ),
+    "laptop": Size(
+        n_layers=30,
+        n_shallow_layers=10,
+        n_pairs=128,
+        n_epochs=1,
+        n_dev_prompts=24,
+        n_prompts=204,
+        n_samples=4,
+        n_samples_of_seed=2,
+        n_distilled_pairs=120,
+        n_rollout_prompts=12,
+        n_pareto_prompts=68,
+        seeds=(0, 1, 2),
+        n_args_seeds=2,
+        max_new_tokens=24,
+        n_rounds=3,
+        n_hh_pairs=1156,
+        n_cpo_pairs=64,
+    ),
+    "full": Size(
+        n_layers=30,
+        n_shallow_layers=10,
+        n_pairs=333,
+        n_epochs=2,
+        n_dev_prompts=36,
+        n_prompts=360,
+        n_samples=8,
+        n_samples_of_seed=4,
+        n_distilled_pairs=333,
+        n_rollout_prompts=72,
+        n_pareto_prompts=204,
+        seeds=(0, 1, 2),
+        n_args_seeds=3,
+        max_new_tokens=48,
+        n_rounds=9,
+        n_hh_pairs=1156,
+        n_cpo_pairs=256,
+    ),
 }
 
 # What is tried for each method, on the dev prompts. DPO and GenARM have three training runs to choose from.

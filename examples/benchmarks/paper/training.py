@@ -9,16 +9,17 @@ from bench import Bench
 from datasets import Dataset
 from peft import LoraConfig
 from settings import OBJECTIVE
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 
 
-def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:
+def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM", r: int = 4, lora_dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(
-        r=4,
-        lora_alpha=8,
+        r=r,
+        lora_alpha=2 * r,
+        lora_dropout=lora_dropout,
         target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
         layers_to_transform=list(range(n_layers // 2, n_layers)),  # the backward pass stops there
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
@@ -26,7 +27,7 @@ def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:
     )
 
 
-def _arguments(bench: Bench, folder: Path, seed: int) -> dict[str, Any]:
+def arguments(bench: Bench, folder: Path, seed: int) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "seed": seed,
@@ -46,13 +47,15 @@ def _arguments(bench: Bench, folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _train(trainer_class, config, model, bench: Bench, pairs: Dataset, task_type: str = "CAUSAL_LM"):
+def _train(
+    trainer_class, config, model, bench: Bench, pairs: Dataset, task_type: str = "CAUSAL_LM", **adapter: Any
+) -> Trainer:
     trainer = trainer_class(
         model=model,
         args=config,
         train_dataset=pairs,
         processing_class=AutoTokenizer.from_pretrained(bench.model_path),
-        peft_config=adapter_config(model.config.num_hidden_layers, task_type),
+        peft_config=adapter_config(model.config.num_hidden_layers, task_type, **adapter),
     )
     # The trainers print their logs; the run has one progress bar.
     print(file=sys.stderr)
@@ -62,22 +65,29 @@ def _train(trainer_class, config, model, bench: Bench, pairs: Dataset, task_type
 
 
 def train_arm(
-    bench: Bench, pairs: Dataset, folder: Path, seed: int = 0, model_path: str | None = None, **objective: Any
+    bench: Bench,
+    pairs: Dataset,
+    folder: Path,
+    seed: int = 0,
+    model_path: str | None = None,
+    adapter: dict[str, Any] | None = None,
+    **objective: Any,
 ) -> None:
-    arguments = _arguments(bench, folder, seed) | (objective or OBJECTIVE)
+    """Trains with Eq. 5, or with the arguments of [`AutoregressiveRewardConfig`] in `objective`."""
+    config = AutoregressiveRewardConfig(**(arguments(bench, folder, seed) | (objective or OBJECTIVE)))
     model = AutoModelForCausalLM.from_pretrained(model_path or bench.model_path, dtype=torch.float32)
-    trainer = _train(AutoregressiveRewardTrainer, AutoregressiveRewardConfig(**arguments), model, bench, pairs)
+    trainer = _train(AutoregressiveRewardTrainer, config, model, bench, pairs, **(adapter or {}))
     trainer.reward_info.save(folder)
 
 
 def train_dpo(bench: Bench, pairs: Dataset, folder: Path, beta: float, seed: int = 0) -> None:
-    config = DPOConfig(**_arguments(bench, folder, seed), beta=beta)
+    config = DPOConfig(**arguments(bench, folder, seed), beta=beta)
     model = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
     _train(DPOTrainer, config, model, bench, pairs)
 
 
 def train_trajectory_reward_model(bench: Bench, pairs: Dataset, folder: Path, seed: int = 0) -> None:
-    config = RewardConfig(**_arguments(bench, folder, seed))
+    config = RewardConfig(**arguments(bench, folder, seed))
     torch.manual_seed(seed)  # of the head
     model = AutoModelForSequenceClassification.from_pretrained(bench.model_path, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = bench.tokenizer.pad_token_id

@@ -7,7 +7,7 @@ from bench import Bench, Step
 from figures import gap
 from headline import answer_test_prompts
 from intervals import cell, interval, resampled_means
-from judges import judge, oracle, second_judge
+from judges import is_degenerate, judge, oracle, read, second_judge
 from methods import DPO, Method, all_seeds, choose, mean, trial
 from prompts import sentiment_pairs, test_prompts
 from report import table
@@ -27,6 +27,12 @@ def weak(bench: Bench, alpha: float, seed: int) -> list:
     return [GenARMLogitsProcessor(arm, alpha)]
 
 
+def weak_less_itself(bench: Bench, alpha: float, seed: int) -> list:
+    """What the training has changed, and none of what the shallow model gets wrong."""
+    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter("arm-shallow")), base_model=shallow_model(bench))
+    return [GenARMLogitsProcessor(arm, alpha, reference=shallow_model(bench))]
+
+
 def untrained(bench: Bench, alpha: float, seed: int) -> list:
     """The control: the shallow model before it saw a preference pair."""
     return [GenARMLogitsProcessor(shallow_model(bench), alpha)]
@@ -37,7 +43,11 @@ def shallow_model(bench: Bench):
 
 
 WEAK = Method("GenARM, shallow ARM", "weak", "α", ALPHAS, 1.5, weak)
+WEAK_LESS_ITSELF = Method(
+    "GenARM, shallow ARM less what it was", "weak-contrast", "α", (2.0, 4.0, 6.0, 8.0), 2, weak_less_itself
+)
 CONTROL = Method("control: shallow, untrained", "weak-control", "α", ALPHAS, 1.5, untrained)
+GUIDED = (WEAK, WEAK_LESS_ITSELF)
 
 
 def steps(bench: Bench) -> list[Step]:
@@ -54,29 +64,33 @@ def steps(bench: Bench) -> list[Step]:
     return [
         bench.training(SHALLOW, 1.3 * n_distilled * N_EPOCHS, distil),
         bench.training("arm-shallow", 0.2 * size.n_pairs * size.n_epochs, arm),
-        *(trial(bench, WEAK, alpha) for alpha in WEAK.values),
-        answer_test_prompts(bench, WEAK),
+        *(trial(bench, method, alpha) for method in GUIDED for alpha in method.values),
+        *(answer_test_prompts(bench, method) for method in GUIDED),
         bench.sampling(CONTROL.test_cell(0), test_prompts(size.n_prompts), control, CONTROL.cost),
     ]
 
 
 def section(bench: Bench) -> str:
-    runs = {
-        "base": bench.answers("test-base"),
-        CONTROL.name: bench.answers(CONTROL.test_cell(0)),
-        WEAK.name: bench.answers(WEAK.test_cell(0)),
-        "DPO of the whole model": all_seeds(bench, DPO),
-    }
+    dpo = "DPO of the whole model"
+    runs = {"base": bench.answers("test-base")}
+    runs |= {method.name: bench.answers(method.test_cell(0)) for method in (CONTROL, *GUIDED)}
+    runs[dpo] = all_seeds(bench, DPO)
     rewards = {name: mean(judge(oracle, answers)) for name, answers in runs.items()}
-    recovered = _ratio(rewards[WEAK.name] - rewards["base"], rewards["DPO of the whole model"] - rewards["base"])
-    by_control = _ratio(rewards[CONTROL.name] - rewards["base"], rewards["DPO of the whole model"] - rewards["base"])
-    shares = ["0", by_control, recovered, "1"]
     rows = [
-        [name, cell(rewards[name]), cell(mean(judge(second_judge, answers))), share]
-        for (name, answers), share in zip(runs.items(), shares, strict=True)
+        [
+            name,
+            cell(rewards[name]),
+            cell(mean(judge(second_judge, answers))),
+            "" if name in ("base", dpo) else _ratio(rewards[name] - rewards["base"], rewards[dpo] - rewards["base"]),
+            cell(mean(read("kl", answers)), 1),
+            f"{judge(is_degenerate, answers).mean():.3f}",
+        ]
+        for name, answers in runs.items()
     ]
     tried = [
-        f"α = {alpha:g}, {cell(mean(judge(oracle, bench.answers(WEAK.dev_cell(alpha)))))}" for alpha in WEAK.values
+        f"{method.name}, α = {alpha:g}, {cell(mean(judge(oracle, bench.answers(method.dev_cell(alpha)))))}"
+        for method in GUIDED
+        for alpha in method.values
     ]
     gap(
         {name: interval(values) for name, values in rewards.items()},
@@ -88,10 +102,11 @@ def section(bench: Bench) -> str:
             "## Weak to strong",
             f"The first {bench.size.n_shallow_layers} of {bench.size.n_layers} layers of SmolLM2, distilled for "
             f"{N_EPOCHS} epochs on {2 * bench.size.n_distilled_pairs} texts that the whole model has "
-            "written, and then trained as an ARM on the same pairs, steer the whole model at "
-            f"α = {choose(bench, WEAK):g}, chosen on dev prompts from {', '.join(f'{a:g}' for a in WEAK.values)}.",
-            "Gap recovered is (guided − base) / (DPO − base); the control has the same strength.",
-            table(["", "oracle", "second judge", "gap recovered"], rows),
+            "written, and then trained as an ARM on the same pairs, steer the whole model: by their log-probabilities "
+            f"(α = {choose(bench, WEAK):g}), or by those less what they were before they saw a pair "
+            f"(`reference=`, α = {choose(bench, WEAK_LESS_ITSELF):g}). The control has the strength of the first.",
+            "Gap recovered is (guided − base) / (DPO − base).",
+            table(["", "oracle", "second judge", "gap recovered", "KL per answer, nats", "empty or looping"], rows),
             "What was tried on the dev prompts: " + "; ".join(tried) + ".",
             "![Rewards, weak to strong](figures/weak_to_strong.png)",
         ]
