@@ -1,6 +1,7 @@
 """The benchmark in `examples/benchmarks/paper`: its baselines against recomputation, its statistics by hand."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,27 @@ def test_looping_and_empty_answers_are_degenerate():
     assert is_degenerate("it is a great great great great day")
     assert is_degenerate("so very good and so very good, so very good and more so very good")
     assert not is_degenerate("A train ride is long, and the seats of a train are hard, but the view is fine.")
+
+
+def test_perplexity_is_over_tokens_and_not_over_answers():
+    from judges import perplexity
+
+    answers = [[{"n_tokens": 3, "base_log_prob": -3.0}], [{"n_tokens": 1, "base_log_prob": -3.0}]]
+    assert perplexity(answers) == pytest.approx(math.exp(6 / 4))
+
+
+def test_halves_of_real_pairs_share_no_prompt(tmp_path):
+    from types import SimpleNamespace
+
+    from real_pairs import halves
+
+    dialogue = "\n\nHuman: Question {}?\n\nAssistant: {}"
+    pairs = [{"chosen": dialogue.format(n // 2, n), "rejected": dialogue.format(n // 2, "no")} for n in range(20)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    first, second = halves(SimpleNamespace(size=SimpleNamespace(n_hh_pairs=16)), str(path))
+    assert len(first) == len(second) == 8
+    assert not {repr(prompt) for prompt in first["prompt"]} & {repr(prompt) for prompt in second["prompt"]}
 
 
 def test_no_prompt_is_in_two_splits():

@@ -7,7 +7,7 @@ import torch
 from bench import Answers, Bench, Step
 from figures import forest, frontier
 from intervals import cell, holm, interval, length_matched, p_value, win_rates
-from judges import is_degenerate, judge, n_words, oracle, read, second_judge
+from judges import is_degenerate, judge, n_words, oracle, perplexity, read, second_judge
 from methods import (
     ARGS,
     DPO,
@@ -217,7 +217,6 @@ def _levels(bench: Bench, answers: dict[str, Answers], judged: dict[str, Judged]
     for name, rows_of_answers in answers.items():
         first, second = mean(judged[name].oracle), mean(judged[name].second)
         points[name] = interval(first), interval(second)
-        n_tokens, log_probs = read("n_tokens", rows_of_answers), read("base_log_prob", rows_of_answers)
         kl = "" if name.startswith("best of") else cell(mean(read("kl", rows_of_answers)), 1)
         rows.append(
             [
@@ -225,7 +224,7 @@ def _levels(bench: Bench, answers: dict[str, Answers], judged: dict[str, Judged]
                 cell(first),
                 cell(second),
                 kl,
-                f"{np.exp(-log_probs.sum() / n_tokens.sum()):.1f}",
+                f"{perplexity(rows_of_answers):.1f}",
                 f"{judge(is_degenerate, rows_of_answers).mean():.1%}",
                 f"{judged[name].words.mean():.1f}",
             ]

@@ -42,3 +42,8 @@ def judge(judged, answers: list[list[dict]]) -> np.ndarray:
 def read(name: str, answers: list[list[dict]]) -> np.ndarray:
     """A number that is kept with each answer, `(n_prompts, n_samples)`."""
     return np.array([[answer[name] for answer in row] for row in answers], dtype=float)
+
+
+def perplexity(answers: list[list[dict]]) -> float:
+    """Of all answers under the base."""
+    return float(np.exp(-read("base_log_prob", answers).sum() / read("n_tokens", answers).sum()))

@@ -3,15 +3,15 @@
 from functools import partial
 
 import numpy as np
-from bench import Bench, Step
+from bench import Answers, Bench, Step
 from figures import gap
 from headline import answer_test_prompts
 from intervals import cell, interval, resampled_means
-from judges import is_degenerate, judge, oracle, read, second_judge
+from judges import is_degenerate, judge, oracle, perplexity, read, second_judge
 from methods import DPO, Method, all_seeds, choose, mean, trial
 from prompts import sentiment_pairs, test_prompts
 from report import table
-from settings import ALPHAS
+from settings import OBJECTIVE, PAPER_ALPHAS
 from shallow import make_shallow
 from training import train_arm
 from transformers import AutoModelForCausalLM
@@ -20,6 +20,7 @@ from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 
 SHALLOW = "shallow"
 N_EPOCHS = 2
+N_ARM_EPOCHS = 3  # of a third of the layers
 
 
 def weak(bench: Bench, alpha: float, seed: int) -> list:
@@ -42,11 +43,11 @@ def shallow_model(bench: Bench):
     return AutoModelForCausalLM.from_pretrained(bench.adapter(SHALLOW))
 
 
-WEAK = Method("GenARM, shallow ARM", "weak", "α", ALPHAS, 1.5, weak)
+WEAK = Method("GenARM, shallow ARM", "weak", "α", PAPER_ALPHAS, 1.5, weak)
 WEAK_LESS_ITSELF = Method(
-    "GenARM, shallow ARM less what it was", "weak-contrast", "α", (2.0, 4.0, 6.0, 8.0), 2, weak_less_itself
+    "GenARM, shallow ARM less what it was", "weak-contrast", "α", (0.5, 0.75, 1.0), 2, weak_less_itself
 )
-CONTROL = Method("control: shallow, untrained", "weak-control", "α", ALPHAS, 1.5, untrained)
+CONTROL = Method("control: shallow, untrained", "weak-control", "α", PAPER_ALPHAS, 1.5, untrained)
 GUIDED = (WEAK, WEAK_LESS_ITSELF)
 
 
@@ -55,7 +56,15 @@ def steps(bench: Bench) -> list[Step]:
     n_distilled = size.n_distilled_pairs
 
     distil = partial(make_shallow, bench, sentiment_pairs(n_distilled), n_epochs=N_EPOCHS)
-    arm = partial(train_arm, bench, sentiment_pairs(size.n_pairs), model_path=str(bench.adapter(SHALLOW)))
+    n_arm_epochs = N_ARM_EPOCHS * size.n_epochs
+    arm = partial(
+        train_arm,
+        bench,
+        sentiment_pairs(size.n_pairs),
+        model_path=str(bench.adapter(SHALLOW)),
+        num_train_epochs=n_arm_epochs,
+        **OBJECTIVE,
+    )
 
     def control():
         alpha = choose(bench, WEAK)
@@ -63,7 +72,7 @@ def steps(bench: Bench) -> list[Step]:
 
     return [
         bench.training(SHALLOW, 1.3 * n_distilled * N_EPOCHS, distil),
-        bench.training("arm-shallow", 0.2 * size.n_pairs * size.n_epochs, arm),
+        bench.training("arm-shallow", 0.2 * size.n_pairs * n_arm_epochs, arm),
         *(trial(bench, method, alpha) for method in GUIDED for alpha in method.values),
         *(answer_test_prompts(bench, method) for method in GUIDED),
         bench.sampling(CONTROL.test_cell(0), test_prompts(size.n_prompts), control, CONTROL.cost),
@@ -76,22 +85,16 @@ def section(bench: Bench) -> str:
     runs |= {method.name: bench.answers(method.test_cell(0)) for method in (CONTROL, *GUIDED)}
     runs[dpo] = all_seeds(bench, DPO)
     rewards = {name: mean(judge(oracle, answers)) for name, answers in runs.items()}
-    rows = [
-        [
-            name,
-            cell(rewards[name]),
-            cell(mean(judge(second_judge, answers))),
-            "" if name in ("base", dpo) else _ratio(rewards[name] - rewards["base"], rewards[dpo] - rewards["base"]),
-            cell(mean(read("kl", answers)), 1),
-            f"{judge(is_degenerate, answers).mean():.3f}",
-        ]
-        for name, answers in runs.items()
-    ]
-    tried = [
-        f"{method.name}, α = {alpha:g}, {cell(mean(judge(oracle, bench.answers(method.dev_cell(alpha)))))}"
-        for method in GUIDED
-        for alpha in method.values
-    ]
+    rows = []
+    for name, answers in runs.items():
+        share = "" if name in ("base", dpo) else _ratio(rewards[name] - rewards["base"], rewards[dpo] - rewards["base"])
+        rows.append([name, share, *_levels(answers)])
+    tried = []
+    for method in GUIDED:
+        for alpha in method.values:
+            mark = " ✓" if alpha == choose(bench, method) else ""
+            tried.append([method.name, f"α = {alpha:g}{mark}", *_levels(bench.answers(method.dev_cell(alpha)))])
+    header = ["oracle", "second judge", "KL per answer, nats", "perplexity under the base", "degenerate"]
     gap(
         {name: interval(values) for name, values in rewards.items()},
         bench.figures / "weak_to_strong.png",
@@ -102,15 +105,27 @@ def section(bench: Bench) -> str:
             "## Weak to strong",
             f"The first {bench.size.n_shallow_layers} of {bench.size.n_layers} layers of SmolLM2, distilled for "
             f"{N_EPOCHS} epochs on {2 * bench.size.n_distilled_pairs} texts that the whole model has "
-            "written, and then trained as an ARM on the same pairs, steer the whole model: by their log-probabilities "
+            f"written, and then trained as an ARM on the same pairs for {N_ARM_EPOCHS} times as many epochs, steer the "
+            "whole model: by their log-probabilities "
             f"(α = {choose(bench, WEAK):g}), or by those less what they were before they saw a pair "
             f"(`reference=`, α = {choose(bench, WEAK_LESS_ITSELF):g}). The control has the strength of the first.",
             "Gap recovered is (guided − base) / (DPO − base).",
-            table(["", "oracle", "second judge", "gap recovered", "KL per answer, nats", "empty or looping"], rows),
-            "What was tried on the dev prompts: " + "; ".join(tried) + ".",
+            table(["", "gap recovered", *header], rows),
             "![Rewards, weak to strong](figures/weak_to_strong.png)",
+            "What was tried on the dev prompts:",
+            table(["", "setting", *header], tried),
         ]
     )
+
+
+def _levels(answers: Answers) -> list[str]:
+    return [
+        cell(mean(judge(oracle, answers))),
+        cell(mean(judge(second_judge, answers))),
+        cell(mean(read("kl", answers)), 1),
+        f"{perplexity(answers):.1f}",
+        f"{judge(is_degenerate, answers).mean():.1%}",
+    ]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> str:
