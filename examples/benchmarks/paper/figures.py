@@ -15,6 +15,7 @@ COLOURS = {
     "base, sharpened": "0.4",
     "GenARM": "#1f77b4",
     "GenARM less base": "#17a2b8",
+    "GenARM less base, half as strong": "#8fd3de",
     "DPO": "#d95f02",
     "DPO at other strengths": "#f2a65a",
     "ARGS": "#2ca02c",

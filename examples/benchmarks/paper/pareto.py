@@ -7,7 +7,7 @@ import numpy as np
 from bench import Bench, Step
 from figures import pareto
 from intervals import cell, hypervolume, interval, resampled_means
-from judges import judge, n_words, oracle, read
+from judges import judge, n_words, oracle, perplexity, read
 from methods import DPO, GENARM, LESS_BASE, choose, dpo_adapter, guided, mean, policy
 from prompts import brevity_pairs, test_prompts
 from report import table
@@ -16,7 +16,7 @@ from soup import save_soup
 from training import train_arm, train_dpo
 
 ARMS = ("arm-seed0", "arm-brevity")
-METHODS = ("GenARM", "rewarded soups", "MOD", "GenARM less base")
+METHODS = ("GenARM", "rewarded soups", "MOD", "GenARM less base", "GenARM less base, half as strong")
 INNER = WEIGHTINGS[1:-1]
 
 
@@ -55,7 +55,7 @@ def steps(bench: Bench) -> list[Step]:
 
 def front_cell(method: str, weight: float) -> str:
     name = "rewarded soups" if method == "MOD" and weight not in INNER else method
-    return f"pareto-{name.replace(' ', '-')}-{weight:g}"
+    return f"pareto-{name.replace(',', '').replace(' ', '-')}-{weight:g}"
 
 
 def processors(bench: Bench, method: str, weight: float) -> list:
@@ -68,7 +68,7 @@ def processors(bench: Bench, method: str, weight: float) -> list:
     if method == "GenARM":
         alpha = choose(bench, GENARM)
         return guided(bench, *ARMS, alpha=[alpha * w for w in weights])
-    alpha = choose(bench, LESS_BASE)
+    alpha = choose(bench, LESS_BASE) / (2 if method.endswith("half as strong") else 1)
     return guided(bench, *ARMS, alpha=[alpha * w for w in weights], reference="base")
 
 
@@ -86,10 +86,11 @@ def section(bench: Bench) -> str:
             reward, words = mean(judge(oracle, answers)), mean(judge(n_words, answers))
             fronts.setdefault(method, []).append(np.stack([reward, -words], axis=1))
             figure.setdefault(method, []).append((interval(words), interval(reward)))
-            rows.append([method, f"{weight:g}", cell(reward), cell(words, 1), cell(mean(read("kl", answers)), 1)])
-    base = bench.answers("test-base", n)
-    base_reward, base_words = mean(judge(oracle, base)[:, :1]), mean(judge(n_words, base)[:, :1])
-    rows.insert(0, ["base", "", cell(base_reward), cell(base_words, 1), "0"])
+            kl, odd = cell(mean(read("kl", answers)), 1), f"{perplexity(answers):.1f}"
+            rows.append([method, f"{weight:g}", cell(reward), cell(words, 1), kl, odd])
+    base = [row[:1] for row in bench.answers("test-base", n)]
+    base_reward, base_words = mean(judge(oracle, base)), mean(judge(n_words, base))
+    rows.insert(0, ["base", "", cell(base_reward), cell(base_words, 1), "0", f"{perplexity(base):.1f}"])
     pareto(figure, (interval(base_words), interval(base_reward)), bench.figures / "pareto.png", n)
 
     # The worst of every method in each objective, so that no front is cut off.
@@ -112,11 +113,12 @@ def section(bench: Bench) -> str:
         [
             "## Two objectives",
             f"Sentiment and brevity, {len(WEIGHTINGS)} weightings, one answer to each of {n} held-out prompts. "
-            "GenARM mixes two ARMs at decoding time, *less base* with log π_r − log π_base; "
+            f"GenARM mixes two ARMs at decoding time, with strengths that sum to {choose(bench, GENARM):g}; *less "
+            f"base* does it with log π_r − log π_base, at {choose(bench, LESS_BASE):g} and at half of it; "
             "rewarded soups average the weights of two DPO policies; MOD mixes the log-probabilities of the policies.",
             "![Pareto fronts](figures/pareto.png)",
             "Hypervolume in sentiment × words, above the worst value of any method in each objective:",
             table(["method", "hypervolume", "less that of rewarded soups"], comparison),
-            table(["method", "weight of sentiment", "oracle", "words", "KL per answer, nats"], rows),
+            table(["method", "weight of sentiment", "oracle", "words", "KL per answer, nats", "perplexity"], rows),
         ]
     )

@@ -109,7 +109,7 @@ def section(bench: Bench) -> str:
             "whole model: by their log-probabilities "
             f"(α = {choose(bench, WEAK):g}), or by those less what they were before they saw a pair "
             f"(`reference=`, α = {choose(bench, WEAK_LESS_ITSELF):g}). The control has the strength of the first.",
-            "Gap recovered is (guided − base) / (DPO − base).",
+            "Gap recovered is (guided − base) / (DPO − base). DPO has all its training seeds, the others have one.",
             table(["", "gap recovered", *header], rows),
             "![Rewards, weak to strong](figures/weak_to_strong.png)",
             "What was tried on the dev prompts:",
