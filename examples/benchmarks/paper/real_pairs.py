@@ -1,6 +1,6 @@
 """
-Real pairs: held-out pairs of HH-RLHF's harmless-base, all of them, each judged by a reward model that was trained on
-the other half; and the same training by TRL's CPO.
+Real pairs: those of HH-RLHF's harmless-base in two halves, each judged by a reward model that was trained on the other;
+and the same training by our trainer and by TRL's CPO.
 """
 
 from functools import partial
