@@ -18,8 +18,8 @@ PAPER = ROOT / "examples" / "benchmarks" / "paper"
 
 @pytest.fixture(autouse=True)
 def paper_modules(monkeypatch):
-    monkeypatch.syspath_prepend(str(PAPER))
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    for folder in ("examples", "examples/data", "model_cards", "examples/benchmarks/paper"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
 
 
 def tiny_classifier(seed: int = 3, **sizes) -> LlamaForSequenceClassification:
