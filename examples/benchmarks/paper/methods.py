@@ -32,7 +32,7 @@ Processors = list[LogitsProcessor]
 def guided(bench: Bench, *names: str, alpha, **kwargs) -> Processors:
     """The base guided by adapters of this run."""
     folders = [str(bench.adapter(name)) for name in names]
-    return [GenARMLogitsProcessor.from_pretrained(folders, base_model=bench.model, alpha=alpha, **kwargs)]
+    return [GenARMLogitsProcessor.from_pretrained(folders, bench.model, alpha, tokenizer=bench.tokenizer, **kwargs)]
 
 
 def policy(bench: Bench, *names: str, weights: list[float]) -> Processors:

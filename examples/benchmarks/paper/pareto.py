@@ -11,13 +11,11 @@ from judges import judge, n_words, oracle, perplexity, read
 from methods import DPO, GENARM, LESS_BASE, choose, dpo_adapter, guided, mean, policy
 from prompts import brevity_pairs, test_prompts
 from report import table
-from settings import WEIGHTINGS
 from soup import save_soup
 from training import train_arm, train_dpo
 
 ARMS = ("arm-seed0", "arm-brevity")
 METHODS = ("GenARM", "rewarded soups", "MOD", "GenARM less base", "GenARM less base, half as strong")
-INNER = WEIGHTINGS[1:-1]
 
 
 def dpo_adapters(bench: Bench) -> tuple[str, str]:
@@ -36,10 +34,10 @@ def steps(bench: Bench) -> list[Step]:
         bench.training("arm-brevity", 0.6 * n_steps, partial(train_arm, bench, pairs)),
         bench.training("dpo-brevity", 1.6 * n_steps, train_chosen),
     ]
-    work += [bench.training(f"soup-{weight:g}", 2.0, partial(soup, bench, weight)) for weight in INNER]
+    work += [bench.training(f"soup-{weight:g}", 2.0, partial(soup, bench, weight)) for weight in size.weightings[1:-1]]
     for method in METHODS:
-        for weight in WEIGHTINGS:
-            if method == "MOD" and weight not in INNER:
+        for weight in size.weightings:
+            if method == "MOD" and is_end(weight):
                 continue  # the policies themselves, as with soups
             work.append(
                 bench.sampling(
@@ -53,8 +51,13 @@ def steps(bench: Bench) -> list[Step]:
     return work
 
 
+def is_end(weight: float) -> bool:
+    """Where there is one policy, and nothing to mix."""
+    return weight in (0.0, 1.0)
+
+
 def front_cell(method: str, weight: float) -> str:
-    name = "rewarded soups" if method == "MOD" and weight not in INNER else method
+    name = "rewarded soups" if method == "MOD" and is_end(weight) else method
     return f"pareto-{name.replace(',', '').replace(' ', '-')}-{weight:g}"
 
 
@@ -81,7 +84,7 @@ def section(bench: Bench) -> str:
     n = bench.size.n_pareto_prompts
     fronts, rows, figure = {}, [], {}
     for method in METHODS:
-        for weight in WEIGHTINGS:
+        for weight in bench.size.weightings:
             answers = bench.answers(front_cell(method, weight))
             reward, words = mean(judge(oracle, answers)), mean(judge(n_words, answers))
             fronts.setdefault(method, []).append(np.stack([reward, -words], axis=1))
@@ -112,9 +115,10 @@ def section(bench: Bench) -> str:
     return "\n\n".join(
         [
             "## Two objectives",
-            f"Sentiment and brevity, {len(WEIGHTINGS)} weightings, one answer to each of {n} held-out prompts. "
-            f"GenARM mixes two ARMs at decoding time, with strengths that sum to {choose(bench, GENARM):g}; *less "
-            f"base* does it with log π_r − log π_base, at {choose(bench, LESS_BASE):g} and at half of it; "
+            f"Sentiment and brevity, {len(bench.size.weightings)} weightings, one answer to each of {n} held-out "
+            "prompts. GenARM mixes two ARMs at decoding time, with strengths that sum to "
+            f"{choose(bench, GENARM):g}; *less base* does it with log π_r − log π_base, at "
+            f"{choose(bench, LESS_BASE):g} and at half of it; "
             "rewarded soups average the weights of two DPO policies; MOD mixes the log-probabilities of the policies.",
             "![Pareto fronts](figures/pareto.png)",
             "Hypervolume in sentiment × words, above the worst value of any method in each objective:",

@@ -16,6 +16,7 @@ class Size:
         n_distilled_pairs: whose texts the weak reward model is distilled on.
         n_rollout_prompts: prompts that the rollouts of Transfer-Q are affordable for.
         n_pareto_prompts: prompts for each point of the Pareto fronts.
+        weightings: of the first of two objectives, a point each.
         seeds: of the training runs.
         n_args_seeds: how many of them the trajectory RM of ARGS, the slowest method, is trained with.
         max_new_tokens: length at which answers are cut.
@@ -34,6 +35,7 @@ class Size:
     n_distilled_pairs: int
     n_rollout_prompts: int
     n_pareto_prompts: int
+    weightings: tuple[float, ...]
     seeds: tuple[int, ...]
     n_args_seeds: int
     max_new_tokens: int
@@ -44,8 +46,8 @@ class Size:
 
 SIZES = {
     "smoke": Size(
-        n_layers=4,
-        n_shallow_layers=2,
+        n_layers=2,
+        n_shallow_layers=1,
         n_pairs=4,
         n_epochs=1,
         n_dev_prompts=2,
@@ -55,9 +57,10 @@ SIZES = {
         n_distilled_pairs=2,
         n_rollout_prompts=2,
         n_pareto_prompts=3,
+        weightings=(0.0, 0.5, 1.0),
         seeds=(0, 1),
-        n_args_seeds=2,
-        max_new_tokens=4,
+        n_args_seeds=1,
+        max_new_tokens=3,
         n_rounds=1,
         n_hh_pairs=4,
         n_cpo_pairs=2,
@@ -74,6 +77,7 @@ SIZES = {
         n_distilled_pairs=120,
         n_rollout_prompts=12,
         n_pareto_prompts=68,
+        weightings=(0.0, 0.25, 0.5, 0.75, 1.0),
         seeds=(0, 1, 2),
         n_args_seeds=2,
         max_new_tokens=24,
@@ -93,6 +97,7 @@ SIZES = {
         n_distilled_pairs=333,
         n_rollout_prompts=72,
         n_pareto_prompts=204,
+        weightings=(0.0, 0.25, 0.5, 0.75, 1.0),
         seeds=(0, 1, 2),
         n_args_seeds=3,
         max_new_tokens=48,
@@ -115,4 +120,3 @@ PAPER_OBJECTIVE = {"beta": 0.05}  # for longer answers
 LENGTH_NORMALISED = {"beta": 2.0, "length_normalized": True}
 TOP_K = 10  # candidates that ARGS scores at each step, the paper's
 ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
-WEIGHTINGS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the first of two objectives
