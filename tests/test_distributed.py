@@ -25,7 +25,7 @@ def start(script, *arguments, processes=1):
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, str(TESTS / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300)
 
 
 def train(folder, *arguments, processes=1):

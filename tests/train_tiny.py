@@ -103,6 +103,8 @@ def main() -> None:
         results = {"losses": losses, "metrics": metrics, "shares": shares}
         (args.output_dir / "results.json").write_text(json.dumps(results))
     trainer.accelerator.end_training()
+    # PyTorch can deadlock in destroying DDP's gloo group, whose thread waits for the GIL to let go of a tensor.
+    os._exit(0)
 
 
 if __name__ == "__main__":
