@@ -1,10 +1,13 @@
 import copy
 import os
+import tempfile
 
 # Nothing in the tests needs the network, and `CI` keeps TRL from calling home.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when trackio is imported, whoever does it first.
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio-"))
 
 import pytest
 import torch

@@ -1,7 +1,9 @@
 """What `report_to` sends to the loggers that TRL users have, read back from them."""
 
 import json
+import os
 import sqlite3
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -19,7 +21,8 @@ def from_tensorboard(folder):
 
 
 def from_trackio(folder):
-    rows = sqlite3.connect(folder / "huggingface.db").execute("select metrics from metrics order by id")
+    database = sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "huggingface.db"))
+    rows = database.execute("select metrics from metrics order by id")
     return {name: value for (row,) in rows for name, value in json.loads(row).items()}
 
 
@@ -36,7 +39,6 @@ def from_wandb(folder):
 def test_every_metric_reaches_the_logger(make_trainer, tmp_path, monkeypatch, read):
     folder, name = tmp_path / "logs", read.__name__.removeprefix("from_")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
-    monkeypatch.setenv("TRACKIO_DIR", str(folder))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     pairs = Dataset.from_dict(STANDARD)
