@@ -6,8 +6,8 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Read when trackio is imported, whoever does it first.
-os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio-"))
+# Read when trackio is imported, whoever does it first; nothing is made unless it writes.
+os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), f"trackio-{os.getpid()}"))
 
 import pytest
 import torch

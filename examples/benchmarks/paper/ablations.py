@@ -8,7 +8,6 @@ from judges import judge, n_words, oracle, read, second_judge
 from methods import GENARM, NORMALISED, choose, guided, mean
 from prompts import dev_prompts, sentiment_pairs
 from report import table
-from settings import OBJECTIVE
 from training import train_arm
 
 # What it is called, what is changed, and the share of the pairs
@@ -24,7 +23,7 @@ def steps(bench: Bench) -> list[Step]:
     size, work = bench.size, []
     for key, (_, objective, share) in VARIANTS.items():
         n_pairs = int(share * size.n_pairs)
-        train = partial(train_arm, bench, sentiment_pairs(n_pairs), **(OBJECTIVE | objective))
+        train = partial(train_arm, bench, sentiment_pairs(n_pairs), **objective)
 
         def method(key=key):
             alpha = choose(bench, GENARM)

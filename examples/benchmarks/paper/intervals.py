@@ -15,12 +15,21 @@ def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of values `(n_prompts,)` with its 95 % interval."""
-    low, high = np.quantile(resampled_means(values), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    return (float(values.mean()), *bounds(resampled_means(values)))
+
+
+def bounds(resampled: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of what was computed from each resample."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def shown(value: float, low: float, high: float, form: str = ".2f") -> str:
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def cell(values: np.ndarray, digits: int = 2) -> str:
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*interval(values), d=digits)
+    return shown(*interval(values), f".{digits}f")
 
 
 def p_value(differences: np.ndarray) -> float:

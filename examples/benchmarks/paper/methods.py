@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,7 @@ def trial(bench: Bench, method: Method, value: float) -> Step:
     )
 
 
+@cache
 def choose(bench: Bench, method: Method) -> float:
     """The value with the highest oracle reward on dev prompts, of those that degenerate little more than the base."""
     tolerated = judge(is_degenerate, bench.answers("dev-base")).mean() + 0.05

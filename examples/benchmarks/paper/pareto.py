@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from bench import Bench, Step
 from figures import pareto
-from intervals import cell, hypervolume, interval, resampled_means
+from intervals import bounds, cell, hypervolume, interval, resampled_means, shown
 from judges import judge, n_words, oracle, perplexity, read
 from methods import DPO, GENARM, LESS_BASE, choose, dpo_adapter, guided, mean, policy
 from prompts import brevity_pairs, test_prompts
@@ -15,6 +15,12 @@ from soup import save_soup
 from training import train_arm, train_dpo
 
 ARMS = ("arm-seed0", "arm-brevity")
+# For each mix of ARMs: whose strength, what share of it, and what the rewards are contrasted with
+MIXES = {
+    "GenARM": (GENARM, 1.0, None),
+    "GenARM less base": (LESS_BASE, 1.0, "base"),
+    "GenARM less base, half as strong": (LESS_BASE, 0.5, "base"),
+}
 METHODS = ("GenARM", "rewarded soups", "MOD", "GenARM less base", "GenARM less base, half as strong")
 
 
@@ -68,11 +74,9 @@ def processors(bench: Bench, method: str, weight: float) -> list:
     if method == "rewarded soups":
         ends = {0.0: dpo_adapters(bench)[1], 1.0: dpo_adapters(bench)[0]}
         return policy(bench, ends.get(weight, f"soup-{weight:g}"), weights=[1.0])
-    if method == "GenARM":
-        alpha = choose(bench, GENARM)
-        return guided(bench, *ARMS, alpha=[alpha * w for w in weights])
-    alpha = choose(bench, LESS_BASE) / (2 if method.endswith("half as strong") else 1)
-    return guided(bench, *ARMS, alpha=[alpha * w for w in weights], reference="base")
+    tuned, share, reference = MIXES[method]
+    alpha = share * choose(bench, tuned)
+    return guided(bench, *ARMS, alpha=[alpha * w for w in weights], reference=reference)
 
 
 def soup(bench: Bench, weight: float, folder: Path) -> None:
@@ -108,10 +112,8 @@ def section(bench: Bench) -> str:
     comparison = []
     soups, resampled_soups = volumes["rewarded soups"]
     for method, (volume, resampled) in volumes.items():
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        less_low, less_high = np.quantile(resampled - resampled_soups, [0.025, 0.975])
-        difference = "" if method == "rewarded soups" else f"{volume - soups:+.2f} [{less_low:+.2f}, {less_high:+.2f}]"
-        comparison.append([method, f"{volume:.2f} [{low:.2f}, {high:.2f}]", difference])
+        difference = shown(volume - soups, *bounds(resampled - resampled_soups), "+.2f")
+        comparison.append([method, shown(volume, *bounds(resampled)), "" if method == "rewarded soups" else difference])
     return "\n\n".join(
         [
             "## Two objectives",

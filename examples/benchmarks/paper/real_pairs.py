@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from bench import Bench, Step
 from datasets import Dataset
+from intervals import shown
 from report import table
 from training import adapter_config, arguments, train_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
@@ -75,9 +76,8 @@ def train_on_the_other(bench: Bench, dataset: str, half: int, folder: Path) -> N
 
 def judge_half(bench: Bench, dataset: str, half: int) -> dict[str, list]:
     """What `hf-genarm evaluate` makes its report of."""
-    base = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
-    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter(arm_of(half))), base_model=base)
-    arm.tokenizer = AutoTokenizer.from_pretrained(bench.model_path)
+    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter(arm_of(half))), base_model=bench.model)
+    arm.tokenizer = bench.tokenizer
     prediction = predict(arm, halves(bench, dataset)[half], batch_size=8)
     lengths, base_rewards = prediction.label_ids
     return {
@@ -149,7 +149,7 @@ def section(bench: Bench) -> str:
             [metrics[metric + end] for end in ("", "_low", "_high")]
             for metric in ("pair_accuracy", "gain_over_shorter")
         )
-        rows.append([name, "{:.3f} [{:.3f}, {:.3f}]".format(*accuracy), "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)])
+        rows.append([name, shown(*accuracy, ".3f"), shown(*gain, "+.3f")])
     rows.append(["preferring the shorter", f"{metrics['shorter_accuracy']:.3f}", ""])
     cpo = bench.measured("hh-cpo")
     return "\n\n".join(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from bench import Bench, Step
 from headline import merged_dpo, rollouts
+from intervals import shown
 from methods import ARGS, GENARM, LESS_BASE, choose
 from prompts import test_prompts
 from report import table
@@ -76,7 +77,7 @@ def section(bench: Bench) -> str:
     rows = []
     for name, times in seconds.items():
         ratios = [time / base for time, base in zip(times, seconds["base"], strict=True)]
-        rows.append([name, f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"])
+        rows.append([name, shown(statistics.median(ratios), min(ratios), max(ratios))])
     return "\n\n".join(
         [
             "## Time of a token",

@@ -71,10 +71,10 @@ def train_arm(
     seed: int = 0,
     model_path: str | None = None,
     adapter: dict[str, Any] | None = None,
-    **objective: Any,
+    **changes: Any,
 ) -> None:
-    """Trains with Eq. 5, or with the arguments of [`AutoregressiveRewardConfig`] in `objective`."""
-    config = AutoregressiveRewardConfig(**(arguments(bench, folder, seed) | (objective or OBJECTIVE)))
+    """Trains as for the headline, but for the arguments of [`AutoregressiveRewardConfig`] in `changes`."""
+    config = AutoregressiveRewardConfig(**(arguments(bench, folder, seed) | OBJECTIVE | changes))
     model = AutoModelForCausalLM.from_pretrained(model_path or bench.model_path, dtype=torch.float32)
     trainer = _train(AutoregressiveRewardTrainer, config, model, bench, pairs, **(adapter or {}))
     trainer.reward_info.save(folder)

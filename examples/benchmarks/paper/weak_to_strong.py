@@ -6,12 +6,12 @@ import numpy as np
 from bench import Answers, Bench, Step
 from figures import gap
 from headline import answer_test_prompts
-from intervals import cell, interval, resampled_means
+from intervals import bounds, cell, interval, resampled_means, shown
 from judges import is_degenerate, judge, oracle, perplexity, read, second_judge
 from methods import DPO, Method, all_seeds, choose, mean, trial
 from prompts import sentiment_pairs, test_prompts
 from report import table
-from settings import OBJECTIVE, PAPER_ALPHAS
+from settings import PAPER_ALPHAS
 from shallow import make_shallow
 from training import train_arm
 from transformers import AutoModelForCausalLM
@@ -24,14 +24,12 @@ N_ARM_EPOCHS = 3  # of a third of the layers
 
 
 def weak(bench: Bench, alpha: float, seed: int) -> list:
-    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter("arm-shallow")), base_model=shallow_model(bench))
-    return [GenARMLogitsProcessor(arm, alpha)]
+    return [GenARMLogitsProcessor(shallow_arm(bench), alpha)]
 
 
 def weak_less_itself(bench: Bench, alpha: float, seed: int) -> list:
     """What the training has changed, and none of what the shallow model gets wrong."""
-    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter("arm-shallow")), base_model=shallow_model(bench))
-    return [GenARMLogitsProcessor(arm, alpha, reference=shallow_model(bench))]
+    return [GenARMLogitsProcessor(shallow_arm(bench), alpha, reference=shallow_model(bench))]
 
 
 def untrained(bench: Bench, alpha: float, seed: int) -> list:
@@ -41,6 +39,10 @@ def untrained(bench: Bench, alpha: float, seed: int) -> list:
 
 def shallow_model(bench: Bench):
     return AutoModelForCausalLM.from_pretrained(bench.adapter(SHALLOW))
+
+
+def shallow_arm(bench: Bench) -> AutoregressiveRewardModel:
+    return AutoregressiveRewardModel.from_pretrained(str(bench.adapter("arm-shallow")), base_model=shallow_model(bench))
 
 
 WEAK = Method("GenARM, shallow ARM", "weak", "α", PAPER_ALPHAS, 1.5, weak)
@@ -63,7 +65,6 @@ def steps(bench: Bench) -> list[Step]:
         sentiment_pairs(size.n_pairs),
         model_path=str(bench.adapter(SHALLOW)),
         num_train_epochs=n_arm_epochs,
-        **OBJECTIVE,
     )
 
     def control():
@@ -91,8 +92,9 @@ def section(bench: Bench) -> str:
         rows.append([name, share, *_levels(answers)])
     tried = []
     for method in GUIDED:
+        chosen = choose(bench, method)
         for alpha in method.values:
-            mark = " ✓" if alpha == choose(bench, method) else ""
+            mark = " ✓" if alpha == chosen else ""
             tried.append([method.name, f"α = {alpha:g}{mark}", *_levels(bench.answers(method.dev_cell(alpha)))])
     header = ["oracle", "second judge", "KL per answer, nats", "perplexity under the base", "degenerate"]
     gap(
@@ -129,5 +131,4 @@ def _levels(answers: Answers) -> list[str]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> str:
-    low, high = np.quantile(resampled_means(part) / resampled_means(whole), [0.025, 0.975])
-    return f"{part.mean() / whole.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return shown(part.mean() / whole.mean(), *bounds(resampled_means(part) / resampled_means(whole)))
