@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .advice import GuidanceWarning
-    from .config import AutoregressiveRewardConfig
-    from .logits_process import GenARMLogitsProcessor
-    from .reward_info import RewardInfo
-    from .reward_model import AutoregressiveRewardModel
-    from .trainer import AutoregressiveRewardTrainer
+    from .decoding.processor import GenARMLogitsProcessor
+    from .hub.compatibility import GuidanceWarning
+    from .hub.info import RewardInfo
+    from .hub.reward_model import AutoregressiveRewardModel
+    from .training.config import AutoregressiveRewardConfig
+    from .training.trainer import AutoregressiveRewardTrainer
 
 __version__ = "0.1.0"
 
@@ -24,12 +24,12 @@ __all__ = [
 
 # Loaded on first use, so that steering does not pay for the import of `trl`.
 _MODULES = {
-    "AutoregressiveRewardConfig": "config",
-    "AutoregressiveRewardModel": "reward_model",
-    "AutoregressiveRewardTrainer": "trainer",
-    "GenARMLogitsProcessor": "logits_process",
-    "GuidanceWarning": "advice",
-    "RewardInfo": "reward_info",
+    "AutoregressiveRewardConfig": "training.config",
+    "AutoregressiveRewardModel": "hub.reward_model",
+    "AutoregressiveRewardTrainer": "training.trainer",
+    "GenARMLogitsProcessor": "decoding.processor",
+    "GuidanceWarning": "hub.compatibility",
+    "RewardInfo": "hub.info",
 }
 
 

@@ -18,8 +18,8 @@ from quickstart import ALPHAS, Steering, bootstrap  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
 from hf_genarm.demo import demo_model  # noqa: E402
-from hf_genarm.model_card import Steered, reward_model_card  # noqa: E402
-from hf_genarm.reward_info import INFO_NAME, RewardInfo  # noqa: E402
+from hf_genarm.hub.card import Steered, reward_model_card  # noqa: E402
+from hf_genarm.hub.info import INFO_NAME, RewardInfo  # noqa: E402
 
 SEED = 0
 

@@ -9,7 +9,7 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_genarm.prefix_sharing import PairLogProbs
+from hf_genarm.training.prefix_sharing import PairLogProbs
 
 
 def main() -> None:

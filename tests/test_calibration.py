@@ -10,11 +10,11 @@ from tiny import VOCAB_SIZE, left_padded
 from transformers import LogitsProcessor
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
-from hf_genarm.kl_control import KLControl, divergence
+from hf_genarm.decoding.kl_control import KLControl, divergence
 
 __all__ = ["adapters", "base", "folder"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
 def arms(**values):

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.sharing import follow
+from hf_genarm.hub.sharing import follow
 
-pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 # Modes in which the base has no growing cache to be joined.
 APART = {"`use_cache=False`", "static cache of the base"}

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB_SIZE, left_padded, random_prompts, tiny_llama
 
-from hf_genarm.lockstep import LockstepLM
+from hf_genarm.decoding.lockstep import LockstepLM
 
 
 class Counting(LockstepLM):

@@ -8,8 +8,8 @@ from datasets import Dataset, IterableDataset
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit, message
 from tiny import EOS, tiny_tokenizer
 
-from hf_genarm.end_of_turn import end_token_ids, length_to_end
-from hf_genarm.preference_data import PairCounts, truncate
+from hf_genarm.hub.end_of_turn import end_token_ids, length_to_end
+from hf_genarm.training.preference_data import PairCounts, truncate
 
 
 def texts_of(trainer, row):

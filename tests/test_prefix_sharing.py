@@ -9,7 +9,7 @@ from tiny import VOCAB_SIZE, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_genarm.functional import selected_log_probs
-from hf_genarm.prefix_sharing import PairBatch, PairLogProbs
+from hf_genarm.training.prefix_sharing import PairBatch, PairLogProbs
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -97,7 +97,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_value_and_gradients_equal_the_naive_form(name, attention, monkeypatch):
-    monkeypatch.setattr("hf_genarm.prefix_sharing._WORTH_IT", 10)  # also where it takes longer
+    monkeypatch.setattr("hf_genarm.training.prefix_sharing._WORTH_IT", 10)  # also where it takes longer
     model = tiny_llama(attn_implementation=attention)
     pairs = batch(SHAPES[name])
     assert_like_naive(model, True, pairs, pairs.is_own)

@@ -14,7 +14,7 @@ from hf_genarm.functional import contrast
 
 __all__ = ["adapters", "base", "folder", "models"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
 class RecomputeContrast(LogitsProcessor):

@@ -14,7 +14,7 @@ from tiny import VOCAB_SIZE, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
-from hf_genarm.reward_info import chat_template_fingerprint, tokenizer_fingerprint
+from hf_genarm.hub.info import chat_template_fingerprint, tokenizer_fingerprint
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hf_genarm import GenARMLogitsProcessor
 
 __all__ = ["adapters", "base", "folder", "models"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
 def row_at(text, mask, models, alphas, base_model=BASE):

@@ -12,11 +12,11 @@ from tiny import VOCAB_SIZE, left_padded, tiny_llama
 from transformers import LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.strength import by_reward, check_alpha
+from hf_genarm.decoding.strength import by_reward, check_alpha
 
 __all__ = ["adapters", "base", "folder", "models"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 FOUR = left_padded([4, 8, 6, 7])
 # Both rewards, one of them, none, and away from one

@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
 
-pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.advice.GuidanceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
 def generate(processors, inputs, seed=0, base=BASE, **options):
@@ -283,14 +283,14 @@ def test_half_precision(dtype):
 # --- warnings ---
 
 
-@pytest.mark.filterwarnings("error::hf_genarm.advice.GuidanceWarning")
+@pytest.mark.filterwarnings("error::hf_genarm.GuidanceWarning")
 def test_correct_use_is_silent():
     processor = GenARMLogitsProcessor(ARM)
     generate([processor], BATCH, do_sample=True, top_k=0)
     generate([processor], BATCH, num_beams=2)
 
 
-@pytest.mark.filterwarnings("always::hf_genarm.advice.GuidanceWarning")
+@pytest.mark.filterwarnings("always::hf_genarm.GuidanceWarning")
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"do_sample": True}, "top_k=50"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"), ({}, "training mode")],

@@ -18,8 +18,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, GenARMLogitsProcessor, RewardInfo
-from hf_genarm.metrics import accuracy_interval, calibration_error, preference_metrics
-from hf_genarm.reward_info import tokenizer_fingerprint
+from hf_genarm.hub.info import tokenizer_fingerprint
+from hf_genarm.training.metrics import accuracy_interval, calibration_error, preference_metrics
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 

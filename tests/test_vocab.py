@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_genarm import GenARMLogitsProcessor, GuidanceWarning, RewardInfo
+from hf_genarm.decoding.vocab import VocabMap
 from hf_genarm.functional import fill_unscored, guided_log_probs
-from hf_genarm.reward_info import chat_template_fingerprint
-from hf_genarm.vocab import VocabMap
+from hf_genarm.hub.info import chat_template_fingerprint
 
 
 def permuted(tokenizer, seed=0):
@@ -155,7 +155,7 @@ def test_from_pretrained_compares_the_tokenizers_that_it_finds(setup, tmp_path):
         GenARMLogitsProcessor.from_pretrained(str(tmp_path / "foreign"), base_model=base)
 
 
-@pytest.mark.filterwarnings("error::hf_genarm.advice.GuidanceWarning")
+@pytest.mark.filterwarnings("error::hf_genarm.GuidanceWarning")
 def test_a_prompt_without_the_chat_template_is_warned_about(setup, tmp_path):
     tokenizer, base, arm = setup
     for name, model in (("base", base), ("arm", arm)):

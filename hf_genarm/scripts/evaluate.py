@@ -15,9 +15,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import EvalPrediction
 
-from ..metrics import preference_metrics
-from ..reward_info import package_versions
-from ..reward_model import AutoregressiveRewardModel
+from ..hub.info import package_versions
+from ..hub.reward_model import AutoregressiveRewardModel
+from ..training.metrics import preference_metrics
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_evaluation
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_matplotlib_available, logging
 
-from ..metrics import is_right
+from ..training.metrics import is_right
 
 logger = logging.get_logger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..config import AutoregressiveRewardConfig
-from ..trainer import AutoregressiveRewardTrainer
+from ..training.config import AutoregressiveRewardConfig
+from ..training.trainer import AutoregressiveRewardTrainer
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_training
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardModel, AutoregressiveRewardTrainer
-from hf_genarm.metrics import preference_metrics
 from hf_genarm.scripts.evaluate import predict
 from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
+from hf_genarm.training.metrics import preference_metrics
 
 HUB_ID = "Anthropic/hh-rlhf"
 MAX_LENGTH = 128

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from .functional import selected_log_probs, shared_prefix_length
+from ..functional import selected_log_probs, shared_prefix_length
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..functional import token_log_probs
+from .cache import new_cache
 from .end_of_turn import end_token_ids, length_to_end
-from .functional import token_log_probs
-from .lockstep import new_cache
 
 Messages = list[dict[str, str]]
 Texts = Sequence[str] | Sequence[Messages]

@@ -5,9 +5,12 @@ import warnings
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .advice import GuidanceWarning
-from .reward_info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
+from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
 from .reward_model import AutoregressiveRewardModel
+
+
+class GuidanceWarning(UserWarning):
+    """A setting that works against guidance. `warnings.simplefilter("ignore", GuidanceWarning)` switches these off."""
 
 
 def has_same_ids(

@@ -5,9 +5,32 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .metrics import METRICS
-from .reward_info import RewardInfo
+from .info import RewardInfo
 
+# What is measured on held-out pairs, and what else where the pairs or the weights allow it
+METRICS = (
+    "n_pairs",
+    "pair_accuracy",
+    "pair_accuracy_low",
+    "pair_accuracy_high",
+    "shorter_accuracy",
+    "mean_margin",
+    "rms_margin",
+    "margin_length_correlation",
+    "calibration_error",
+    "n_length_matched",
+)
+OPTIONAL_METRICS = (
+    "gain_over_shorter",
+    "gain_over_shorter_low",
+    "gain_over_shorter_high",
+    "length_matched_accuracy",
+    "length_matched_accuracy_low",
+    "length_matched_accuracy_high",
+    "contrast_accuracy",
+    "contrast_accuracy_low",
+    "contrast_accuracy_high",
+)
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 

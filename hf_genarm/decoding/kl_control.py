@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import kl_divergence, text_keys, weighted
+from ..functional import kl_divergence, text_keys, weighted
 
 
 class KLControl:

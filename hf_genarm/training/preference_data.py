@@ -10,8 +10,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, maybe_extract_prompt
 
+from ..hub.end_of_turn import length_to_end
 from .config import AutoregressiveRewardConfig
-from .end_of_turn import length_to_end
 
 
 @dataclass

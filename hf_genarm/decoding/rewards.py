@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .functional import fill_unscored
+from ..functional import fill_unscored
 from .lockstep import LockstepLM
 from .vocab import VocabMap
 

@@ -19,15 +19,15 @@ from trl.data_utils import get_dataset_column_names, is_conversational
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from ..functional import preference_loss
+from ..hub.card import METRICS, OPTIONAL_METRICS, TAGS, reward_model_card
+from ..hub.custom_generate import write_custom_generate
+from ..hub.end_of_turn import end_token_ids
+from ..hub.info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
 from .config import AutoregressiveRewardConfig
-from .custom_generate import write_custom_generate
-from .end_of_turn import end_token_ids
-from .functional import preference_loss
-from .metrics import METRICS, OPTIONAL_METRICS, preference_metrics
-from .model_card import TAGS, reward_model_card
+from .metrics import preference_metrics
 from .preference_data import PairCounts, prepare_pairs
 from .prefix_sharing import PairBatch, PairLogProbs
-from .reward_info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
 
 
 class DataCollatorForPairs(DataCollatorForPreference):

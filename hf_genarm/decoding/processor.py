@@ -9,20 +9,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..functional import contrast, guided_log_probs
+from ..hub.compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
+from ..hub.info import RewardInfo
+from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
+from ..hub.sharing import follow, shares_weights, twin
 from .advice import Advice
-from .compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
 from .engines import refuse_continuous_batching
-from .functional import contrast, guided_log_probs
-from .fusion import Fusion
+from .fusion.joint_pass import Fusion
 from .kl_control import KLControl
 from .lockstep import LockstepLM
 from .padding import PromptMask
-from .reward_info import RewardInfo
-from .reward_model import AutoregressiveRewardModel, find_tokenizer
 from .rewards import NextTokenRewards
-from .running import RunningGeneration
-from .sharing import follow, shares_weights, twin
 from .statistics import Statistics
+from .step import RunningGeneration
 from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, by_reward, check_alpha
 from .vocab import vocab_maps
 

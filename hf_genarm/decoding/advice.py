@@ -14,11 +14,8 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from .running import RunningGeneration
-
-
-class GuidanceWarning(UserWarning):
-    """A setting that works against guidance. `warnings.simplefilter("ignore", GuidanceWarning)` switches these off."""
+from ..hub.compatibility import GuidanceWarning
+from .step import RunningGeneration
 
 
 class Advice:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import kl_divergence, text_keys, weighted
+from ..functional import kl_divergence, text_keys, weighted
 
 
 class Statistics:

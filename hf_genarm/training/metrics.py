@@ -3,29 +3,6 @@
 import numpy as np
 from transformers import EvalPrediction
 
-METRICS = (
-    "n_pairs",
-    "pair_accuracy",
-    "pair_accuracy_low",
-    "pair_accuracy_high",
-    "shorter_accuracy",
-    "mean_margin",
-    "rms_margin",
-    "margin_length_correlation",
-    "calibration_error",
-    "n_length_matched",
-)
-OPTIONAL_METRICS = (
-    "gain_over_shorter",
-    "gain_over_shorter_low",
-    "gain_over_shorter_high",
-    "length_matched_accuracy",
-    "length_matched_accuracy_low",
-    "length_matched_accuracy_high",
-    "contrast_accuracy",
-    "contrast_accuracy_low",
-    "contrast_accuracy_high",
-)
 # Pairs whose responses differ by at most this share of the longer one count as matched in length.
 _MATCHED = 0.1
 

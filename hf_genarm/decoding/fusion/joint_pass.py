@@ -19,10 +19,10 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
-from .joint_cache import join, split
-from .joint_network import JointNetwork, NotFusableError
-from .lockstep import LockstepLM, State, position_ids
-from .running import RunningGeneration
+from ..lockstep import LockstepLM, State, position_ids
+from ..step import RunningGeneration
+from .cache import join, split
+from .network import JointNetwork, NotFusableError
 
 logger = logging.getLogger(__name__)
 

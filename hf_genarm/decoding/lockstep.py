@@ -9,7 +9,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..hub.cache import new_cache
 
 logger = logging.getLogger(__name__)
 
@@ -166,16 +167,6 @@ class LockstepLM:
         inputs["logits_to_keep"] = 1
         output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
         return output.logits[:, -1:]
-
-
-def new_cache(network: PreTrainedModel) -> DynamicCache | None:
-    """An empty key-value cache that keeps whole texts, or `None` for a model whose cache can't be rolled back."""
-    if network._is_stateful or "past_key_values" not in inspect.signature(network.forward).parameters:
-        return None
-    cache = DynamicCache(config=network.config)
-    # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
-    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

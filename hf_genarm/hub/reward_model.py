@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from .model_card import reward_model_card
-from .reward_info import INFO_NAME, RewardInfo
+from .card import reward_model_card
+from .info import INFO_NAME, RewardInfo
 from .scoring import Texts, TokenRewards, token_rewards
 from .sharing import load_onto_shared_weights, why_it_changes
 

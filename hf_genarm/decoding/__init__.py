@@ -1,0 +1,1 @@
+"""Steering: what runs in lockstep with `generate`."""

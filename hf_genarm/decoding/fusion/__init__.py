@@ -1,0 +1,1 @@
+"""Base and reward adapters in one forward pass."""
