@@ -83,11 +83,6 @@ def kl_divergence(log_probs: Tensor, base_log_probs: Tensor) -> Tensor:
     return (log_probs.exp() * ratio).sum(dim=-1)
 
 
-def text_keys(input_ids: Tensor) -> list[bytes]:
-    """What tells the rows of `input_ids` apart; without its last `input_ids.element_size()` bytes, the text before."""
-    return [row.numpy().tobytes() for row in input_ids.cpu()]
-
-
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     r"""
     Log-probability $\log\pi_r(y_t \mid x, y_{<t})$ of each given token, computed in float32.

@@ -113,7 +113,7 @@ MODES = [
         lambda: embeddings() | {"input_ids": None},
         ONE,
         REFUSED,
-        "no prompt tokens",
+        "was given 0",
         "the reward model can't read embeddings of the base",
     ),
     Mode(
@@ -121,7 +121,7 @@ MODES = [
         {"cache_implementation": "paged"},
         ONE,
         REFUSED,
-        "continuous batching",
+        "Continuous batching",
         "the engine ignores logits processors",
     ),
     Mode(

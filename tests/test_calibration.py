@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import next_token_log_probs
-from support import ARM, ASSISTANT, BASE, BATCH, ONE
+from support import ARM, ASSISTANT, BASE, ONE
 from test_fusion import adapters, assert_same, base, folder, generate
 from test_strength import FOUR, row_of
 from tiny import VOCAB_SIZE, left_padded
@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.decoding.kl_control import KLControl, divergence
+from hf_genarm.decoding.texts import TextReader
 
 __all__ = ["adapters", "base", "folder"]
 
@@ -110,8 +111,8 @@ def test_each_text_is_controlled_by_itself(base, adapters):
 @pytest.mark.parametrize("options", [{"assistant_model": ASSISTANT}, {"prompt_lookup_num_tokens": 3}])
 def test_drafts_do_not_disturb_it(options):
     """Each token has the strength that it has without drafts, whatever was tried and rejected."""
-    processor = GenARMLogitsProcessor(ARM, target_kl=0.2)
-    expected = generate(BASE, [GenARMLogitsProcessor(ARM, target_kl=0.2)], ONE, max_new_tokens=20)
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE, target_kl=0.2)
+    expected = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE, target_kl=0.2)], ONE, max_new_tokens=20)
     for _ in range(2):
         assert_same(generate(BASE, [processor], ONE, max_new_tokens=20, **options), expected)
     fixed = generate(BASE, [GenARMLogitsProcessor(ARM)], ONE, max_new_tokens=20)
@@ -156,7 +157,8 @@ def test_where_there_is_no_choice():
     guided = GenARMLogitsProcessor(ARM, target_kl=0.5)(ids, scores)
     assert torch.equal(guided, scores)
     control, uniform = KLControl(0.5), torch.zeros(1, VOCAB_SIZE)
-    scale = control(BATCH["input_ids"][:1], torch.randn(1, VOCAB_SIZE), [uniform], [1.0])
+    text = TextReader(None)(ONE["input_ids"])
+    scale = control(text, 1, torch.randn(1, VOCAB_SIZE), [uniform], [1.0])
     assert scale.isfinite().all()
 
 

@@ -131,7 +131,7 @@ def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2, mode):
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
-    arm = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model)._reward_models[0].model
+    arm = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model)._rewards.models[0].model
     if "assistant" in mode or "lookup" in mode:
         inputs = {name: inputs[name][2:] for name in ("input_ids", "attention_mask")}
     oracle = Recompute([arm], [1.0], inputs["attention_mask"])

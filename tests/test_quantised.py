@@ -74,7 +74,15 @@ def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_pa
 def test_a_quantised_cache_of_the_base():
     cache = {"backend": "quanto", "q_group_size": 8, "residual_length": 4, "nbits": 4}
     options = {"cache_implementation": "quantized", "cache_config": cache}
-    output = generate([GenARMLogitsProcessor(ARM)], BATCH, **options)
+    output = generate(
+        [
+            GenARMLogitsProcessor(
+                ARM,
+            )
+        ],
+        BATCH,
+        **options,
+    )
     assert_same(output, generate([oracle(BATCH)], BATCH, **options))
 
 

@@ -52,7 +52,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_token(name):
     inputs = ONE if name in ("assistant", "prompt lookup") else FOUR
-    processor = GenARMLogitsProcessor([ARM, ASSISTANT], [0.8, -0.3])
+    processor = GenARMLogitsProcessor([ARM, ASSISTANT], [0.8, -0.3], base_model=BASE)
     processor.keeps_statistics = True
     output = generate(BASE, [processor], inputs, **OPTIONS[name])
     columns = processor.statistics(output.sequences)

@@ -42,7 +42,7 @@ def test_four_requests_with_strengths_of_their_own(mode, fused, base, adapters, 
     if fused:
         processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=WEIGHTS)
     else:
-        processor = GenARMLogitsProcessor(models, WEIGHTS)
+        processor = GenARMLogitsProcessor(models, WEIGHTS, base_model=base)
     output = generate(base, [processor], FOUR, **mode.kwargs())
     expected = generate(base, [Recompute(models, WEIGHTS, FOUR["attention_mask"])], FOUR, **mode.kwargs())
     assert_same(output, expected)
@@ -131,8 +131,7 @@ def test_a_schedule(mode, fused, base, adapters, models):
     if fused:
         processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=schedule)
     else:
-        processor = GenARMLogitsProcessor(models, schedule)
-    processor.attention_mask = inputs["attention_mask"]
+        processor = GenARMLogitsProcessor(models, schedule, base_model=base)
     assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
     for _ in range(2):  # the second call begins again at step 0
         output = generate(base, [processor], inputs, **mode.kwargs() | assistant)
@@ -155,9 +154,11 @@ def test_a_schedule_in_a_loop_of_ones_own():
 
 
 def test_a_schedule_of_each_request():
-    processor = GenARMLogitsProcessor([ARM, ASSISTANT], lambda step: WEIGHTS * step)
+    processor = GenARMLogitsProcessor([ARM, ASSISTANT], lambda step: WEIGHTS * step, base_model=BASE)
     output = generate(BASE, [processor], FOUR, max_new_tokens=2)
-    expected = generate(BASE, [GenARMLogitsProcessor([ARM, ASSISTANT], WEIGHTS)], FOUR, max_new_tokens=2)
+    expected = generate(
+        BASE, [GenARMLogitsProcessor([ARM, ASSISTANT], WEIGHTS, base_model=BASE)], FOUR, max_new_tokens=2
+    )
     unguided = generate(BASE, [], FOUR, max_new_tokens=2)
     torch.testing.assert_close(output.scores[0], unguided.scores[0])
     assert output.sequences[:, -2].tolist() == unguided.sequences[:, -2].tolist()
@@ -207,8 +208,8 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             check_alpha(alpha, 2)
-    with pytest.raises(ValueError, match=r"`alpha` has 3 rows.*runs 4 rows"):
-        by_reward(torch.ones(3, 2), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"`alpha` has 3 rows.*4 rows to generate"):
+        by_reward(torch.ones(3, 2), torch.zeros(4, 5, dtype=torch.long))
     processor = GenARMLogitsProcessor(ARM, lambda step: schedule)
     with pytest.raises(ValueError, match="returned a function for step 0"):
         processor(ONE["input_ids"], torch.zeros(1, VOCAB_SIZE))

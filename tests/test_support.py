@@ -53,7 +53,7 @@ def oracle(inputs, models=(ARM,), alphas=(1.0,)):
 
 @pytest.mark.parametrize("mode", listed(EXACT), ids=lambda mode: mode.name)
 def test_exact(mode):
-    output = generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
+    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
     expected = generate([oracle(mode.inputs)], mode.inputs, **mode.kwargs())
     unguided = generate([], mode.inputs, **mode.kwargs())
     assert output.sequences.tolist() != unguided.sequences.tolist()
@@ -63,7 +63,7 @@ def test_exact(mode):
 @pytest.mark.parametrize("mode", listed(REFUSED), ids=lambda mode: mode.name)
 def test_refused(mode):
     with pytest.raises((ValueError, NotImplementedError), match=mode.error):
-        generate([GenARMLogitsProcessor(ARM)], mode.inputs, **mode.kwargs())
+        generate([GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
 
 
 def test_the_table_in_the_readme_is_this_list():
@@ -80,7 +80,7 @@ BATCHES = [BATCH, left_padded([3, 7], 1), left_padded([9], 2), left_padded([8, 8
 def test_one_instance_in_random_order(data):
     """Any sequence of modes, prompts, strengths, masks, resets and changes of the weights, on one instance."""
     arm = copy.deepcopy(ARM)
-    processor = GenARMLogitsProcessor(arm)
+    processor = GenARMLogitsProcessor(arm, base_model=BASE)
     for seed in range(data.draw(st.integers(2, 5))):
         mode = data.draw(st.sampled_from(listed(EXACT)))
         inputs = ONE if mode.inputs is ONE else data.draw(st.sampled_from(BATCHES))
@@ -101,7 +101,7 @@ def test_many_threads_each_with_its_own_instance():
     outputs = [None] * 3
 
     def work(index):
-        processor = GenARMLogitsProcessor(ARM)
+        processor = GenARMLogitsProcessor(ARM, base_model=BASE)
         for _ in range(3):
             outputs[index] = generate([processor], BATCH, **{"num_beams": index + 1})
 
@@ -120,8 +120,8 @@ def test_many_threads_each_with_its_own_instance():
 class Recording(GenARMLogitsProcessor):
     """Remembers every text that it was asked about."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.texts = set()
 
     def __call__(self, input_ids, scores):
@@ -147,7 +147,7 @@ def test_each_token_is_forwarded_once(options):
         lambda _, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     inputs = ONE if "assistant_model" in options else left_padded([8, 8])
-    processor = Recording(arm)
+    processor = Recording(arm, base_model=BASE)
     output = generate([processor], inputs, **options)
     rows = len(inputs["input_ids"]) * options.get("num_beams", 1)
     prompt = rows * inputs["input_ids"].shape[1]
@@ -163,7 +163,7 @@ def test_each_token_is_forwarded_once(options):
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_forbidden_tokens_stay_forbidden(first):
-    guided = [GenARMLogitsProcessor(ARM)], [oracle(BATCH)]
+    guided = [GenARMLogitsProcessor(ARM, base_model=BASE)], [oracle(BATCH)]
     output, expected = (generate([Ban(), *it] if first else [*it, Ban()], BATCH) for it in guided)
     assert_same(output, expected)
     assert all((scores[:, Ban.tokens] == -torch.inf).all() for scores in output.scores)
@@ -172,7 +172,7 @@ def test_forbidden_tokens_stay_forbidden(first):
 
 
 def test_raw_logits_are_those_of_the_base():
-    output = generate([GenARMLogitsProcessor(ARM)], BATCH, output_logits=True)
+    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, output_logits=True)
     again = generate([oracle(BATCH)], BATCH, output_logits=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(output.logits, again.logits, strict=True))
 
@@ -184,17 +184,17 @@ class LongEnough(StoppingCriteria):
 
 def test_stopping_criteria_and_stop_strings(tokenizer):
     stop = {"stopping_criteria": StoppingCriteriaList([LongEnough()])}
-    output = generate([GenARMLogitsProcessor(ARM)], BATCH, **stop)
+    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, **stop)
     assert output.sequences.shape[1] == 13
     assert_same(output, generate([oracle(BATCH)], BATCH, **stop))
 
     base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
     inputs = tokenizer("How was the train ride?", return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    free = generate([GenARMLogitsProcessor(arm)], inputs, base=base)
+    free = generate([GenARMLogitsProcessor(arm, base_model=base)], inputs, base=base)
     text = tokenizer.decode(free.sequences[0, inputs["input_ids"].shape[1] :][2:4])
     stop = {"stop_strings": [text], "tokenizer": tokenizer}
-    output = generate([GenARMLogitsProcessor(arm)], inputs, base=base, **stop)
+    output = generate([GenARMLogitsProcessor(arm, base_model=base)], inputs, base=base, **stop)
     assert output.sequences.shape[1] < free.sequences.shape[1]
     assert_same(output, generate([oracle(inputs, [arm])], inputs, base=base, **stop))
 
@@ -204,12 +204,14 @@ def test_streaming(tokenizer, capsys):
     inputs = {"input_ids": tokenizer("How was the train ride?", return_tensors="pt").input_ids}
     expected = generate([oracle(inputs, [arm])], inputs, base=base)
     text = tokenizer.decode(expected.sequences[0])
-    generate([GenARMLogitsProcessor(arm)], inputs, base=base, streamer=TextStreamer(tokenizer))
+    generate([GenARMLogitsProcessor(arm, base_model=base)], inputs, base=base, streamer=TextStreamer(tokenizer))
     assert capsys.readouterr().out.strip() == text.strip()
 
     streamer = TextIteratorStreamer(tokenizer, timeout=60)
     call = threading.Thread(
-        target=generate, args=([GenARMLogitsProcessor(arm)], inputs), kwargs={"base": base, "streamer": streamer}
+        target=generate,
+        args=([GenARMLogitsProcessor(arm, base_model=base)], inputs),
+        kwargs={"base": base, "streamer": streamer},
     )
     call.start()
     assert "".join(streamer) == text
@@ -224,7 +226,7 @@ def test_pipelines_with_batches_and_chats(tokenizer):
         [{"role": "user", "content": text}] for text in ("How was the food?", "Tell me about the sun and the day.")
     ]
     for prompts in (["The weather", "How was the train ride today?"], chats):
-        guided = generator(prompts, logits_processor=[GenARMLogitsProcessor(arm)], **options)
+        guided = generator(prompts, logits_processor=[GenARMLogitsProcessor(arm, base_model=base)], **options)
         texts = [
             tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             if isinstance(prompt, list)
@@ -249,7 +251,7 @@ def test_reward_models(family):
         ({"num_beams": 3}, left_padded([9, 12])),
         ({"assistant_model": tiny_llama(3)}, ONE),
     ):
-        processor = GenARMLogitsProcessor(arm, attention_mask=inputs["attention_mask"])
+        processor = GenARMLogitsProcessor(arm, base_model=BASE, attention_mask=inputs["attention_mask"])
         output = generate([processor], inputs, max_new_tokens=12, **options)
         assert_same(output, generate([oracle(inputs, [arm])], inputs, max_new_tokens=12, **options))
 
@@ -260,7 +262,8 @@ def test_a_reward_model_whose_weights_are_offloaded():
     assert arm.device.type == "meta"
     for options in ({}, {"num_beams": 2}):
         assert_same(
-            generate([GenARMLogitsProcessor(arm)], BATCH, **options), generate([oracle(BATCH)], BATCH, **options)
+            generate([GenARMLogitsProcessor(arm, base_model=BASE)], BATCH, **options),
+            generate([oracle(BATCH)], BATCH, **options),
         )
 
 
@@ -272,7 +275,7 @@ def test_half_precision(dtype):
     """
     arm = copy.deepcopy(ARM).to(dtype)
     inputs = left_padded([8, 8])
-    output = generate([GenARMLogitsProcessor(arm)], inputs)
+    output = generate([GenARMLogitsProcessor(arm, base_model=BASE)], inputs)
     assert output.scores[0].dtype == torch.float32
     expected = generate([oracle(inputs, [arm])], inputs)
     own = [generate([], inputs, base=arm, use_cache=cache, output_logits=True).logits for cache in (True, False)]
@@ -285,36 +288,43 @@ def test_half_precision(dtype):
 
 @pytest.mark.filterwarnings("error::hf_genarm.GuidanceWarning")
 def test_correct_use_is_silent():
-    processor = GenARMLogitsProcessor(ARM)
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     generate([processor], BATCH, do_sample=True, top_k=0)
     generate([processor], BATCH, num_beams=2)
 
 
 @pytest.mark.filterwarnings("always::hf_genarm.GuidanceWarning")
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"do_sample": True}, "top_k=50"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"), ({}, "training mode")],
+    ("mistake", "message"),
+    [
+        (lambda base, arm: base.train(), "base model is in training mode"),
+        (lambda base, arm: arm.train(), "Reward model 0 is in training mode"),
+        (lambda base, arm: setattr(base.generation_config, "repetition_penalty", 1.2), "repetition_penalty=1.2"),
+    ],
+    ids=["training mode of the base", "training mode of the reward model", "repetition penalty"],
 )
-def test_likely_mistakes_are_warned_about_once(options, message):
-    base = copy.deepcopy(BASE).train() if "training" in message else BASE
-    processor = GenARMLogitsProcessor(ARM)
+def test_likely_mistakes_are_warned_about_once(mistake, message):
+    base, arm = copy.deepcopy(BASE), copy.deepcopy(ARM)
+    mistake(base, arm)
+    processor = GenARMLogitsProcessor(arm, base_model=base)
     with pytest.warns(GuidanceWarning, match=message):
-        generate([processor], BATCH, base=base, **options)
+        generate([processor], BATCH, base=base)
     with warnings.catch_warnings():
         warnings.simplefilter("error", GuidanceWarning)
-        generate([processor], BATCH, base=base, **options)
+        generate([processor], BATCH, base=base)
 
 
 def test_continuous_batching_is_refused_where_it_is_called():
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     with pytest.raises(NotImplementedError, match="unguided"):
-        BASE.generate_batch(inputs=[[5, 6, 7]], logits_processor=[GenARMLogitsProcessor(ARM)])
+        BASE.generate_batch(inputs=[[5, 6, 7]], logits_processor=[processor])
 
 
 def test_base_models_that_hide_the_prompt_are_refused():
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 3}
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, eos_token_id=EOS, pad_token_id=0, **sizes))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
-        generate([GenARMLogitsProcessor(ARM)], ONE, base=t5)
+        GenARMLogitsProcessor(ARM, base_model=t5)
 
 
 def test_a_vision_language_base_is_guided_on_text():
@@ -326,7 +336,8 @@ def test_a_vision_language_base_is_guided_on_text():
     )
     torch.manual_seed(4)
     base = LlavaForConditionalGeneration(config).eval()
-    output = generate([GenARMLogitsProcessor(ARM)], BATCH, base=base)
+    output = generate([GenARMLogitsProcessor(ARM, base_model=base)], BATCH, base=base)
     assert_same(output, generate([oracle(BATCH)], BATCH, base=base))
-    with pytest.raises(ValueError, match="contains images"):
-        generate([GenARMLogitsProcessor(ARM)], {"input_ids": torch.tensor([[5, VOCAB_SIZE - 1, 7]])}, base=base)
+    inputs = {"input_ids": torch.tensor([[5, *[VOCAB_SIZE - 1] * 4, 7]]), "pixel_values": torch.randn(1, 3, 4, 4)}
+    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* besides tokens"):
+        generate([GenARMLogitsProcessor(ARM, base_model=base)], inputs, base=base)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.functional import preference_loss
@@ -19,23 +19,21 @@ PROMPT = [0]
 TEXTS = list(product(range(N_TOKENS), repeat=LENGTH))
 
 
-class TableLM(torch.nn.Module):
+class TableLM(PreTrainedModel):
     """A causal LM without a network: the logits after each prefix are looked up."""
 
     _is_stateful = True  # there is no cache
 
     def __init__(self, tables):
-        super().__init__()
+        super().__init__(PreTrainedConfig(name_or_path="table"))
         self.tables = torch.nn.ParameterList(tables)  # by length of the prefix: (N_TOKENS ** length, N_TOKENS)
-        self.config = SimpleNamespace(is_encoder_decoder=False, name_or_path="table")
         self.generation_config = GenerationConfig(pad_token_id=None, eos_token_id=None, bos_token_id=None)
-        self.device = torch.device("cpu")
 
     @classmethod
     def random(cls, seed, scale=1.5):
         generator = torch.Generator().manual_seed(seed)
         shapes = [(N_TOKENS**length, N_TOKENS) for length in range(LENGTH)]
-        return cls([scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes])
+        return cls([scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]).eval()
 
     def can_generate(self):
         return True

@@ -61,9 +61,9 @@ def test_permuted_ids_are_aligned_by_string(setup, options):
     inputs = tokenizer([*CORPUS[:2], "It is"], return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = generate(base, Recompute([arm], [1.0], inputs["attention_mask"]), inputs, **options)
-    processor = GenARMLogitsProcessor(twin, tokenizer=tokenizer, reward_tokenizer=other)
+    processor = GenARMLogitsProcessor(twin, base_model=base, tokenizer=tokenizer, reward_tokenizer=other)
     output = generate(base, processor, inputs, **options)
-    unaligned = generate(base, GenARMLogitsProcessor(twin), inputs, **options)
+    unaligned = generate(base, GenARMLogitsProcessor(twin, base_model=base), inputs, **options)
     assert unaligned.sequences.tolist() != expected.sequences.tolist()
     assert output.sequences.tolist() == expected.sequences.tolist()
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
@@ -103,7 +103,7 @@ def test_an_added_token(setup):
     batch = with_pad(["The sun", CORPUS[0]], return_tensors="pt", padding=True)
     assert batch.input_ids[0, 0] == len(tokenizer)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    processor = GenARMLogitsProcessor(arm, tokenizer=with_pad, reward_tokenizer=tokenizer)
+    processor = GenARMLogitsProcessor(arm, base_model=base, tokenizer=with_pad, reward_tokenizer=tokenizer)
     output = generate(base, processor, inputs, suppress_tokens=[len(tokenizer)])
     alone = inputs["input_ids"][0][inputs["attention_mask"][0] == 1][None]
     expected = generate(base, processor, {"input_ids": alone}, suppress_tokens=[len(tokenizer)])

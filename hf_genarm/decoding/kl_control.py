@@ -1,11 +1,14 @@
 """Strengths that hold the divergence from the base at a set value, token by token."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..functional import kl_divergence, text_keys, weighted
+from ..functional import kl_divergence, weighted
+from .step import Run
+from .texts import Recent, Text, text_keys
 
 
 class KLControl:
@@ -13,8 +16,8 @@ class KLControl:
     Scales the strengths of each row so that, over its tokens, the mean of $\text{KL}(\pi \,\|\, \pi_\text{base})$
     is a set value.
 
-    What the tokens of a text have spent is kept by the tokens themselves, not by a step counter. So beams that permute,
-    rejected drafts and several returns have the strengths that each of them would have alone.
+    What the tokens of a text have spent is kept by its run, its request and the tokens themselves, not by a step
+    counter. So beams that permute, rejected drafts and several returns have the strengths that each would have alone.
 
     Args:
         target (`float`):
@@ -26,8 +29,6 @@ class KLControl:
 
     # What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
     HORIZON, LARGEST = 4, 16.0
-    # Of texts that are shorter than the longest by more, none goes on: drafts are shorter than that.
-    KEPT_LENGTHS = 64
 
     def __init__(self, target: float):
         if not target > 0:
@@ -35,13 +36,17 @@ class KLControl:
                 f"`target_kl` is {target}, but a divergence per token is positive. Use `alpha=0` for none."
             )
         self.target = float(target)
-        self._missing: dict[int, dict[bytes, float]] = {}  # by the number of tokens, then by the tokens
+        self._missing: WeakKeyDictionary[Run, Recent] = WeakKeyDictionary()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence) -> Tensor:
+    def __call__(
+        self, text: Text, n_requests: int, scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence
+    ) -> Tensor:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+            text ([`Text`]):
                 The texts so far.
+            n_requests (`int`):
+                How many requests with strengths of their own there are.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
                 Logits or log-probabilities of the base model.
             rewards (sequence of `torch.Tensor` of shape `(batch_size, vocab_size)`):
@@ -56,17 +61,16 @@ class KLControl:
         parts = [weighted(log_probs, alpha) for log_probs, alpha in zip(rewards, alphas, strict=True)]
         # Impossible tokens stay so at any factor but 0, which would make them NaN.
         direction = torch.stack(parts).sum(dim=0).masked_fill(base == -torch.inf, 0.0).clamp(min=-1e9)
-        texts = text_keys(input_ids)
-        width = input_ids.element_size()
-        before = self._missing.get(input_ids.shape[1] - 1, {})
-        missing = torch.tensor([before.get(text[:-width], 0.0) for text in texts], device=base.device)
+        of_run = self._missing.setdefault(text.run, Recent())
+        before = text_keys(text.input_ids[:, :-1], n_requests)
+        missing = torch.tensor(
+            [of_run.find(key, 0.0) if n_new else 0.0 for key, n_new in zip(before, text.n_new, strict=True)],
+            device=base.device,
+        )
         wanted = (self.target + missing / self.HORIZON).clamp(min=0.0)
         scale, spent = _solve(base, direction, wanted, self.LARGEST)
 
-        length = input_ids.shape[1]
-        left = (missing + self.target - spent).tolist()
-        self._missing.setdefault(length, {}).update(zip(texts, left, strict=True))
-        self._missing = {n: x for n, x in self._missing.items() if abs(n - length) <= self.KEPT_LENGTHS}
+        of_run.note(text_keys(text.input_ids, n_requests), (missing + self.target - spent).tolist())
         return scale[:, None]
 
 

@@ -2,15 +2,15 @@
 
 import inspect
 import logging
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..hub.cache import new_cache
+from ..hub.cache import network_of, new_cache
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +22,12 @@ class LockstepLM:
     There is no notion of a step. The cache is keyed by the tokens that are in it: each row of a call is matched with
     the cached row that shares its longest prefix, the cache is reordered and cropped to what is shared, and the rest is
     forwarded. So beams that permute, drafts that are rejected and a new prompt are all the same case, and the result
-    is always that of a forward pass from scratch.
+    is always that of a forward pass from scratch. A model that was changed must be followed by
+    [`~LockstepLM.reset`], since what is in the cache is of the model as it was.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A decoder-only language model. It is called, never changed.
+            A decoder-only language model, which may be compiled. It is called, never changed.
 
     Attributes:
         has_cache (`bool`):
@@ -40,15 +41,15 @@ class LockstepLM:
     KEPT_LOGITS = 64
 
     def __init__(self, model: PreTrainedModel | PeftModel):
-        network = model.get_base_model() if isinstance(model, PeftModel) else model
+        network = network_of(model)
         if network.config.is_encoder_decoder or not network.can_generate():
             raise TypeError(
                 f"`{type(network).__name__}` can't be a reward model: an autoregressive reward model is a decoder-only "
                 "causal LM whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`."
             )
         self.model = model
-        # Of the network itself: `PeftModel.forward` takes anything.
-        self._forward_args = inspect.signature(network.forward).parameters.keys()
+        # Of the class: an instance's may be wrapped, and `PeftModel.forward` takes anything.
+        self._forward_args = set(inspect.signature(type(network).forward).parameters)
         # Recurrent states can't be rolled back, and some models keep them in their modules, out of reach.
         self._network = network
         self.has_cache = new_cache(network) is not None
@@ -61,7 +62,7 @@ class LockstepLM:
         self._state: State | None = None
 
     def reset(self) -> None:
-        """Frees the memory of the cache. Never needed for a right result."""
+        """Forgets what has been read."""
         self._state = None
 
     @torch.no_grad()
@@ -86,10 +87,10 @@ class LockstepLM:
 
         # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.
         state, self._state = self._state, None
-        if state is None or state.watch.changed():
+        if state is None:
             state = self._new_state(input_ids)
         rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
-        if rows is not None and shared > 0:
+        if rows is not None:
             state.select_rows(rows)
         if length not in state.logits or shared < length:
             # The logits of the last token are wanted, so at least that one is forwarded.
@@ -101,12 +102,6 @@ class LockstepLM:
             state.extend(input_ids, attention_mask, forward(state, input_ids, attention_mask))
         self._state = state
         return state.logits[length]
-
-    @property
-    def watch(self) -> object:
-        """Another object whenever the weights may have changed since it was asked for. Only after a first call."""
-        assert self._state is not None
-        return self._state.watch
 
     def take(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> "State | None":
         """
@@ -138,7 +133,7 @@ class LockstepLM:
     def _new_state(self, input_ids: Tensor) -> "State":
         empty = input_ids[:, :0]
         cache = new_cache(self._network)
-        return State(empty, empty, DynamicCache() if cache is None else cache, _Watch(self.model))
+        return State(empty, empty, DynamicCache() if cache is None else cache)
 
     def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         cached = state.input_ids.shape[1]
@@ -181,7 +176,6 @@ class State:
     input_ids: Tensor
     attention_mask: Tensor
     cache: DynamicCache
-    watch: "_Watch"
     logits: dict[int, Tensor] = field(default_factory=dict)
 
     def select_rows(self, rows: Tensor) -> None:
@@ -211,26 +205,14 @@ def _longest_shared_prefix(state: State, input_ids: Tensor, attention_mask: Tens
     wanted = torch.where(attention_mask[:, :length] == 1, input_ids[:, :length], -1)
     if torch.equal(cached, wanted):
         return None, length
-    shared = (wanted[:, None] == cached[None]).long().cumprod(dim=-1).sum(dim=-1)  # (rows, cached rows)
-    longest, rows = shared.max(dim=-1)
-    return rows, int(longest.min())
+    cached_rows, wanted_rows = ([row.numpy().tobytes() for row in ids.cpu()] for ids in (cached, wanted))
 
+    def rows_at(n_columns: int) -> list[int] | None:
+        n_bytes = n_columns * cached.element_size()
+        row_of = {row[:n_bytes]: index for index, row in enumerate(cached_rows)}
+        rows = [row_of.get(row[:n_bytes], -1) for row in wanted_rows]
+        return None if -1 in rows else rows
 
-class _Watch:
-    """Tells whether the weights, the active adapters or the training mode changed since it was made."""
-
-    def __init__(self, model: nn.Module):
-        self._modules = list(model.modules())
-        self._parameters = list(model.parameters())
-        self._adapters = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
-        self._before = self._now()
-
-    def _now(self) -> tuple:
-        return (
-            self._modules[0].training,
-            [(x.disable_adapters, x.active_adapters, x.merged_adapters.copy()) for x in self._adapters],
-            [(x.data_ptr(), x._version) for x in self._parameters],
-        )
-
-    def changed(self) -> bool:
-        return self._now() != self._before
+    shared = bisect_left(range(1, length + 1), True, key=lambda n_columns: rows_at(n_columns) is None)
+    rows = rows_at(shared) if shared else None
+    return None if rows is None else torch.tensor(rows, device=input_ids.device), shared

@@ -10,20 +10,20 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import contrast, guided_log_probs
+from ..hub.cache import network_of
 from ..hub.compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
-from ..hub.sharing import follow, shares_weights, twin
-from .advice import Advice
-from .engines import refuse_continuous_batching
-from .fusion.joint_pass import Fusion
+from ..hub.sharing import shares_weights
+from .advice import Advice, refuse_encoder_decoder
 from .kl_control import KLControl
-from .lockstep import LockstepLM
 from .padding import PromptMask
-from .rewards import NextTokenRewards
+from .reference import Reference
+from .rewards import NextTokenRewards, refuse_nan
 from .statistics import Statistics
-from .step import RunningGeneration
-from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, by_reward, check_alpha
+from .step import Run, StepWatch
+from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, check_alpha, strengths_at, unguided_where_zero
+from .texts import Text, TextReader
 from .vocab import vocab_maps
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
     $$\pi(y_t \mid \cdot) \propto \pi_\text{base}(y_t \mid \cdot) \prod_k \pi_{r,k}(y_t \mid \cdot)^{\alpha_k}$$
 
     The reward models run in lockstep with `generate`, each with a key-value cache that is keyed by the tokens in it.
-    One instance can serve any number of `generate` calls, in any order.
+    One instance can serve any number of `generate` calls, in any order. It can be copied and pickled, also together
+    with the base model.
 
     Args:
         reward_model ([`AutoregressiveRewardModel`], [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or a list):
@@ -54,17 +55,25 @@ class GenARMLogitsProcessor(LogitsProcessor):
             Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then says
             how strong the rewards are relative to each other. It can't be held where a reward model agrees with the
             base, or the base leaves no choice: no strength is made more than 16 times as large.
-        reference ([`~transformers.PreTrainedModel`] or another, *optional*):
+        base_model ([`~transformers.PreTrainedModel`], *optional*):
+            The model to be steered. With it the processor knows what `generate` is about to read: it takes the mask and
+            the beginning of the text from there, and refuses what it can't serve. Reward models that share its weights
+            are computed in its forward passes, if they are plain LoRA on linear layers
+            ([`~GenARMLogitsProcessor.engine`] says so). Without it you must see to it that the base reads the very
+            `input_ids` that the processor is called with.
+        reference (`"base"`, [`~transformers.PreTrainedModel`] or another, *optional*):
             A model that the reward models are contrasted with: rewards are then $\log\pi_r - \log\pi_\text{ref}$. So
             any DPO or SFT adapter steers by what it has learned (with the base as reference, as in
             [DeRa](https://hf.co/papers/2402.02992)), and a small pair of tuned and untuned model steers a large one
-            ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base model.
+            ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base model. `"base"` is the
+            base model, whose own passes are used.
         pad_token_id (`int`, *optional*):
-            The token that pads prompts on the left, from which their attention mask is inferred. Defaults to the pad
-            token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first reward model.
+            The token that pads prompts. A text that starts with it is asked about where the mask of the base is not
+            known. Defaults to the pad token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first
+            reward model.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
-            The mask that goes to `generate`, needed only where tokens can't tell padding from text (you are told).
-            Can be set between calls: `processor.attention_mask = inputs["attention_mask"]`.
+            The mask of the prompts, needed only where that of the base is not known (you are told). Can be set between
+            calls: `processor.attention_mask = inputs["attention_mask"]`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the base model, needed only if that of a reward model is another one.
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
@@ -73,9 +82,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     Raises:
         TypeError: if a reward model is not a decoder-only causal LM.
-        ValueError: if `alpha` does not fit the reward models, or the tokenizers can't be aligned; on a call, if the
-            vocabularies differ, if a reward model returns NaN, if the padding can't be told from the text, or if the
-            base model is an encoder-decoder.
+        ValueError: if `alpha` does not fit the reward models, the tokenizers can't be aligned, or the base model is an
+            encoder-decoder; on a call, if the vocabularies differ, if a reward model returns NaN, if the padding can't
+            be told from the text, if the base has read more than the text, or if no token is left.
 
     Example:
 
@@ -100,36 +109,58 @@ class GenARMLogitsProcessor(LogitsProcessor):
         reward_model: RewardModel | Sequence[RewardModel],
         alpha: Alpha = 1.0,
         *,
+        base_model: PreTrainedModel | None = None,
         target_kl: float | None = None,
-        reference: RewardModel | None = None,
+        reference: RewardModel | Literal["base"] | None = None,
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
     ):
-        given = reward_model if isinstance(reward_model, Sequence) else [reward_model]
+        given = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
         if not given:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
-        models = [x.model if isinstance(x, AutoregressiveRewardModel) else x for x in given]
+        if reference == "base" and base_model is None:
+            raise ValueError(
+                '`reference` is "base", but no base model is given. Pass `base_model`, or a model as `reference`.'
+            )
         self._infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
-        self._reward_models = [LockstepLM(model) for model in models]
-        if isinstance(reference, AutoregressiveRewardModel):
-            reference = reference.model
-        self._reference = None if reference is None else LockstepLM(reference)
-        self._reference_is_base = False
+        self._models = [_model_of(x) for x in given]
+        self._reference_model = reference if reference in (None, "base") else _model_of(reference)
+        self._base = None if base_model is None else network_of(base_model)
+        if self._base is not None:
+            refuse_encoder_decoder(self._base)
+        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
+        chat_ids = None if tokenizer is None else generation_prompt_ids(self._infos[0], tokenizer)
+        self._advice = Advice(self._base, chat_ids)
         self.alpha = alpha
         self.target_kl = target_kl
         self.keeps_statistics = False
-        self._rewards = NextTokenRewards(self._reward_models, vocab_maps(tokenizer, reward_tokenizer, len(models)))
-        special_tokens = tokenizer if tokenizer is not None else models[0].generation_config
+        self._attach()
+        special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         if pad_token_id is None:
             pad_token_id = _pad_token_id(special_tokens)
-        self._prompt_mask = PromptMask(pad_token_id, special_tokens.bos_token_id, attention_mask)
-        self._advice = Advice()
-        self._fusion: Fusion | None = None
-        self._engines = ["separate"] * len(models)
-        self._next_shape: tuple[int, int] | None = None  # of `input_ids`, if the same generation goes on
-        self._prompt_length = 0
+        self._prompt_mask = PromptMask(pad_token_id, attention_mask)
+
+    def _attach(self) -> None:
+        """Sets up what belongs to one instance: what is known of runs, and the caches."""
+        self._watch = None if self._base is None else StepWatch.on(self._base, self)
+        self._reader = TextReader(self._watch)
+        self._run: Run | None = None
+        self._rewards = NextTokenRewards(self._models, self._vocab_maps, self._watch)
+        self._reference = None
+        if self._reference_model is not None:
+            self._reference = Reference(self._reference_model, self._watch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_watch", "_reader", "_run", "_rewards", "_reference", "_kl_control", "_statistics")
+        state = {name: value for name, value in vars(self).items() if name not in own}
+        return state | {"target_kl": self.target_kl, "keeps_statistics": self.keeps_statistics}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._attach()
 
     @classmethod
     def from_pretrained(
@@ -153,14 +184,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights instead of loading them a
-                second time and, if it is plain LoRA on linear layers, is computed in its forward passes
-                ([`~GenARMLogitsProcessor.engine`] says so). Outside of `generate`, the model stays as it is. Has no
-                effect on other reward models.
-            alpha, target_kl, pad_token_id, attention_mask:
+                second time. See the class for what else it is good for.
+            alpha, target_kl, reference, pad_token_id, attention_mask:
                 As for the class.
-            reference (`"base"` or a model, *optional*):
-                As for the class; `"base"` is the base model. With a fused adapter it takes no pass of its own after the
-                prompt.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 The tokenizer of the base model. Defaults to the one in the folder of `base_model`. It is compared with
                 the tokenizers of reward models that don't share the weights of the base model.
@@ -183,30 +209,20 @@ class GenARMLogitsProcessor(LogitsProcessor):
             ]
             for arm, name, same in zip(arms, names, shared, strict=True):
                 warn_of_differences(arm.info, name, tokenizer, same)
-        if reference == "base" and base_model is None:
-            raise ValueError(
-                '`reference` is "base", but no base model is given. Pass `base_model`, or a model as `reference`.'
-            )
         processor = cls(
             arms,
             alpha,
+            base_model=base_model,
             target_kl=target_kl,
-            reference=twin(base_model) if reference == "base" else reference,
+            reference=reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,
             reward_tokenizer=reward_tokenizers,
         )
-        processor._reference_is_base = reference == "base"
-        if tokenizer is not None:
-            processor._advice = Advice(generation_prompt_ids(arms[0].info, tokenizer))
-        if base_model is not None and any(shared):
-            processor._fusion = Fusion(base_model)
-            for index in [index for index, same in enumerate(shared) if same]:
-                objection = processor._fusion.why_not(processor._reward_models[index])
-                processor._engines[index] = "fused" if objection is None else "shared"
-                why = "it is plain LoRA on the weights of the base" if objection is None else objection
-                logger.info("%s: engine `%s`, because %s.", names[index], processor._engines[index], why)
+        for name, same, (engine, why) in zip(names, shared, processor._rewards.engines, strict=True):
+            if same:  # why the others do not is known where they are loaded
+                logger.info("%s: engine `%s`, because %s.", name, engine, why)
         return processor
 
     @property
@@ -216,7 +232,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         own over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
         reward models and separated by commas, if they differ. Makes no difference but in time and memory.
         """
-        return self._engines[0] if len(set(self._engines)) == 1 else ", ".join(self._engines)
+        engines = [engine for engine, _ in self._rewards.engines]
+        return engines[0] if len(set(engines)) == 1 else ", ".join(engines)
 
     @property
     def alpha(self) -> list[float] | Tensor | Callable[[int], Strengths]:
@@ -228,7 +245,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @alpha.setter
     def alpha(self, alpha: Alpha) -> None:
-        self._alpha = check_alpha(alpha, len(self._reward_models))
+        self._alpha = check_alpha(alpha, len(self._models))
 
     @property
     def target_kl(self) -> float | None:
@@ -249,7 +266,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @keeps_statistics.setter
     def keeps_statistics(self, keeps_statistics: bool) -> None:
-        self._statistics = Statistics(len(self._reward_models)) if keeps_statistics else None
+        self._statistics = Statistics(len(self._models)) if keeps_statistics else None
 
     def statistics(self, sequences: Tensor) -> dict[str, list[Any]]:
         """
@@ -308,12 +325,15 @@ class GenARMLogitsProcessor(LogitsProcessor):
     @attention_mask.setter
     def attention_mask(self, attention_mask: Tensor | None) -> None:
         self._prompt_mask.attention_mask = attention_mask
-        self._next_shape = None
 
     def reset(self) -> None:
-        """Frees the memory of the reward models' caches. Never needed for a right result."""
-        for reward_model in [*self._reward_models, *([self._reference] if self._reference else [])]:
-            reward_model.reset()
+        """
+        Frees the memory of the reward models' caches. Needed only after a reward model was changed in the middle of a
+        text: each `generate` call begins without them.
+        """
+        self._rewards.begin()
+        if self._reference is not None:
+            self._reference.reset()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -328,72 +348,48 @@ class GenARMLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
             a new tensor; with all strengths at 0, `scores` itself.
         """
-        is_prompt = input_ids.shape != self._next_shape
-        self._next_shape = (len(input_ids), input_ids.shape[1] + 1)
-        alphas = by_reward(self._alphas_now(input_ids, is_prompt), scores)
-        active = [(index, alpha) for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()]
-        if not active and not callable(self._alpha):
-            return scores
-        attention_mask = self._prompt_mask(input_ids, is_prompt)  # also where a schedule has yet to begin
+        text = self._read(input_ids, scores)
+        alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
+        active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
         if not active:
             return scores
-        if is_prompt and self._fusion is not None:
-            for reward_model, engine in zip(self._reward_models, self._engines, strict=True):
-                if engine != "separate":
-                    follow(reward_model.model, self._fusion.base)
-            if self._reference_is_base and self._reference is not None:
-                follow(self._reference.model, self._fusion.base)
-        generation = RunningGeneration.of_processor()
-        self._advice(generation, input_ids, attention_mask, is_prompt)
-        rewards = {index: self._rewards.of(index, input_ids, attention_mask, scores) for index, _ in active}
-        if self._reference is not None:
-            reference = self._reference_log_probs(input_ids, attention_mask, scores, generation)
-            rewards = {index: contrast(log_probs, reference) for index, log_probs in rewards.items()}
-        if self._fusion is not None:
-            fused = [self._reward_models[index] for index, _ in active if self._engines[index] == "fused"]
-            self._fusion.join_next_pass(fused, generation)
-        strengths = [alpha for _, alpha in active]
+        self._advice(text, self._rewards.models)
+        mask, strengths = self._prompt_mask(text), list(active.values())
         kl_control, statistics = self._kl_control, self._statistics  # which another thread may set meanwhile
+
+        rewards = {index: self._rewards.of(index, input_ids, mask, scores) for index in active}
+        if self._reference is not None:
+            reference = self._reference.log_probs(text, mask, scores)
+            rewards = {index: contrast(log_probs, reference) for index, log_probs in rewards.items()}
         if kl_control is not None:
             filled = self._rewards.filled(rewards, strengths, scores)
-            scale = kl_control(input_ids, scores, filled, strengths)
+            scale = kl_control(text, n_requests, scores, filled, strengths)
             strengths = [alpha * scale for alpha in strengths]
         guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
-        per_row = [alpha != 0 for _, alpha in active if isinstance(alpha, Tensor)]
-        if per_row:  # a request without guidance gets what it would get without a processor
-            guided = torch.where(torch.stack(per_row).any(dim=0), guided, scores.float())
+        guided = unguided_where_zero(guided, scores, active.values())
+        refuse_nan(guided, scores, strengths)
         if statistics is not None:
-            statistics.note(input_ids, scores, guided, rewards, strengths)
+            statistics.note(text, n_requests, scores, guided, rewards, strengths)
         return guided
 
-    def _alphas_now(self, input_ids: Tensor, is_prompt: bool) -> list[float] | Tensor:
-        alpha = self._alpha
-        if not callable(alpha):
-            return alpha
-        prompt_length = RunningGeneration.prompt_length()
-        if prompt_length is None:  # a loop of the user's own
-            self._prompt_length = prompt_length = input_ids.shape[1] if is_prompt else self._prompt_length
-        step = input_ids.shape[1] - prompt_length
-        alphas = check_alpha(alpha(step), len(self._reward_models))
-        if callable(alphas):
-            raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
-        return alphas
-
-    def _reference_log_probs(
-        self, input_ids: Tensor, attention_mask: Tensor, scores: Tensor, generation: RunningGeneration
-    ) -> Tensor:
-        assert self._reference is not None
-        logits = None
-        if self._fusion is not None and self._reference_is_base:
-            logits = self._fusion.base_logits(input_ids, attention_mask, generation)
-        if logits is None:
-            logits = self._reference(input_ids, attention_mask)
-        if logits.shape[-1] != scores.shape[-1]:
+    def _read(self, input_ids: Tensor, scores: Tensor) -> Text:
+        """What is known about the texts of a call; where a run begins, what is left of the last one is dropped."""
+        if len(input_ids) != len(scores):
             raise ValueError(
-                f"The reference scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. Use one "
-                "with the tokenizer of the base model."
+                f"`input_ids` has {len(input_ids)} rows, but `scores` has {len(scores)}. Give one text for each."
             )
-        return logits.to(scores.device).float().log_softmax(dim=-1)
+        text = self._reader(input_ids)
+        if text.run is not self._run:
+            # What was drafted before the first pass of the base is part of the run.
+            goes_on = text.is_drafted and self._run is not None and self._run.is_by_hand
+            self._run = text.run
+            if not goes_on:
+                self.reset()
+        return text
+
+
+def _model_of(model: Any) -> PreTrainedModel | PeftModel:
+    return model.model if isinstance(model, AutoregressiveRewardModel) else model
 
 
 def _pad_token_id(special_tokens: PreTrainedTokenizerBase | GenerationConfig) -> int | None:
@@ -401,6 +397,3 @@ def _pad_token_id(special_tokens: PreTrainedTokenizerBase | GenerationConfig) ->
         return special_tokens.pad_token_id
     eos_token_id = special_tokens.eos_token_id
     return eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-
-
-refuse_continuous_batching(GenARMLogitsProcessor)

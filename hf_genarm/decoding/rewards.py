@@ -2,24 +2,64 @@
 
 from collections.abc import Sequence
 
+import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..functional import fill_unscored
+from ..hub.sharing import shares_weights
+from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
+from .step import StepWatch
 from .vocab import VocabMap
 
 
 class NextTokenRewards:
     """
+    One or several reward models, each with its cache, and how each is run.
+
     Args:
-        reward_models (list of [`LockstepLM`]):
-            One or several.
+        models (list of [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The reward models.
         vocab_maps (list of [`VocabMap`] or `None`):
             How the vocabulary of each lines up with that of the base; `None` where the ids are the same.
+        watch ([`StepWatch`], *optional*):
+            Of the base. Those that share its weights are run in its passes where that is possible.
     """
 
-    def __init__(self, reward_models: Sequence[LockstepLM], vocab_maps: Sequence[VocabMap | None]):
-        self._reward_models, self._vocab_maps = reward_models, vocab_maps
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel | PeftModel],
+        vocab_maps: Sequence[VocabMap | None],
+        watch: StepWatch | None,
+    ):
+        fusion = None if watch is None else Fusion.of(watch)
+        self.models = [
+            LockstepLM(x) if fusion is None or not shares_weights(x, fusion.base) else FusedLM(x, fusion)
+            for x in models
+        ]
+        self._vocab_maps = vocab_maps
+
+    def begin(self) -> None:
+        """Forgets what has been read, since models may have changed, and moves with the base."""
+        for model in self.models:
+            model.reset()
+            if isinstance(model, FusedLM):
+                model.follow_base()
+
+    @property
+    def engines(self) -> list[tuple[str, str]]:
+        """The engine of each reward model as things are now, and why."""
+        engines = []
+        for model in self.models:
+            if not isinstance(model, FusedLM):
+                engines.append(("separate", "it has weights of its own"))
+                continue
+            objection = model.why_not_fused()
+            why = "it is plain LoRA on the weights of the base" if objection is None else objection
+            engines.append(("fused" if objection is None else "shared", why))
+        return engines
 
     def of(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
         """
@@ -40,7 +80,7 @@ class NextTokenRewards:
         vocab_map = self._vocab_maps[index]
         if vocab_map is not None:
             input_ids = vocab_map.reward_ids(input_ids, attention_mask)
-        logits = self._reward_models[index](input_ids, attention_mask).to(scores.device)
+        logits = self.models[index](input_ids, attention_mask).to(scores.device)
         if vocab_map is None and logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
@@ -64,4 +104,20 @@ class NextTokenRewards:
         ]
 
     def _name(self, index: int) -> str:
-        return f"Reward model {index} (`{self._reward_models[index].model.config.name_or_path}`)"
+        return f"Reward model {index} (`{self.models[index].model.config.name_or_path}`)"
+
+
+def refuse_nan(guided: Tensor, scores: Tensor, strengths: Sequence[float | Tensor]) -> None:
+    """
+    Raises:
+        ValueError: if a row of guided log-probabilities `(batch_size, vocab_size)` is no distribution.
+    """
+    broken = guided.isnan().any(dim=-1)
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        what = "guidance" if (scores[row] > -torch.inf).any() else "what runs before guidance"
+        raise ValueError(
+            f"In row {row}, {what} leaves no token to choose from (strengths {[str(x) for x in strengths]}). A token "
+            "to which a reward model gives no probability is excluded by a positive strength, and can't have a "
+            "negative one. Use positive strengths, and processors that leave tokens which the reward models know."
+        )

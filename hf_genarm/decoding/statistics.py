@@ -6,33 +6,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import kl_divergence, text_keys, weighted
+from ..functional import kl_divergence, weighted
+from .step import Run
+from .texts import Text, text_keys
+
+Key = tuple[int, int]
 
 
 class Statistics:
     r"""
     Keeps, for each text that a processor was asked about, what it did to the next token.
 
-    Texts are told apart by their tokens. So it does not matter in which order, how often and in which rows they were
-    asked about: rejected drafts and abandoned beams just never show up in what is read off.
+    Texts are told apart by their run, their request and their tokens. So it does not matter in which order, how often
+    and in which rows they were asked about: rejected drafts and abandoned beams just never show up in what is read off.
 
     Args:
         n_rewards (`int`):
             Number of reward models.
     """
 
-    # Drafts are tried before it is known which of their tokens are taken; with several rows there are no drafts.
-    KEPT_LENGTHS = 64
+    # Texts of earlier runs that are kept until they are read off, counted in tokens
+    KEPT_TOKENS = 16_384
 
     def __init__(self, n_rewards: int):
         self._n_rewards = n_rewards
-        self._of_text: dict[bytes, dict[str, Any]] = {}
-        # Log-probabilities of all tokens, until it is known which one was taken: by length, the row of each text
-        self._pending: dict[int, tuple[dict[bytes, int], dict[str, Tensor]]] = {}
+        self._runs: dict[Run, _OfRun] = {}
+        self._has_forgotten = False
 
     def note(
         self,
-        input_ids: Tensor,
+        text: Text,
+        n_requests: int,
         scores: Tensor,
         guided: Tensor,
         rewards: dict[int, Tensor],
@@ -40,8 +44,10 @@ class Statistics:
     ) -> None:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+            text ([`Text`]):
                 The texts.
+            n_requests (`int`):
+                How many requests with strengths of their own there are.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
                 Logits or log-probabilities of the base model.
             guided (`torch.Tensor` of shape `(batch_size, vocab_size)`):
@@ -51,9 +57,10 @@ class Statistics:
             strengths (sequence of `float` or `torch.Tensor` of shape `(batch_size, 1)`):
                 With which strength.
         """
-        n_texts, length = input_ids.shape
-        texts = text_keys(input_ids)
-        self._settle(texts, input_ids)
+        of_run = self._runs.setdefault(text.run, _OfRun(n_requests))
+        while len(self._runs) > 1 and sum(len(x.of_text) for x in self._runs.values()) > self.KEPT_TOKENS:
+            del self._runs[next(iter(self._runs))]
+            self._has_forgotten = True
         base, guided = scores.float().log_softmax(dim=-1), guided.float().log_softmax(dim=-1)
         possible = guided > -torch.inf
         values = {
@@ -65,15 +72,11 @@ class Statistics:
         log_probs = {"base_log_prob": base, "guided_log_prob": guided}
         product = base
         for (index, reward), alpha in zip(rewards.items(), strengths, strict=True):
-            values[f"alpha_{index}"] = torch.as_tensor(alpha, device=base.device).expand(n_texts, 1)[:, 0]
+            values[f"alpha_{index}"] = torch.as_tensor(alpha, device=base.device).expand(len(base), 1)[:, 0]
             log_probs[f"reward_log_prob_{index}"] = reward
             product = product + weighted(reward, alpha)
         values["log_z"] = product.logsumexp(dim=-1)
-        columns = {name: value.tolist() for name, value in values.items()}
-        for row, text in enumerate(texts):
-            self._of_text[text] = {name: column[row] for name, column in columns.items()}
-        self._pending = {x: y for x, y in self._pending.items() if n_texts == 1 and abs(x - length) < self.KEPT_LENGTHS}
-        self._pending[length] = ({text: row for row, text in enumerate(texts)}, log_probs)
+        of_run.note(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs)
 
     def of(self, sequences: Tensor) -> dict[str, list[Any]]:
         """
@@ -82,34 +85,69 @@ class Statistics:
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
                 What `generate` returned.
+
+        Raises:
+            ValueError: if what was kept about a sequence has been forgotten.
         """
         names = ["sequence", "position", "token", "base_log_prob", "guided_log_prob"]
         names += [f"{what}_{index}" for index in range(self._n_rewards) for what in ("reward_log_prob", "alpha")]
         names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed"]
         columns: dict[str, list[Any]] = {name: [] for name in names}
-        for position in range(1, sequences.shape[1]):
-            texts = text_keys(sequences[:, :position])
-            self._settle(text_keys(sequences[:, : position + 1]), sequences[:, : position + 1])
-            for index, text in enumerate(texts):
-                noted = self._of_text.get(text)
-                if noted is None:
-                    continue
-                token = int(sequences[index, position])
-                row = {"sequence": index, "position": position, "token": token}
-                row |= {f"alpha_{k}": 0.0 for k in range(self._n_rewards)} | noted | noted.get(f"token {token}", {})
+        runs = list(reversed(self._runs.values()))
+        by_run = [run.of(sequences) for run in runs]
+        for index in range(len(sequences)):
+            # Of several runs that began alike, the latest that wrote most of it
+            rows = max((of_sequence[index] for of_sequence in by_run), key=len, default=[])
+            if not rows and self._has_forgotten:
+                raise ValueError(
+                    f"Nothing is kept about sequence {index}. Of earlier `generate` calls, {self.KEPT_TOKENS} tokens "
+                    "are kept: ask for the statistics of a call before more text is generated."
+                )
+            for row in rows:
                 for name, column in columns.items():
-                    column.append(row.get(name, float("nan")))
-        order = sorted(
-            range(len(columns["sequence"])), key=lambda at: (columns["sequence"][at], columns["position"][at])
-        )
-        return {name: [column[at] for at in order] for name, column in columns.items()}
+                    default = 0.0 if name.startswith("alpha_") else float("nan")
+                    column.append(({"sequence": index} | row).get(name, default))
+        return columns
 
-    def _settle(self, texts: list[bytes], input_ids: Tensor) -> None:
+
+class _OfRun:
+    """What was noted in one run."""
+
+    # Drafts are tried before it is known which of their tokens are taken; with several rows there are no drafts.
+    KEPT_LENGTHS = 64
+
+    def __init__(self, n_requests: int):
+        self._n_requests = n_requests
+        self.of_text: dict[Key, dict[str, Any]] = {}
+        # Log-probabilities of all tokens, until it is known which one was taken: by length, the row of each text
+        self._pending: dict[int, tuple[dict[Key, int], dict[str, Tensor]]] = {}
+
+    def note(self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor]) -> None:
+        n_texts, length = input_ids.shape
+        texts = text_keys(input_ids, self._n_requests)
+        self._settle(input_ids)
+        for row, text in enumerate(texts):
+            self.of_text[text] = {name: column[row] for name, column in columns.items()}
+        self._pending = {x: y for x, y in self._pending.items() if n_texts == 1 and abs(x - length) < self.KEPT_LENGTHS}
+        self._pending[length] = ({text: row for row, text in enumerate(texts)}, log_probs)
+
+    def of(self, sequences: Tensor) -> list[list[dict[str, Any]]]:
+        """For each sequence a row for each token that was noted here."""
+        rows: list[list[dict[str, Any]]] = [[] for _ in sequences]
+        for position in range(1, sequences.shape[1]):
+            self._settle(sequences[:, : position + 1])
+            for index, text in enumerate(text_keys(sequences[:, :position], self._n_requests)):
+                noted = self.of_text.get(text)
+                if noted is not None:
+                    token = int(sequences[index, position])
+                    rows[index].append({"position": position, "token": token} | noted | noted.get(f"token {token}", {}))
+        return rows
+
+    def _settle(self, input_ids: Tensor) -> None:
         """Keeps the log-probabilities of the tokens that were taken."""
         rows, log_probs = self._pending.get(input_ids.shape[1] - 1, ({}, {}))
-        for index, text in enumerate(texts):
-            before = text[: -input_ids.element_size()]
-            if before in rows:
+        for index, text in enumerate(text_keys(input_ids[:, :-1], self._n_requests) if rows else []):
+            if text in rows:
                 token = int(input_ids[index, -1])
-                taken = {name: float(value[rows[before], token]) for name, value in log_probs.items()}
-                self._of_text[before][f"token {token}"] = taken
+                taken = {name: float(value[rows[text], token]) for name, value in log_probs.items()}
+                self.of_text[text][f"token {token}"] = taken

@@ -1,7 +1,7 @@
 """How strongly each reward acts on each row of a batch: numbers, one row for each request, or a schedule."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +9,14 @@ from torch import Tensor
 Strengths = float | Sequence[float] | Tensor
 Alpha = Strengths | Callable[[int], Strengths]
 
+# Products of larger ones with log-probabilities are infinite in float32.
+_LARGEST = 1e6
 
-def check_alpha(alpha: Alpha, n_rewards: int) -> list[float] | Tensor | Callable[[int], Strengths]:
+
+def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[int], Strengths]:
     """
     Args:
-        alpha (`float`, list of `float`, `torch.Tensor` or callable):
+        alpha (`float`, list of `float`, `torch.Tensor`, `numpy.ndarray` or callable):
             As the user gives it.
         n_rewards (`int`):
             Number of reward models.
@@ -23,28 +26,34 @@ def check_alpha(alpha: Alpha, n_rewards: int) -> list[float] | Tensor | Callable
         callable, whose values are checked when they are known.
 
     Raises:
-        ValueError: if the numbers do not fit the reward models, or are not finite.
+        TypeError: if it is something else.
+        ValueError: if the numbers do not fit the reward models, are not finite, or too large.
     """
     if callable(alpha):
         return alpha
-    if isinstance(alpha, Tensor) and alpha.ndim > 0:
-        if alpha.ndim > 2 or alpha.shape[-1] != n_rewards or alpha.numel() == 0:
-            raise ValueError(
-                f"`alpha` has shape {tuple(alpha.shape)}, but there are {n_rewards} reward models. Its shape must be "
-                f"(n_requests, {n_rewards}), one row for each request."
-            )
-        if not alpha.isfinite().all():
-            raise ValueError(f"`alpha` is {alpha.tolist()}, but strengths must be finite numbers.")
-        return alpha.tolist() if alpha.ndim == 1 else alpha.detach().to("cpu", torch.float32, copy=True)
-    alphas = list(alpha) if isinstance(alpha, Sequence) else [float(alpha)] * n_rewards
-    if len(alphas) != n_rewards:
+    try:
+        if isinstance(alpha, str):
+            raise TypeError
+        values = torch.as_tensor(alpha).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`alpha` is {alpha!r}, but must be a number, a list with one for each reward model, an array or tensor of "
+            f"shape (n_requests, {n_rewards}), or a function of the step that returns one of these."
+        ) from error
+    is_list = not isinstance(alpha, Tensor) and values.ndim == 1
+    if is_list and len(values) != n_rewards:
         raise ValueError(
-            f"`alpha` is {alpha}, which has {len(alphas)} values, but there are {n_rewards} reward models. Give one "
+            f"`alpha` is {alpha}, which has {len(values)} values, but there are {n_rewards} reward models. Give one "
             "value for each, a single one for all, or a tensor with one row for each request."
         )
-    if not all(math.isfinite(value) for value in alphas):
-        raise ValueError(f"`alpha` is {alpha}, but strengths must be finite numbers.")
-    return [float(value) for value in alphas]
+    if values.ndim > 2 or (values.ndim > 0 and values.shape[-1] != n_rewards) or values.numel() == 0:
+        raise ValueError(
+            f"`alpha` has shape {tuple(values.shape)}, but there are {n_rewards} reward models. Its shape must be "
+            f"(n_requests, {n_rewards}), one row for each request."
+        )
+    if not (values.abs() <= _LARGEST).all():
+        raise ValueError(f"`alpha` is {values.tolist()}, but strengths must be finite, and at most {_LARGEST:g}.")
+    return values.float() if values.ndim == 2 else values.expand(n_rewards).tolist()
 
 
 def alpha_of_beta(beta: float, reward_betas: Sequence[float | None]) -> list[float]:
@@ -106,25 +115,64 @@ def _known(values: Sequence[float | None], name: str, what: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def by_reward(alphas: list[float] | Tensor, scores: Tensor) -> list[float | Tensor]:
+def strengths_at(alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tensor) -> tuple[list[float | Tensor], int]:
+    """
+    The strength of each reward, one number or a tensor of shape `(batch_size, 1)`, and the number of requests that have
+    strengths of their own.
+
+    Args:
+        alpha (as for [`check_alpha`]):
+            The strengths, or their schedule.
+        n_rewards (`int`):
+            Number of reward models.
+        steps (sequence of `int`):
+            For each row, the number of tokens that were added to its prompt.
+        prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
+            What the rows begin with.
+    """
+    by_step, n_requests = {}, 1
+    for step in sorted(set(steps)):
+        alphas = check_alpha(alpha(step) if callable(alpha) else alpha, n_rewards)
+        if callable(alphas):
+            raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
+        by_step[step] = by_reward(alphas, prompts)
+        n_requests = len(alphas) if isinstance(alphas, Tensor) else n_requests
+    strengths, *others = by_step.values()
+    for step, own in zip(list(by_step)[1:], others, strict=True):  # loops by hand may join texts of any length
+        is_at = torch.tensor([x == step for x in steps], device=prompts.device)[:, None]
+        strengths = [torch.where(is_at, x, y) for x, y in zip(own, strengths, strict=True)]
+    return strengths, n_requests
+
+
+def unguided_where_zero(guided: Tensor, scores: Tensor, strengths: Iterable[float | Tensor]) -> Tensor:
+    """A row whose strengths are all 0 gets its scores `(batch_size, vocab_size)`, as without a processor."""
+    per_row = [alpha != 0 for alpha in strengths if isinstance(alpha, Tensor)]
+    return torch.where(torch.stack(per_row).any(dim=0), guided, scores.float()) if per_row else guided
+
+
+def by_reward(alphas: list[float] | Tensor, prompts: Tensor) -> list[float | Tensor]:
     """
     The strength of each reward: one number, or if requests differ a tensor of shape `(batch_size, 1)`.
 
     Args:
         alphas (list of `float` or `torch.Tensor` of shape `(n_requests, n_rewards)`):
             From [`check_alpha`]. The rows of a request, for beams or several returns, follow each other.
-        scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-            What the strengths are for.
+        prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
+            What the rows begin with.
 
     Raises:
-        ValueError: if the rows are not a multiple of the requests.
+        ValueError: if the rows are not a multiple of the requests, or those of one request have different prompts.
     """
     if isinstance(alphas, list):
         return list(alphas)
-    if len(scores) % len(alphas):
+    repeats = len(prompts) // len(alphas)
+    if repeats * len(alphas) != len(prompts) or not torch.equal(
+        prompts, prompts[:: max(repeats, 1)].repeat_interleave(max(repeats, 1), dim=0)
+    ):
         raise ValueError(
-            f"`alpha` has {len(alphas)} rows, one for each request, but `generate` runs {len(scores)} rows, which is "
-            "no multiple. Set `processor.alpha` to the strengths of these requests."
+            f"`alpha` has {len(alphas)} rows, one for each request, but there are {len(prompts)} rows to generate, and "
+            f"they are not {len(alphas)} prompts of equally many rows. Set `processor.alpha` to the strengths of these "
+            "requests."
         )
-    expanded = alphas.to(scores.device).repeat_interleave(len(scores) // len(alphas), dim=0)
+    expanded = alphas.to(prompts.device).repeat_interleave(repeats, dim=0)
     return [column[:, None] for column in expanded.unbind(dim=1)]

@@ -1,14 +1,34 @@
-"""A key-value cache that can be rolled back, for the networks that have one."""
+"""The network in a model, and the key-value cache that can be rolled back, if it has one."""
 
 import inspect
+from typing import Any
 
+from peft import PeftModel
+from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
+def network_of(model: Any) -> PreTrainedModel:
+    """
+    The causal LM in a model that is compiled, or has an adapter.
+
+    Raises:
+        TypeError: if it is not a model of transformers or PEFT.
+    """
+    network = model._orig_mod if isinstance(model, OptimizedModule) else model
+    network = network.get_base_model() if isinstance(network, PeftModel) else network
+    if not isinstance(network, PreTrainedModel):
+        raise TypeError(
+            f"`{model!r}` is no language model, but a `{type(model).__name__}`. Pass a `PreTrainedModel` or a "
+            "`PeftModel`; ids and folders are loaded by `from_pretrained`."
+        )
+    return network
+
+
 def new_cache(network: PreTrainedModel) -> DynamicCache | None:
     """An empty key-value cache that keeps whole texts, or `None` for a model whose cache can't be rolled back."""
-    if network._is_stateful or "past_key_values" not in inspect.signature(network.forward).parameters:
+    if network._is_stateful or "past_key_values" not in inspect.signature(type(network).forward).parameters:
         return None
     cache = DynamicCache(config=network.config)
     # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.

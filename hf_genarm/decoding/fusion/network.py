@@ -1,7 +1,7 @@
 """The network of the base, with the low-rank products of reward adapters added to rows of their own."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,73 +12,101 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..lockstep import LockstepLM
+from ..step import StandIn, StepWatch
 
 # `W x` is 2 to 3 times as fast as `x W` for 2 to 4 rows, and as fast for 32 (`decode_cost.py --products`: MKL, EPYC).
 _FEW_ROWS = 32
 
 
+class Product(NamedTuple):
+    """The low-rank product of one adapter in one layer."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def add(self, x: Tensor, output: Tensor, rows: slice) -> None:
+        """Adds scaling * B A x to some rows, in place."""
+        low_rank = nn.functional.linear(x[rows].to(self.a.dtype), self.a)
+        if self.b.dtype == output.dtype:
+            output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, 1), self.b.T, alpha=self.scaling)
+        else:
+            output[rows] += nn.functional.linear(low_rank, self.b) * self.scaling
+
+
+def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[str, Product]]:
+    """
+    The low-rank products that make a reward model of the base, with the names of their layers.
+
+    Raises:
+        NotFusableError: if it has more than the weights of the base and such products.
+    """
+    model = reward_model.model
+    if model.training:
+        raise NotFusableError("a reward model is in training mode")
+    if not reward_model.has_cache:
+        raise NotFusableError(f"`{type(base).__name__}` has no cache of keys and values alone")
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    known, products = set(base.parameters()), []
+    for path, layer in network.named_modules():
+        if type(layer) is not lora.Linear:
+            continue
+        factors = {name: (a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()}
+        known.update(*factors.values())
+        active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+        for name in active:
+            if name in layer.lora_variant:
+                raise NotFusableError(f"`{type(layer.lora_variant[name]).__name__}` is not plain LoRA")
+            if name in factors:
+                products.append((path, Product(*factors[name], layer.scaling[name])))
+    # One test for all that PEFT can do: nothing is in the model but what is in the base, and these factors.
+    if set(model.parameters()) != known:
+        raise NotFusableError(
+            f"`{network.config.name_or_path}` and the base differ in more than plain LoRA on linear layers (DoRA, "
+            "trained biases, `modules_to_save`, embeddings, or a base that was changed)"
+        )
+    return products
+
+
 class JointNetwork:
-    """Other modules around the weights of the base, which add the low-rank products of reward models to their rows."""
+    """
+    Other modules around the weights of the base, which add the low-rank products of reward models to their rows.
 
-    def __init__(self, base: PreTrainedModel):
-        self._base = base
-        self._batch_size = self._n_rows = self._n_products = 0
+    The rows that follow those of the base belong to the reward models, in order. It is good as long as nobody changes
+    the modules of the base or of a reward model.
 
-    def prepare(self, reward_models: Sequence[LockstepLM]) -> None:
-        """
-        Gives the rows that follow those of the base to the reward models, in order.
+    Args:
+        base ([`~transformers.PreTrainedModel`]):
+            The model to be steered; [`check_base`] finds nothing wrong with it.
+        products (sequence of list of (`str`, [`Product`])):
+            Of each reward model, from [`products_of`].
+    """
 
-        Raises:
-            NotFusableError: if a reward model has more than the weights of the base and low-rank products.
-        """
-        products: dict[str, list[_Product]] = {}
-        for block, reward_model in enumerate(reward_models, start=1):
-            if reward_model.model.training:
-                raise NotFusableError("a reward model is in training mode")
-            if not reward_model.has_cache:
-                raise NotFusableError(f"`{type(self._base).__name__}` has no cache of keys and values alone")
-            for path, product in self._products_of(reward_model.model, block):
-                products.setdefault(path, []).append(product)
-        self._network = _other_modules(self._base, {})
-        self._n_products = len(products)
+    def __init__(self, base: PreTrainedModel, products: Sequence[Sequence[tuple[str, Product]]]):
+        self._batch_size = self._n_rows = self._seen = 0
+        by_path: dict[str, list[tuple[int, Product]]] = {}
+        for block, its_products in enumerate(products, start=1):
+            for path, product in its_products:
+                by_path.setdefault(path, []).append((block, product))
+        self._network = _other_modules(base, {})
+        self._n_layers = len(by_path)
         for module in self._network.modules():
             if type(module) is nn.Linear:
                 vars(module)["forward"] = functools.partial(_linear, module)
-        for path, its_products in products.items():
+        for path, of_layer in by_path.items():
             layer = self._network.get_submodule(path)
-            vars(layer)["forward"] = self._with_products(layer.forward, its_products)
-
-    def _products_of(self, model: PreTrainedModel | PeftModel, block: int) -> Iterator[tuple[str, "_Product"]]:
-        network = model.get_base_model() if isinstance(model, PeftModel) else model
-        known = set(self._base.parameters())
-        for path, layer in network.named_modules():
-            if type(layer) is not lora.Linear:
-                continue
-            factors = {name: (a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()}
-            known.update(*factors.values())
-            active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
-            for name in active:
-                if name in layer.lora_variant:
-                    raise NotFusableError(f"`{type(layer.lora_variant[name]).__name__}` is not plain LoRA")
-                if name in factors:
-                    yield path, _Product(block, *factors[name], layer.scaling[name])
-        # One test for all that PEFT can do: nothing is in the model but what is in the base, and these factors.
-        if set(model.parameters()) != known:
-            raise NotFusableError(
-                f"`{network.config.name_or_path}` and the base differ in more than plain LoRA on linear layers (DoRA, "
-                "trained biases, `modules_to_save`, embeddings, or a base that was changed)"
-            )
+            vars(layer)["forward"] = self._with_products(layer.forward, of_layer)
 
     def _with_products(
-        self, forward: Callable[[Tensor], Tensor], products: Sequence["_Product"]
+        self, forward: Callable[[Tensor], Tensor], products: Sequence[tuple[int, Product]]
     ) -> Callable[[Tensor], Tensor]:
         def joint_forward(x: Tensor) -> Tensor:
             if x.ndim != 3 or len(x) != self._n_rows:
                 raise _NotRowByRowError
             self._seen += 1
             output = forward(x)
-            for product in products:
-                product.add(x, output, self._batch_size)
+            for block, product in products:
+                product.add(x, output, slice(block * self._batch_size, (block + 1) * self._batch_size))
             return output
 
         return joint_forward
@@ -90,7 +118,7 @@ class JointNetwork:
             output = self._network(**inputs)
         except _NotRowByRowError:
             return None
-        if self._seen != self._n_products or output.keys() - {"logits", "past_key_values"}:
+        if self._seen != self._n_layers or output.keys() - {"logits", "past_key_values"}:
             return None
         return output
 
@@ -103,22 +131,24 @@ class _NotRowByRowError(Exception):
     """An adapted layer was given something else than the rows of the batch, such as the tokens of one expert."""
 
 
-class _Product(NamedTuple):
-    """The low-rank product of one adapter in one layer."""
+def check_base(base: PreTrainedModel) -> None:
+    """
+    Raises:
+        NotFusableError: if the base would not be heard: it has hooks, another `forward`, or is in training mode.
+    """
+    for module in base.modules():
+        own = vars(module)
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        is_ours = isinstance(own.get("forward"), StandIn | None)
+        if not is_ours or module._compiled_call_impl is not None or not all(map(_is_silent, hooks)):
+            raise NotFusableError("hooks, offloading, compilation or a replaced `forward` act on the base")
+        if module.training:
+            raise NotFusableError("the base is in training mode")
 
-    block: int
-    a: Tensor
-    b: Tensor
-    scaling: float
 
-    def add(self, x: Tensor, output: Tensor, batch_size: int) -> None:
-        """Adds scaling * B A x to the rows of its block, in place."""
-        rows = slice(self.block * batch_size, (self.block + 1) * batch_size)
-        low_rank = nn.functional.linear(x[rows].to(self.a.dtype), self.a)
-        if self.b.dtype == output.dtype:
-            output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, 1), self.b.T, alpha=self.scaling)
-        else:
-            output[rows] += nn.functional.linear(low_rank, self.b) * self.scaling
+def _is_silent(hook: Callable) -> bool:
+    """Hooks that transformers leaves on modules that were once asked for hidden states, and ours that takes notes."""
+    return hook.__module__ in ("transformers.utils.output_capturing", StepWatch.__module__)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -131,11 +161,16 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _other_modules(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
-    """The modules of a network a second time: another tree, and nothing else that is not shared."""
+    """
+    The modules of a network a second time: another tree, and nothing else that is not shared. A deep copy
+    around the same weights takes twenty times as long, and copies whatever hangs on the modules; this is made anew for
+    each `generate` call, so that it is never stale.
+    """
     if module not in made:
         other = made[module] = object.__new__(type(module))
         vars(other).update(vars(module))
-        vars(other).pop("forward", None)
+        vars(other).pop("forward", None)  # a compiled or watched base has some on its instance
+        vars(other).pop("prepare_inputs_for_generation", None)
         children = {name: child and _other_modules(child, made) for name, child in module._modules.items()}
         # Some networks grow their buffers as they read on; that must not reach the base.
         vars(other).update(_modules=children, _buffers=dict(module._buffers))

@@ -1,0 +1,71 @@
+"""The model that reward models are contrasted with."""
+
+from typing import Literal
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..hub.sharing import twin
+from .lockstep import LockstepLM
+from .step import StepWatch
+from .texts import Text
+
+
+class Reference:
+    """
+    Next-token log-probabilities of a reference.
+
+    If that is the base, they are those of its own passes, before any processor. Only what the base has not read, such
+    as drafts, takes a pass of a model around the same weights.
+
+    Args:
+        model (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The reference.
+        watch ([`StepWatch`], *optional*):
+            Of the base; needed for `"base"`.
+    """
+
+    def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
+        self._watch = watch if model == "base" else None
+        self._lockstep = None if model == "base" else LockstepLM(model)
+        if self._watch is not None:
+            self._watch.keep_logits()
+
+    def reset(self) -> None:
+        """Forgets what has been read, and what the base was like."""
+        if self._watch is not None:
+            self._lockstep = None
+        elif self._lockstep is not None:
+            self._lockstep.reset()
+
+    def log_probs(self, text: Text, attention_mask: Tensor, scores: Tensor) -> Tensor:
+        """
+        Args:
+            text ([`Text`]):
+                The texts so far.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
+                Their mask.
+            scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+                Of the base, for their shape and device.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, vocab_size)`.
+
+        Raises:
+            ValueError: if it has another vocabulary than the base.
+        """
+        logits = None
+        if self._watch is not None and text.step is not None:
+            logits = text.step.base_logits(text.input_ids.shape[1])
+        if logits is None:
+            if self._lockstep is None and self._watch is not None:
+                self._lockstep = LockstepLM(twin(self._watch.model))
+            assert self._lockstep is not None
+            logits = self._lockstep(text.input_ids, attention_mask)
+        if logits.shape[-1] != scores.shape[-1]:
+            raise ValueError(
+                f"The reference scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. Use one "
+                "with the tokenizer of the base model."
+            )
+        return logits.to(scores.device).float().log_softmax(dim=-1)
