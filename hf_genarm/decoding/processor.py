@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import contrast, guided_log_probs
-from ..hub.cache import network_of
+from ..hub.cache import network_of, uncompiled
 from ..hub.compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
@@ -194,7 +194,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 Passed to `from_pretrained` of every reward model: `revision`, `subfolder`, `token`, `dtype`,
                 `device_map`, `quantization_config`, …
         """
-        given = pretrained_model_name_or_path
+        given, base_model = pretrained_model_name_or_path, uncompiled(base_model)
         names = [given] if isinstance(given, str) else list(given)
         arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:

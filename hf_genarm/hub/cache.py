@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -16,14 +17,20 @@ def network_of(model: Any) -> PreTrainedModel:
     Raises:
         TypeError: if it is not a model of transformers or PEFT.
     """
-    network = model._orig_mod if isinstance(model, OptimizedModule) else model
+    network = uncompiled(model)
     network = network.get_base_model() if isinstance(network, PeftModel) else network
     if not isinstance(network, PreTrainedModel):
+        given = f"a `{type(model).__name__}`" if isinstance(model, nn.Module) else f"{model!r}"
         raise TypeError(
-            f"`{model!r}` is no language model, but a `{type(model).__name__}`. Pass a `PreTrainedModel` or a "
-            "`PeftModel`; ids and folders are loaded by `from_pretrained`."
+            f"A model is {given}, which is no language model. Pass a `PreTrainedModel` or a `PeftModel`; ids and "
+            "folders are loaded by `from_pretrained`."
         )
     return network
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` wraps, or the model itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def new_cache(network: PreTrainedModel) -> DynamicCache | None:

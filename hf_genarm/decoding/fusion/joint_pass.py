@@ -23,7 +23,7 @@ from ...hub.sharing import follow
 from ..lockstep import LockstepLM, State, position_ids
 from ..step import StandIn, Step, StepWatch
 from .cache import join, split
-from .network import JointNetwork, NotFusableError, Product, check_base, products_of
+from .network import JointNetwork, NotFusableError, Product, check_heard, products_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Fusion:
     def why_not(self, reward_model: LockstepLM) -> str | None:
         """Why a reward model can't be fused with the base as the two are now; `None` if it can."""
         try:
-            check_base(self.base)
+            check_heard(self.base, "the base")
             products_of(reward_model, self.base)
         except NotFusableError as error:
             return str(error)
@@ -152,7 +152,7 @@ class Fusion:
         known: dict[FusedLM, list[tuple[str, Product]] | None] = vars(self._local).setdefault("products", {})
         if reward_model not in known:
             try:
-                check_base(self.base)
+                check_heard(self.base, "the base")
                 known[reward_model] = products_of(reward_model, self.base)
             except NotFusableError as error:
                 logger.info("Base and reward model run apart, because %s.", error)

@@ -42,8 +42,7 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
         NotFusableError: if it has more than the weights of the base and such products.
     """
     model = reward_model.model
-    if model.training:
-        raise NotFusableError("a reward model is in training mode")
+    check_heard(model, "a reward model")
     if not reward_model.has_cache:
         raise NotFusableError(f"`{type(base).__name__}` has no cache of keys and values alone")
     network = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -77,7 +76,7 @@ class JointNetwork:
 
     Args:
         base ([`~transformers.PreTrainedModel`]):
-            The model to be steered; [`check_base`] finds nothing wrong with it.
+            The model to be steered; [`check_heard`] finds nothing wrong with it.
         products (sequence of list of (`str`, [`Product`])):
             Of each reward model, from [`products_of`].
     """
@@ -131,19 +130,19 @@ class _NotRowByRowError(Exception):
     """An adapted layer was given something else than the rows of the batch, such as the tokens of one expert."""
 
 
-def check_base(base: PreTrainedModel) -> None:
+def check_heard(model: nn.Module, what: str) -> None:
     """
     Raises:
-        NotFusableError: if the base would not be heard: it has hooks, another `forward`, or is in training mode.
+        NotFusableError: if something acts on a model that other modules around its weights would not hear.
     """
-    for module in base.modules():
+    for module in model.modules():
         own = vars(module)
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         is_ours = isinstance(own.get("forward"), StandIn | None)
         if not is_ours or module._compiled_call_impl is not None or not all(map(_is_silent, hooks)):
-            raise NotFusableError("hooks, offloading, compilation or a replaced `forward` act on the base")
+            raise NotFusableError(f"hooks, offloading, compilation or a replaced `forward` act on {what}")
         if module.training:
-            raise NotFusableError("the base is in training mode")
+            raise NotFusableError(f"{what} is in training mode")
 
 
 def _is_silent(hook: Callable) -> bool:
