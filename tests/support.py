@@ -245,6 +245,8 @@ ARCHITECTURES = [
 def table() -> str:
     lines = ["| `generate` with | guided text |", "|---|---|"]
     lines += [f"| {mode.name} | {mode.expected}{f': {mode.why}' if mode.why else ''} |" for mode in MODES]
+    lines += ["", "| the processor, called | guided text |", "|---|---|"]
+    lines += [f"| {name} | {outcome} |" for name, outcome in CALLERS]
     lines += ["", "| reward model | guided text |", "|---|---|"]
     lines += [f"| {family.name}{f' ({family.note})' if family.note else ''} | exact |" for family in ARCHITECTURES]
     lines += [f"| {name} | {outcome} |" for name, outcome in OTHER_REWARD_MODELS]
@@ -254,6 +256,23 @@ def table() -> str:
 
 
 # Each of these is a test of its own.
+CALLERS = [
+    ("by another processor, three deep; by `functools.partial`; by a subclass", "exact, fused"),
+    ("by a `LogitsProcessorList` inside the list", "refused by `generate`: a list is no processor"),
+    ("by `generate` behind ten decorators", "exact, fused"),
+    ('by `pipeline("text-generation")`, with a streamer', "exact, fused"),
+    ("beside a second processor on the same base", "exact, both fused"),
+    ("by two threads over one base, with a processor each", "exact, fused"),
+    ("by `generate` inside another's stopping criterion", "exact"),
+    ("by a loop by hand that prefills and steps", "exact; with padding refused until the mask is given"),
+    ("from the middle of a text, or for every second token", "exact"),
+    ("after an exception or an interruption in the middle of a text", "exact, fused"),
+    ("for a prompt that goes on from an earlier text, or begins like it", "exact, fused"),
+    ("after a reward model or the base was changed", "exact for them as they are at the beginning of the text"),
+    ("with a base that `torch.compile(model)` wraps", "exact, fused"),
+    ("with a base whose `forward` is compiled or has hooks", "exact, in passes of their own"),
+    ("as a copy or a pickle, alone or with the base", "exact, fused"),
+]
 OTHER_REWARD_MODELS = [
     ("LoRA adapter on the base, in the base's own forward passes", "exact, in every mode above"),
     ("DoRA, trained biases, `modules_to_save`, embeddings", "exact, in passes of their own"),

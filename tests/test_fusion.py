@@ -423,6 +423,14 @@ def test_hooks_on_the_base_are_heard(base, adapters, models):
     assert joint_passes(processor) == 9
 
 
+def test_a_base_with_a_compiled_forward_is_run_apart(base, adapters, models):
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    base.compile(backend="eager")
+    output = generate(base, [processor])
+    assert joint_passes(processor) == 0
+    assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+
+
 def test_a_base_that_was_changed_is_run_apart(base, adapters, models):
     """The reward model is the adapter on the base as it was; the base is what it is now."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from pairs import STANDARD
 from peft import LoraConfig, PeftModel
-from support import ARM, BATCH
+from support import ARM, BASE, BATCH
 from test_support import assert_same, generate, oracle
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -44,8 +44,8 @@ def test_quantised_weights(quantised, options):
         assert (arm(ids).logits - AutoModelForCausalLM.from_pretrained(folder)(ids).logits).abs().max() > 0.1
     config = int8()
     for processor in (
-        GenARMLogitsProcessor(arm),
-        GenARMLogitsProcessor.from_pretrained(folder, quantization_config=config),
+        GenARMLogitsProcessor(arm, base_model=base),
+        GenARMLogitsProcessor.from_pretrained(folder, base_model=base, quantization_config=config),
     ):
         output = generate([processor], BATCH, base=base, **options)
         assert_same(output, generate([oracle(BATCH, [arm])], BATCH, base=base, **options))
@@ -74,15 +74,7 @@ def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_pa
 def test_a_quantised_cache_of_the_base():
     cache = {"backend": "quanto", "q_group_size": 8, "residual_length": 4, "nbits": 4}
     options = {"cache_implementation": "quantized", "cache_config": cache}
-    output = generate(
-        [
-            GenARMLogitsProcessor(
-                ARM,
-            )
-        ],
-        BATCH,
-        **options,
-    )
+    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, **options)
     assert_same(output, generate([oracle(BATCH)], BATCH, **options))
 
 

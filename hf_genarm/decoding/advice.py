@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.cache import CACHE
 from ..hub.compatibility import GuidanceWarning
 from .lockstep import LockstepLM
 from .texts import Text
@@ -85,7 +86,7 @@ def _refuse_hidden_prompts(text: Text) -> None:
     if run.n_hidden:
         raise ValueError(
             f"The base model has read {run.n_hidden + run.prompt_length} tokens, but `generate` was given "
-            f"{run.prompt_length}: the others are only in its `past_key_values` or `inputs_embeds`, where the reward "
+            f"{run.prompt_length}: the others are only in its `{CACHE}` or `inputs_embeds`, where the reward "
             "model can't read them. Pass the whole text as `input_ids`; what is in the cache is not computed again."
         )
     if run.other_inputs:

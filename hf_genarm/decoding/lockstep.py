@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..hub.cache import network_of, new_cache
+from ..hub.cache import CACHE, network_of, new_cache
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class LockstepLM:
                 "input_ids": input_ids[:, cached:],
                 "attention_mask": attention_mask,
                 "position_ids": position_ids(attention_mask)[:, cached:],
-                "past_key_values": state.cache,
+                CACHE: state.cache,
                 "use_cache": True,
             }
         )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.cache import CACHE
+
 
 class Run:
     """
@@ -222,7 +224,8 @@ class StepWatch:
 
     def note(self, input_ids: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Of a pass for which `input_ids` and `kwargs` were prepared into `inputs`."""
-        cache, is_first, last = kwargs.get("past_key_values"), bool(kwargs.get("is_first_iteration")), self.step
+        cache = kwargs.get(CACHE, kwargs.get("past_key_values"))  # decoding loops from the Hub may use the old name
+        is_first, last = bool(kwargs.get("is_first_iteration")), self.step
         is_rest = is_first and cache is not None and kwargs.get("next_sequence_length") is None
         n_before = _n_read(cache) if is_rest else 0  # tokens that come before `input_ids`, if those are not all
         is_chunk = last is not None and last.is_first and last.run.uses(cache) and last.input_ids.shape[1] == n_before

@@ -6,8 +6,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from torch._dynamo import OptimizedModule
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# What models call the argument with their cache: `cache` since transformers 5.24, `past_key_values` before.
+_STEP_ARGS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _STEP_ARGS else "past_key_values"
 
 
 def network_of(model: Any) -> PreTrainedModel:
@@ -35,7 +39,7 @@ def uncompiled(model: Any) -> Any:
 
 def new_cache(network: PreTrainedModel) -> DynamicCache | None:
     """An empty key-value cache that keeps whole texts, or `None` for a model whose cache can't be rolled back."""
-    if network._is_stateful or "past_key_values" not in inspect.signature(type(network).forward).parameters:
+    if network._is_stateful or CACHE not in inspect.signature(type(network).forward).parameters:
         return None
     cache = DynamicCache(config=network.config)
     # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.

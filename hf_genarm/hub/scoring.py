@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import token_log_probs
-from .cache import new_cache
+from .cache import CACHE, new_cache
 from .end_of_turn import end_token_ids, length_to_end
 
 Messages = list[dict[str, str]]
@@ -143,7 +143,7 @@ def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk
     for first in range(0, longest - 1, step):
         last = min(first + step, longest - 1)
         inputs: dict[str, Any] = {"input_ids": input_ids[:, first:last], "attention_mask": attention_mask[:, :last]}
-        inputs |= {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        inputs |= {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
         logits = model(**inputs).logits
         parts.append(token_log_probs(logits, input_ids[:, first + 1 : last + 1]).cpu())
     return torch.cat(parts, dim=1)

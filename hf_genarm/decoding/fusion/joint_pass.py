@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
+from ...hub.cache import CACHE
 from ...hub.sharing import follow
 from ..lockstep import LockstepLM, State, position_ids
 from ..step import StandIn, Step, StepWatch
@@ -28,7 +29,7 @@ from .network import JointNetwork, NotFusableError, Product, check_heard, produc
 logger = logging.getLogger(__name__)
 
 # What a decoding step gives to the base, beside what is `None` or `False`.
-_STEP_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_STEP_INPUTS = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"}
 _STEP_INPUTS |= {"logits_to_keep"}
 
 
@@ -180,7 +181,7 @@ class Fusion:
         Returns what the base returns for these inputs, and advances the reward models. `None` means that they have read
         something else, that nothing has changed, and that the base has to do it alone.
         """
-        step, cache = armed.step, inputs["past_key_values"]
+        step, cache = armed.step, inputs[CACHE]
         # Taken, so that an interruption loses them, and can't leave them half changed.
         taken = [x.take(step.input_ids, step.attention_mask, int(cache.get_seq_length())) for x in armed.reward_models]
         states = [x for x in taken if x is not None and len(x.cache.layers) == len(cache.layers)]
@@ -193,13 +194,13 @@ class Fusion:
         return output
 
     def _run(self, armed: _JointPass, states: Sequence[State], inputs: dict[str, Any]) -> ModelOutput | None:
-        caches = [inputs["past_key_values"], *(state.cache for state in states)]
+        caches = [inputs[CACHE], *(state.cache for state in states)]
         rows = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
         rows = {name: value.repeat(len(caches), 1) for name, value in rows.items() if value is not None}
         batch_size, n_new = inputs["input_ids"].shape
         n_read, joint, output = int(caches[0].get_seq_length()), join(caches), None
         try:
-            output = armed.network(inputs | rows | {"past_key_values": joint}, batch_size)
+            output = armed.network(inputs | rows | {CACHE: joint}, batch_size)
         finally:
             split(joint, caches, n_read, 0 if output is None else n_new)
         if output is None:
@@ -214,14 +215,14 @@ class Fusion:
         for reward_model, state, logits in zip(armed.reward_models, states, reward_logits, strict=True):
             state.extend(armed.step.input_ids, armed.step.attention_mask, logits)
             reward_model.joint_passes += 1
-        output.logits, output.past_key_values = base_logits, caches[0]
+        output.logits, output[CACHE] = base_logits, caches[0]
         return output
 
 
 def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
     """Whether these are the inputs of a plain step that goes on from a growing cache, and all of its tokens known."""
     new, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    cache: Any = inputs.get("past_key_values")
+    cache: Any = inputs.get(CACHE)
     extra = [name for name, value in inputs.items() if name not in _STEP_INPUTS and value is not None]
     if torch.is_grad_enabled() or not inputs.get("use_cache") or any(inputs[name] is not False for name in extra):
         return False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ...hub.cache import CACHE
 from ..lockstep import LockstepLM
 from ..step import StandIn, StepWatch
 
@@ -117,7 +118,7 @@ class JointNetwork:
             output = self._network(**inputs)
         except _NotRowByRowError:
             return None
-        if self._seen != self._n_layers or output.keys() - {"logits", "past_key_values"}:
+        if self._seen != self._n_layers or output.keys() - {"logits", CACHE}:
             return None
         return output
 
