@@ -157,7 +157,7 @@ def test_where_there_is_no_choice():
     guided = GenARMLogitsProcessor(ARM, target_kl=0.5)(ids, scores)
     assert torch.equal(guided, scores)
     control, uniform = KLControl(0.5), torch.zeros(1, VOCAB_SIZE)
-    text = TextReader(None)(ONE["input_ids"])
+    text = TextReader(None)(ONE["input_ids"], torch.zeros(1, VOCAB_SIZE))
     scale = control(text, 1, torch.randn(1, VOCAB_SIZE), [uniform], [1.0])
     assert scale.isfinite().all()
 

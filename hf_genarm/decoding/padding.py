@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .texts import Text
 
@@ -92,6 +93,14 @@ class PromptMask:
             f"`attention_mask` has shape {(n_prompts, length)} and belongs to other prompts than the `input_ids` of "
             f"shape {tuple(input_ids.shape)}. Set `processor.attention_mask` to the mask of these prompts or to `None`."
         )
+
+
+def pad_token_id_of(special_tokens: PreTrainedTokenizerBase | GenerationConfig) -> int | None:
+    """The token that pads prompts: as in `generate` the (first) eos token, if no other is named."""
+    if special_tokens.pad_token_id is not None:
+        return special_tokens.pad_token_id
+    eos_token_id = special_tokens.eos_token_id
+    return eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
 
 
 def _check(attention_mask: Any) -> Tensor:

@@ -1,32 +1,28 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import contrast, guided_log_probs
 from ..hub.cache import network_of, uncompiled
-from ..hub.compatibility import generation_prompt_ids, has_same_ids, warn_of_differences
+from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
-from ..hub.sharing import shares_weights
 from .advice import Advice, refuse_encoder_decoder
 from .kl_control import KLControl
-from .padding import PromptMask
+from .padding import PromptMask, pad_token_id_of
 from .reference import Reference
 from .rewards import NextTokenRewards, refuse_nan
 from .statistics import Statistics
-from .step import Run, StepWatch
+from .step import StepWatch
 from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, check_alpha, strengths_at, unguided_where_zero
-from .texts import Text, TextReader
+from .texts import TextReader
 from .vocab import vocab_maps
-
-logger = logging.getLogger(__name__)
 
 RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
 
@@ -92,11 +88,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
     >>> from hf_genarm import GenARMLogitsProcessor
     >>> from hf_genarm.demo import demo_model
-
     >>> model = AutoModelForCausalLM.from_pretrained(demo_model())
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
     >>> inputs = tokenizer("The weather today is", return_tensors="pt")
-
     >>> processor = GenARMLogitsProcessor.from_pretrained("model_cards/arm-smollm2-135m-sentiment", base_model=model)
     >>> output = model.generate(**inputs, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=20)
     ```
@@ -138,22 +132,20 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self.keeps_statistics = False
         self._attach()
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
-        if pad_token_id is None:
-            pad_token_id = _pad_token_id(special_tokens)
-        self._prompt_mask = PromptMask(pad_token_id, attention_mask)
+        pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
+        self._prompt_mask = PromptMask(pads, attention_mask)
 
     def _attach(self) -> None:
         """Sets up what belongs to one instance: what is known of runs, and the caches."""
         self._watch = None if self._base is None else StepWatch.on(self._base, self)
         self._reader = TextReader(self._watch)
-        self._run: Run | None = None
         self._rewards = NextTokenRewards(self._models, self._vocab_maps, self._watch)
         self._reference = None
         if self._reference_model is not None:
             self._reference = Reference(self._reference_model, self._watch)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_watch", "_reader", "_run", "_rewards", "_reference", "_kl_control", "_statistics")
+        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics")
         state = {name: value for name, value in vars(self).items() if name not in own}
         return state | {"target_kl": self.target_kl, "keeps_statistics": self.keeps_statistics}
 
@@ -183,8 +175,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             pretrained_model_name_or_path (`str` or list of `str`):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
-                The model to be steered. An adapter that was trained on it shares its weights instead of loading them a
-                second time. See the class for what else it is good for.
+                As for the class. An adapter that was trained on it shares its weights.
             alpha, target_kl, reference, pad_token_id, attention_mask:
                 As for the class.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -199,16 +190,6 @@ class GenARMLogitsProcessor(LogitsProcessor):
         arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:
             tokenizer = find_tokenizer(base_model.name_or_path, token=kwargs.get("token"))
-        # Ids that index the same embeddings are the same ids.
-        shared = [base_model is not None and shares_weights(arm.model, base_model) for arm in arms]
-        reward_tokenizers = None
-        if tokenizer is not None:
-            reward_tokenizers = [
-                None if same or (base_model is not None and has_same_ids(arm, base_model, tokenizer)) else arm.tokenizer
-                for arm, same in zip(arms, shared, strict=True)
-            ]
-            for arm, name, same in zip(arms, names, shared, strict=True):
-                warn_of_differences(arm.info, name, tokenizer, same)
         processor = cls(
             arms,
             alpha,
@@ -218,11 +199,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,
-            reward_tokenizer=reward_tokenizers,
+            reward_tokenizer=None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer),
         )
-        for name, same, (engine, why) in zip(names, shared, processor._rewards.engines, strict=True):
-            if same:  # why the others do not is known where they are loaded
-                logger.info("%s: engine `%s`, because %s.", name, engine, why)
+        processor._rewards.log_engines(names)
         return processor
 
     @property
@@ -237,10 +216,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @property
     def alpha(self) -> list[float] | Tensor | Callable[[int], Strengths]:
-        """
-        The strength of each reward. It can be set at any time, also from another thread while `generate` runs: each
-        token is chosen under one setting.
-        """
+        """The strength of each reward. Can be set at any time, also by another thread while `generate` runs."""
         return self._alpha
 
     @alpha.setter
@@ -249,10 +225,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @property
     def target_kl(self) -> float | None:
-        """
-        The mean divergence per token of the guided from the unguided distribution, in nats, that each text is held at
-        by scaling its strengths; `None` if they act as they are. Can be set at any time.
-        """
+        """The mean divergence per token, in nats, that each text is held at; `None` if strengths act as they are."""
         return None if self._kl_control is None else self._kl_control.target
 
     @target_kl.setter
@@ -270,13 +243,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     def statistics(self, sequences: Tensor) -> dict[str, list[Any]]:
         """
-        What guidance did to each generated token, as columns for a `pandas.DataFrame`.
-
-        `sequence`, `position` and `token` say which token it is. `base_log_prob`, `guided_log_prob` and for each reward
-        model `reward_log_prob_0`, … are its log-probabilities (of the reward less the reference, if there is one);
-        `alpha_0`, … the strengths in force. Of the distribution that it was drawn from there are `kl`, its divergence
-        from the base, `log_z`, the logarithm of the sum that normalises Eq. 7, `entropy` and `base_entropy`, and
-        whether the likeliest token is another one, `top_token_changed`. All are in nats, before temperature and top-k.
+        What guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position` and
+        `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (less that of
+        the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
+        drawn from `kl`, the divergence from the base, `log_z`, the logarithm of the sum that normalises Eq. 7,
+        `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
@@ -304,7 +275,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     def set_weights(self, weights: Sequence[float] | Tensor, alpha: float = 1.0) -> None:
         """
-        Sets `alpha` so that several objectives are traded off on one scale, that of their rewards on held-out pairs.
+        Sets `alpha` so that objectives are traded off on one scale, that of their rewards on held-out pairs.
 
         Args:
             weights (list of `float`, or `torch.Tensor` of shape `(n_requests, n_rewards)`):
@@ -328,8 +299,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     def reset(self) -> None:
         """
-        Frees the memory of the reward models' caches. Needed only after a reward model was changed in the middle of a
-        text: each `generate` call begins without them.
+        Forgets what reward models have read. Needed only after one was changed in the middle of a text: each
+        `generate` call begins without it.
         """
         self._rewards.begin()
         if self._reference is not None:
@@ -348,7 +319,9 @@ class GenARMLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
             a new tensor; with all strengths at 0, `scores` itself.
         """
-        text = self._read(input_ids, scores)
+        text = self._reader(input_ids, scores)
+        if text.is_new:
+            self.reset()
         alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
         if not active:
@@ -372,28 +345,6 @@ class GenARMLogitsProcessor(LogitsProcessor):
             statistics.note(text, n_requests, scores, guided, rewards, strengths)
         return guided
 
-    def _read(self, input_ids: Tensor, scores: Tensor) -> Text:
-        """What is known about the texts of a call; where a run begins, what is left of the last one is dropped."""
-        if len(input_ids) != len(scores):
-            raise ValueError(
-                f"`input_ids` has {len(input_ids)} rows, but `scores` has {len(scores)}. Give one text for each."
-            )
-        text = self._reader(input_ids)
-        if text.run is not self._run:
-            # What was drafted before the first pass of the base is part of the run.
-            goes_on = text.is_drafted and self._run is not None and self._run.is_by_hand
-            self._run = text.run
-            if not goes_on:
-                self.reset()
-        return text
-
 
 def _model_of(model: Any) -> PreTrainedModel | PeftModel:
     return model.model if isinstance(model, AutoregressiveRewardModel) else model
-
-
-def _pad_token_id(special_tokens: PreTrainedTokenizerBase | GenerationConfig) -> int | None:
-    if special_tokens.pad_token_id is not None:
-        return special_tokens.pad_token_id
-    eos_token_id = special_tokens.eos_token_id
-    return eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id

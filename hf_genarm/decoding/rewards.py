@@ -1,5 +1,6 @@
 """What reward models have to say about the next token, as log-probabilities of the tokens of the base."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
 from .step import StepWatch
 from .vocab import VocabMap
+
+logger = logging.getLogger(__name__)
 
 
 class NextTokenRewards:
@@ -60,6 +63,12 @@ class NextTokenRewards:
             why = "it is plain LoRA on the weights of the base" if objection is None else objection
             engines.append(("fused" if objection is None else "shared", why))
         return engines
+
+    def log_engines(self, names: Sequence[str]) -> None:
+        """Says of each reward model that shares the weights of the base how it is run, and why."""
+        for name, (engine, why) in zip(names, self.engines, strict=True):
+            if engine != "separate":  # why those are is known where they are loaded
+                logger.info("%s: engine `%s`, because %s.", name, engine, why)
 
     def of(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
         """

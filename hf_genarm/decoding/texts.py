@@ -53,6 +53,8 @@ class Text:
             Which tokens the base has not taken for padding, as far as it is known.
         is_drafted (`bool`):
             Whether the base has read drafts beyond them in its first pass.
+        is_new (`bool`):
+            Whether the call before was about another run, so that what was cached is of no use.
     """
 
     input_ids: Tensor
@@ -61,6 +63,7 @@ class Text:
     step: Step | None = None
     base_mask: Tensor | None = None
     is_drafted: bool = False
+    is_new: bool = False
 
     @property
     def prompts(self) -> Tensor:
@@ -84,14 +87,31 @@ class TextReader:
 
     def __init__(self, watch: StepWatch | None):
         self._watch = watch
+        self._run: Run | None = None  # that of the last call
         self._earlier = Recent()  # runs and lengths of prompts
 
-    def __call__(self, input_ids: Tensor) -> Text:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Text:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`), scores (`torch.Tensor` of shape \
+            `(batch_size, vocab_size)`):
                 What the processor is called with.
+
+        Raises:
+            ValueError: if their numbers of rows differ.
         """
+        if len(input_ids) != len(scores):
+            raise ValueError(
+                f"`input_ids` has {len(input_ids)} rows, but `scores` has {len(scores)}. Give one text for each."
+            )
+        text = self._read(input_ids)
+        # What was drafted before the first pass of the base is part of the run.
+        goes_on = text.is_drafted and self._run is not None and self._run.is_by_hand
+        text.is_new = text.run is not self._run and not goes_on
+        self._run = text.run
+        return text
+
+    def _read(self, input_ids: Tensor) -> Text:
         length, step = input_ids.shape[1], None if self._watch is None else self._watch.step
         mask = None if step is None else step.mask_of(input_ids)
         is_drafted = step is not None and step.is_first and length < step.input_ids.shape[1]

@@ -1,28 +1,56 @@
 """Whether a reward model fits a base model: the same tokens, and the same chat template."""
 
 import warnings
+from collections.abc import Sequence
 
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
 from .reward_model import AutoregressiveRewardModel
+from .sharing import shares_weights
 
 
 class GuidanceWarning(UserWarning):
     """A setting that works against guidance. `warnings.simplefilter("ignore", GuidanceWarning)` switches these off."""
 
 
-def has_same_ids(
-    reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+def tokenizers_to_align(
+    reward_models: Sequence[AutoregressiveRewardModel],
+    names: Sequence[str],
+    base_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[PreTrainedTokenizerBase | None]:
+    """
+    The tokenizer of each reward model, `None` where its ids are those of the base. Warns of differences under the same
+    ids.
+
+    Args:
+        reward_models (sequence of [`AutoregressiveRewardModel`]), names (sequence of `str`):
+            The reward models.
+        base_model ([`~transformers.PreTrainedModel`], *optional*):
+            The base.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            That of the base.
+    """
+    tokenizers: list[PreTrainedTokenizerBase | None] = []
+    for arm, name in zip(reward_models, names, strict=True):
+        # Ids that index the same embeddings are the same ids.
+        is_shared = base_model is not None and shares_weights(arm.model, base_model)
+        is_same = is_shared or (base_model is not None and _has_same_ids(arm, base_model, tokenizer))
+        tokenizers.append(None if is_same else arm.tokenizer)
+        _warn_of_differences(arm.info, name, tokenizer, is_shared)
+    return tokenizers
+
+
+def _has_same_ids(
+    reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> bool:
-    """Whether ids and numbers of logits are the same, so that nothing has to be aligned."""
     own = reward_model.tokenizer
     sizes = {len(model.get_input_embeddings().weight) for model in (reward_model.model, base_model)}
     return own is not None and len(sizes) == 1 and tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
 
 
-def warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokenizerBase, shares_weights: bool) -> None:
+def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokenizerBase, shares_weights: bool) -> None:
     """
     Warns if a reward model was trained with other tokens under the same embeddings, or another chat template, than the
     base has. Both can be right, when tokens were added or a template was replaced on purpose.
@@ -33,7 +61,7 @@ def warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokeni
             f"`{name}` is an adapter on the weights of the base, but was trained with another tokenizer than "
             f"`{tokenizer.name_or_path}`. Tokens whose ids differ get wrong rewards.",
             GuidanceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if info.chat_template not in (None, chat_template_fingerprint(tokenizer)):
         warnings.warn(
@@ -41,7 +69,7 @@ def warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokeni
             f"(`{tokenizer.name_or_path}`), so its rewards are for prompts of another form. Set "
             "`tokenizer.chat_template` to the one that it was trained with.",
             GuidanceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
