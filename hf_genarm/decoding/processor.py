@@ -198,7 +198,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
         names = [given] if isinstance(given, str) else list(given)
         arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:
-            tokenizer = find_tokenizer(base_model.name_or_path, token=kwargs.get("token"))
+            tokenizer = find_tokenizer(
+                base_model.name_or_path,
+                token=kwargs.get("token"),
+                trust_remote_code=kwargs.get("trust_remote_code", False),
+            )
         # Ids that index the same embeddings are the same ids.
         shared = [base_model is not None and shares_weights(arm.model, base_model) for arm in arms]
         reward_tokenizers = None

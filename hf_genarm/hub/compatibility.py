@@ -1,12 +1,15 @@
 """Whether a reward model fits a base model: the same tokens, and the same chat template."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
-from .reward_model import AutoregressiveRewardModel
+
+if TYPE_CHECKING:
+    from .reward_model import AutoregressiveRewardModel
 
 
 class GuidanceWarning(UserWarning):
@@ -14,7 +17,9 @@ class GuidanceWarning(UserWarning):
 
 
 def has_same_ids(
-    reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+    reward_model: "AutoregressiveRewardModel",
+    base_model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> bool:
     """Whether ids and numbers of logits are the same, so that nothing has to be aligned."""
     own = reward_model.tokenizer
