@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .decoding.processor import GenARMLogitsProcessor
-    from .hub.compatibility import GuidanceWarning
     from .hub.info import RewardInfo
     from .hub.reward_model import AutoregressiveRewardModel
+    from .hub.warning import GuidanceWarning
     from .training.config import AutoregressiveRewardConfig
     from .training.trainer import AutoregressiveRewardTrainer
 
@@ -28,7 +28,7 @@ _MODULES = {
     "AutoregressiveRewardModel": "hub.reward_model",
     "AutoregressiveRewardTrainer": "training.trainer",
     "GenARMLogitsProcessor": "decoding.processor",
-    "GuidanceWarning": "hub.compatibility",
+    "GuidanceWarning": "hub.warning",
     "RewardInfo": "hub.info",
 }
 

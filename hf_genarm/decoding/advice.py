@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..hub.cache import CACHE
-from ..hub.compatibility import GuidanceWarning
+from ..hub.warning import GuidanceWarning
 from .lockstep import LockstepLM
 from .texts import Text
 

@@ -179,8 +179,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             alpha, target_kl, reference, pad_token_id, attention_mask:
                 As for the class.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-                The tokenizer of the base model. Defaults to the one in the folder of `base_model`. It is compared with
-                the tokenizers of reward models that don't share the weights of the base model.
+                The tokenizer of the base model. Defaults to the one in the folder of `base_model`.
             **kwargs:
                 Passed to `from_pretrained` of every reward model: `revision`, `subfolder`, `token`, `dtype`,
                 `device_map`, `quantization_config`, …
@@ -189,7 +188,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         names = [given] if isinstance(given, str) else list(given)
         arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
         if tokenizer is None and base_model is not None:
-            tokenizer = find_tokenizer(base_model.name_or_path, token=kwargs.get("token"))
+            access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
+            tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
         processor = cls(
             arms,
             alpha,

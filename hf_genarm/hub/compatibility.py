@@ -8,10 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
 from .reward_model import AutoregressiveRewardModel
 from .sharing import shares_weights
-
-
-class GuidanceWarning(UserWarning):
-    """A setting that works against guidance. `warnings.simplefilter("ignore", GuidanceWarning)` switches these off."""
+from .warning import GuidanceWarning
 
 
 def tokenizers_to_align(

@@ -2,16 +2,41 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
 INFO_NAME = "genarm_config.json"
 FORMAT_VERSION = 1
 _PACKAGES = ("hf_genarm", "trl", "transformers", "peft", "torch", "datasets")
+
+
+def _is_positive(value: float) -> bool:
+    return 0 < value <= sys.float_info.max
+
+
+def _matches(pattern: str) -> Callable[[str], bool]:
+    return lambda value: re.fullmatch(pattern, value) is not None
+
+
+# What a field must be besides its type; unknown ones, `None`, are left out.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta": (_is_positive, "a positive number"),
+    "reward_scale": (_is_positive, "a positive number"),
+    "loss": (lambda value: isinstance(value.get("length_normalized", False), bool), "arguments of the trainer"),
+    "base_model": (lambda value: bool(value.strip()), "the id of a model"),
+    "base_weights": (_matches(r"(bf16|fp16):([0-9a-f]{4})+"), "from `weights_fingerprint`"),
+    "tokenizer": (_matches(r"sha256:[0-9a-f]{32}"), "from `tokenizer_fingerprint`"),
+    "chat_template": (_matches(r"sha256:[0-9a-f]{32}"), "from `chat_template_fingerprint`"),
+    "n_pairs": (lambda value: value >= 0, "a number of pairs"),
+    "format_version": (lambda value: value >= 1, "1 or more"),
+}
 
 
 @dataclass
@@ -36,6 +61,8 @@ class RewardInfo:
             Hub id of the model that was trained, or that the adapter belongs to.
         base_model_revision (`str`, *optional*):
             Commit of that model.
+        base_weights (`str`, *optional*):
+            Fingerprint of the weights that the adapter was trained on, from [`weights_fingerprint`].
         tokenizer (`str`, *optional*):
             Fingerprint of the vocabulary, from [`tokenizer_fingerprint`].
         chat_template (`str`, *optional*):
@@ -50,6 +77,9 @@ class RewardInfo:
             Of the packages that made it.
         format_version (`int`):
             Of this file.
+
+    Raises:
+        ValueError: if a value is not what its field holds.
     """
 
     beta: float | None = None
@@ -59,6 +89,7 @@ class RewardInfo:
     description: str | None = None
     base_model: str | None = None
     base_model_revision: str | None = None
+    base_weights: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
     dataset: str | None = None
@@ -67,9 +98,17 @@ class RewardInfo:
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, (holds, rule) = getattr(self, name), _RULES.get(name, (lambda _: True, ""))
+            if not _has_type(value, hint) or (value is not None and not holds(value)):
+                expected = hint.__name__ if isinstance(hint, type) else hint
+                raise ValueError(f"`{name}` is {value!r}, but must be `{expected}`{rule and ': ' + rule}.")
+
     def save(self, folder: str | Path) -> None:
         """Writes `genarm_config.json`."""
-        Path(folder, INFO_NAME).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        checked = asdict(replace(self))
+        Path(folder, INFO_NAME).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "RewardInfo":
@@ -80,18 +119,39 @@ class RewardInfo:
             ValueError: if it is not valid, or of a newer format.
         """
         try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`{path}` is not valid JSON ({error}). Download or write it again.") from error
-        if values.get("format_version", 0) > FORMAT_VERSION:
+        if not isinstance(values, dict):
+            raise ValueError(f"`{path}` holds {values!r:.60}, but must hold an object. Download or write it again.")
+        newer = values.get("format_version")
+        if isinstance(newer, int) and newer > FORMAT_VERSION:
             raise ValueError(
-                f"`{path}` has format {values['format_version']}, and this version of hf_genarm reads formats up to "
-                f"{FORMAT_VERSION}. Update it: `pip install -U hf_genarm`."
+                f"`{path}` has format {newer}, and this version of hf_genarm reads formats up to {FORMAT_VERSION}. "
+                "Update it: `pip install -U hf_genarm`."
             )
         unknown = values.keys() - {x.name for x in fields(cls)}
         if unknown:
             raise ValueError(f"`{path}` has fields that its format does not know: {sorted(unknown)}. Remove them.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"`{path}` is not valid: {error} Correct it, or download it again.") from error
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type such as `float | None` or `dict[str, str]`. A truth value is no number."""
+    if hint is Any:
+        return True
+    if get_origin(hint) is dict:
+        of_key, of_value = get_args(hint)
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_has_type(key, of_key) and _has_type(x, of_value) for key, x in items)
+    if get_args(hint):
+        return any(_has_type(value, x) for x in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, float | int if hint is float else hint)
 
 
 def package_versions() -> dict[str, str]:

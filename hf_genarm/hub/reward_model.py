@@ -6,23 +6,20 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
+from .loading import download, load_adapter, load_causal_lm
 from .scoring import Texts, TokenRewards, token_rewards
-from .sharing import load_onto_shared_weights, why_it_changes
 
 logger = logging.getLogger(__name__)
 
 # Say where to find the files; everything else says how to load the weights of the language model.
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-# Pickled weights run code when they are loaded, so they are not even downloaded.
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md")
 
 
 class AutoregressiveRewardModel(PushToHubMixin):
@@ -98,7 +95,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
             ValueError: if its weights are pickled or missing, or its format is newer than this package.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
-        folder = _download(pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        folder = download(pretrained_model_name_or_path, subfolder, **hub_kwargs)
         has_info = (folder / INFO_NAME).exists()
         info = RewardInfo.load(folder / INFO_NAME) if has_info else RewardInfo()
         if not has_info:
@@ -108,15 +105,17 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 pretrained_model_name_or_path,
                 INFO_NAME,
             )
-        _check_weights(folder, pretrained_model_name_or_path)
-        remote = {"trust_remote_code": True} if trust_remote_code else {}
+        kwargs["trust_remote_code"] = trust_remote_code  # left out, transformers would ask
         if (folder / "adapter_config.json").exists():
             hub_kwargs.pop("revision", None)  # is that of the adapter
-            model = _load_adapter(folder, pretrained_model_name_or_path, base_model, hub_kwargs, remote, kwargs)
+            model = load_adapter(folder, pretrained_model_name_or_path, info, base_model, hub_kwargs, kwargs)
         else:
             logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(folder, **remote, **kwargs)
-        return cls(model.eval(), find_tokenizer(folder, model.name_or_path, token=hub_kwargs.get("token")), info)
+            model = load_causal_lm(folder, pretrained_model_name_or_path, **kwargs)
+        tokenizer = find_tokenizer(
+            folder, model.name_or_path, token=hub_kwargs.get("token"), trust_remote_code=trust_remote_code
+        )
+        return cls(model.eval(), tokenizer, info)
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -135,13 +134,13 @@ class AutoregressiveRewardModel(PushToHubMixin):
             self.push_to_hub(kwargs.pop("repo_id", PurePath(save_directory).name), **kwargs)
             kwargs = {}
         card = Path(save_directory, "README.md")
-        existing = card.read_text() if card.exists() else None
+        existing = card.read_text(encoding="utf-8") if card.exists() else None
         self.model.save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
         self.info.save(save_directory)
         if existing is not None:
-            card.write_text(existing)
+            card.write_text(existing, encoding="utf-8")
         else:  # PEFT writes one that calls the adapter a text generator
             name = PurePath(save_directory).name
             reward_model_card(self.info, name, name, isinstance(self.model, PeftModel)).save(card)
@@ -208,75 +207,16 @@ class AutoregressiveRewardModel(PushToHubMixin):
         return autoregressive_reward
 
 
-def find_tokenizer(*names_or_paths: str | Path, token: str | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the first of these folders or repositories that has one."""
+def find_tokenizer(
+    *names_or_paths: str | Path, token: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the first of these folders or repositories that has one which may be run."""
     for name_or_path in names_or_paths:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             continue
         # For a folder of weights alone, some architectures get one that knows nothing but its special tokens.
         if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             return tokenizer
     return None
-
-
-def _download(name_or_path: str, subfolder: str, **hub_kwargs: Any) -> Path:
-    """The folder itself, or one revision of a repository in the cache, complete."""
-    if not Path(name_or_path).is_dir():
-        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FILES]
-        name_or_path = snapshot_download(name_or_path, allow_patterns=patterns, **hub_kwargs)
-    folder = Path(name_or_path, subfolder)
-    if subfolder and not folder.is_dir():
-        raise ValueError(f"`{name_or_path}` has no folder `{subfolder}`. Check `subfolder`.")
-    return folder
-
-
-def _check_weights(folder: Path, name: str) -> None:
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"`{name}` has no weights in safetensors. Pickled weights (`.bin`, `.pt`) are refused, because loading "
-            "them can run code: convert them with `save_pretrained`. If the repository has safetensors, the "
-            "download was not finished: load it again with a connection to the Hub."
-        )
-
-
-def _load_adapter(
-    folder: Path,
-    name: str,
-    base_model: PreTrainedModel | None,
-    hub_kwargs: dict[str, Any],
-    remote: dict[str, bool],
-    kwargs: dict[str, Any],
-) -> PeftModel:
-    adapter = PeftConfig.from_pretrained(str(folder))
-    trained_on = adapter.base_model_name_or_path
-    objection = _why_not_shared(base_model, trained_on, kwargs)
-    if base_model is not None and objection is None:
-        objection = why_it_changes(base_model, adapter, folder)
-    if base_model is not None and objection is None:
-        return load_onto_shared_weights(base_model, folder)
-    logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
-    network = AutoModelForCausalLM.from_pretrained(
-        trained_on, revision=adapter.revision, **hub_kwargs, **remote, **kwargs
-    )
-    return PeftModel.from_pretrained(network, str(folder))
-
-
-def _why_not_shared(base_model: PreTrainedModel | None, trained_on: str, kwargs: dict[str, Any]) -> str | None:
-    if base_model is None:
-        return "no `base_model` was given"
-    if kwargs:
-        return f"arguments ask for other weights ({', '.join(kwargs)})"
-    if isinstance(base_model, PeftModel) or base_model._hf_peft_config_loaded:
-        return "the base has an adapter of its own"
-    if not base_model.name_or_path or _short_name(base_model.name_or_path) != _short_name(trained_on):
-        return f"it was trained on `{trained_on}`, and the base is `{base_model.name_or_path}`"
-    return None
-
-
-def _short_name(name_or_path: str) -> str:
-    """`SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`, `/models/SmolLM2-135M` and a folder of the Hub's cache."""
-    parts = PurePath(name_or_path).parts
-    cached = [part for part in parts if part.startswith("models--")]
-    return cached[-1].split("--")[-1] if cached else parts[-1]

@@ -3,12 +3,18 @@
 import copy
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# With these options PEFT only adds to a model. Any other, also of versions to come, may change its weights.
+_ADDS_ONLY = {"alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias"}
+_ADDS_ONLY |= {"ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
+_ADDS_ONLY |= {"init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "lora_alpha"}
+_ADDS_ONLY |= {"lora_bias", "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern"}
+_ADDS_ONLY |= {"revision", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora"}
 # Other initialisations subtract the low-rank product from the weights of the base while an adapter is loaded.
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -28,19 +34,26 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
         folder (`str`):
             The folder of an adapter for which [`why_it_changes`] is `None`.
     """
-    # PEFT freezes what it is given, and whether a weight is frozen shows in the last bits of a forward pass.
-    aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
-    shared = {id(x): aliases.get(x, x) for x in [*base_model.parameters(), *base_model.buffers()]}
-    model = PeftModel.from_pretrained(copy.deepcopy(base_model, memo=shared), folder)
-    originals = {alias: x for x, alias in aliases.items()}
+    network, originals = _frozen_twin(base_model)
+    model = PeftModel.from_pretrained(network, folder)
     for module in model.modules():
         module._parameters.update({name: originals.get(x, x) for name, x in module._parameters.items()})
     return model
 
 
+def _frozen_twin(base_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[nn.Parameter, nn.Parameter]]:
+    """
+    A twin that PEFT may freeze: whether a weight is frozen shows in the last bits of a forward pass. With the
+    parameters of the model by those that stand for them.
+    """
+    aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
+    shared = {id(x): aliases.get(x, x) for x in [*base_model.parameters(), *base_model.buffers()]}
+    return copy.deepcopy(base_model, memo=shared), {alias: x for x, alias in aliases.items()}
+
+
 def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> bool:
-    """Whether a model is a second set of modules around the weights of the base model."""
-    return model.get_input_embeddings().weight is base_model.get_input_embeddings().weight
+    """Whether a model is a second set of modules around weights of the base model, with or without some of its own."""
+    return not set(model.parameters()).isdisjoint(base_model.parameters())
 
 
 def follow(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> None:
@@ -68,15 +81,58 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
             Of the adapter.
         folder (`str`):
             Its folder.
+
+    Raises:
+        ValueError: if what is in the folder doesn't fit the model.
     """
     if not isinstance(config, LoraConfig):
         return f"it is not LoRA but {config.peft_type}"
+    plain = vars(LoraConfig())
+    unusual = [name for name, x in vars(config).items() if x and name not in _ADDS_ONLY and x != plain.get(name)]
     if config.init_lora_weights not in _HARMLESS_INITS:
-        return f"`init_lora_weights={config.init_lora_weights!r}` changes the weights of the base"
-    if config.target_parameters:
-        return "`target_parameters` are changed in place"
-    # Trained biases, embeddings and whole modules are saved under the names of those that they replace.
-    own = base_model.state_dict().keys()
-    with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        replaced = [name for name in file.keys() if name.removeprefix("base_model.model.") in own]  # noqa: SIM118
+        unusual.append("init_lora_weights")
+    if unusual:
+        return f"`{unusual[0]}={getattr(config, unusual[0])!r}` may change the weights of the base"
+    # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads.
+    network, _ = _frozen_twin(base_model)
+    shared = {id(x) for x in [*network.parameters(), *network.buffers()]}
+    loaded = check_tensors(PeftModel(network, copy.copy(config), low_cpu_mem_usage=True), folder)
+    replaced = [name for name, x in loaded.items() if id(x) in shared]
     return f"it replaces weights of the base, such as `{replaced[0]}`" if replaced else None
+
+
+def adapter_tensors(model: PeftModel, with_embeddings: bool = False) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter, and loads again: the very parameters, by their names in the file."""
+    state = model.state_dict(keep_vars=True)
+    return get_peft_model_state_dict(model, state, save_embedding_layers=with_embeddings)
+
+
+def check_tensors(model: PeftModel, folder: str | Path) -> dict[str, Tensor]:
+    """
+    Compares names and shapes of the tensors in the folder of an adapter with those of the adapter in a model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the parameters of the model that they are loaded into.
+
+    Raises:
+        ValueError: if the file is damaged, or the two differ.
+    """
+    path, expected = Path(folder, SAFETENSORS_WEIGHTS_NAME), adapter_tensors(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is damaged ({error}). Download or write it again.") from error
+    if shapes.keys() - expected.keys():  # of a vocabulary that was extended
+        embeddings = adapter_tensors(model, with_embeddings=True)
+        expected |= {name: x for name, x in embeddings.items() if name in shapes}
+    for name in sorted(shapes.keys() | expected.keys()):
+        there, wanted = shapes.get(name), tuple(expected[name].shape) if name in expected else None
+        if there != wanted:
+            in_file, in_model = ("nothing" if x is None else f"the shape {x}" for x in (there, wanted))
+            raise ValueError(
+                f"`{path}` has {in_file} for `{name}`, but the adapter that its `adapter_config.json` describes has "
+                f"{in_model} there on this model. Download or write both files again; those of an old version of PEFT "
+                "are loaded and saved with PEFT first."
+            )
+    return expected

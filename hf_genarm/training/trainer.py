@@ -1,6 +1,7 @@
 """The trainer of autoregressive reward models: TRL's `RewardTrainer` with another reward."""
 
 import copy
+import math
 import os
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..functional import preference_loss
+from ..hub.base_weights import weights_fingerprint
 from ..hub.card import METRICS, OPTIONAL_METRICS, TAGS, reward_model_card
 from ..hub.custom_generate import write_custom_generate
 from ..hub.end_of_turn import end_token_ids
@@ -139,6 +141,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             )
         network = model.get_base_model() if is_peft_model(model) else model
         self._generation_config = network.generation_config
+        # What an adapter is trained on, read before it is sharded; `None` where there is no adapter.
+        self._base_weights = weights_fingerprint(model) if peft_config is not None or is_peft_model(model) else None
         self.pair_counts: dict[str, PairCounts] = {}
 
         # RewardTrainer wants a classifier with one label; the causal LM answers to that name while it is set up.
@@ -266,16 +270,18 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         # With those that only some data have, such as `length_matched_accuracy`
         measured = evaluations[-1] if evaluations else {}
         metrics = {name: measured[f"eval_{name}"] for name in METRICS + OPTIONAL_METRICS if f"eval_{name}" in measured}
+        scale = metrics.get("rms_margin", 0.0) / self.args.beta
         base_model = get_config_model_id(self.model.config)
         tokenizer = self.processing_class
         return RewardInfo(
             beta=self.args.beta,
             loss=self.args.changed_loss,
-            reward_scale=metrics["rms_margin"] / self.args.beta if metrics else None,
+            reward_scale=scale if 0 < scale < math.inf else None,  # not after a training that failed
             objective=self.args.objective,
             description=self.args.description,
             base_model=base_model if base_model and not os.path.isdir(base_model) else None,
             base_model_revision=getattr(self.model.config, "_commit_hash", None),  # only of what came from the Hub
+            base_weights=self._base_weights,
             tokenizer=tokenizer_fingerprint(tokenizer),
             chat_template=chat_template_fingerprint(tokenizer) if self._is_conversational else None,
             dataset=self.args.dataset_name,

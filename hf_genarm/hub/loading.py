@@ -1,0 +1,229 @@
+"""From files to models: whole or not at all, without pickles, and without code that nobody trusted."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .base_weights import is_plain, same_weights, weights_fingerprint
+from .info import RewardInfo
+from .sharing import check_tensors, load_onto_shared_weights, why_it_changes
+from .warning import GuidanceWarning
+
+logger = logging.getLogger(__name__)
+
+# Pickled weights run code when they are loaded, so they are not even downloaded.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md")
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def download(name_or_path: str, subfolder: str = "", patterns: Iterable[str] = _FILES, **hub_kwargs: Any) -> Path:
+    """The folder itself, or one revision of a repository in the cache, complete."""
+    if not Path(name_or_path).is_dir():
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+        name_or_path = snapshot_download(name_or_path, allow_patterns=patterns, **hub_kwargs)
+    folder = Path(name_or_path, subfolder)
+    if subfolder and not folder.is_dir():
+        raise ValueError(f"`{name_or_path}` has no folder `{subfolder}`. Check `subfolder`.")
+    return folder
+
+
+def load_causal_lm(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    Loads a reward model that is not an adapter.
+
+    Args:
+        folder (`Path`):
+            Its folder.
+        name (`str`):
+            What to call it.
+        **kwargs:
+            Passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: if it has pickled weights, or not exactly those of its architecture, or some that are not finite.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise _pickled(name)
+    _refuse_pickled_shards(folder, name)
+    model, unexpected = _load(folder, name, **kwargs)
+    if unexpected:
+        raise ValueError(
+            f"`{name}` has `{unexpected[0]}`, which a `{type(model).__name__}` doesn't have: it is not, or not only, a "
+            "causal LM. Load it with its own class, and save the language model in it with `save_pretrained`."
+        )
+    return model
+
+
+def load_adapter(
+    folder: Path,
+    name: str,
+    info: RewardInfo,
+    base_model: PreTrainedModel | None,
+    hub_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> PeftModel:
+    """
+    Loads an adapter onto the weights of the base, if it was trained on these and only adds to them, or else onto a
+    model of its own.
+
+    Args:
+        folder (`Path`):
+            Its folder.
+        name (`str`):
+            What to call it.
+        info ([`RewardInfo`]):
+            What it says about itself.
+        base_model ([`~transformers.PreTrainedModel`], *optional*):
+            The model to be steered.
+        hub_kwargs, kwargs (`dict`):
+            Where to find a model of its own, and how to load it.
+
+    Raises:
+        ValueError: if the adapter or its model are pickled, damaged, incomplete or not finite.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.exists():
+        raise _pickled(name)
+    config = _adapter_config(folder / _ADAPTER_CONFIG)
+    if config.peft_type == PeftType.XLORA:
+        raise ValueError(f"`{name}` is X-LoRA, which loads other adapters as it likes. Load one of these instead.")
+    objection = _why_not_shared(base_model, config, info, kwargs)
+    if base_model is not None and objection is None:
+        objection = why_it_changes(base_model, config, folder)
+    if base_model is not None and objection is None:
+        _refuse_not_finite(load_file(path).items(), name)
+        return load_onto_shared_weights(base_model, folder)
+    logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
+    network = _load_base(name, config, folder, hub_kwargs, kwargs)
+    if same_weights(info.base_weights, weights_fingerprint(network)) is False:
+        warnings.warn(
+            f"`{name}` was trained on other weights than those of `{config.base_model_name_or_path}`, so that its "
+            "rewards are not what it has learned. Give `base_model` the model that it was trained on.",
+            GuidanceWarning,
+            stacklevel=3,
+        )
+    why_it_changes(network, config, folder)  # names a tensor that doesn't fit before PEFT stumbles over it
+    _refuse_not_finite(load_file(path).items(), name)
+    model = PeftModel.from_pretrained(network, str(folder))
+    check_tensors(model, folder)
+    return model
+
+
+def _why_not_shared(
+    base_model: PreTrainedModel | None, config: PeftConfig, info: RewardInfo, kwargs: dict[str, Any]
+) -> str | None:
+    if base_model is None:
+        return "no `base_model` was given"
+    asked = [name for name in kwargs if name != "trust_remote_code"]
+    if asked:
+        return f"arguments ask for other weights ({', '.join(asked)})"
+    wrappers = PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper
+    if any(isinstance(module, wrappers) for module in base_model.modules()):
+        return "the base has an adapter of its own"
+    is_same = same_weights(info.base_weights, weights_fingerprint(base_model))
+    if is_same is False:
+        return "it was trained on other weights than those of the base"
+    trained_on, given = config.base_model_name_or_path, base_model.name_or_path
+    if is_same is None and (not _short_name(given) or _short_name(given) != _short_name(trained_on)):
+        return f"it was trained on `{trained_on}`, and the base is `{given}`"
+    return None
+
+
+def _load_base(
+    name: str, config: PeftConfig, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    trained_on = config.base_model_name_or_path
+    if not _short_name(trained_on):
+        raise ValueError(
+            f"`base_model_name_or_path` of `{name}` is {trained_on!r}, but must be the Hub id or the folder of the "
+            f"model that it was trained on. Write it into `{folder / _ADAPTER_CONFIG}`."
+        )
+    try:
+        files = download(trained_on, patterns=["*.json"], revision=config.revision, **hub_kwargs)
+    except HFValidationError as error:
+        raise ValueError(
+            f"`{name}` was trained on `{trained_on}`, which is no folder here, and no id on the Hub. Write where it is "
+            f"now into `{folder / _ADAPTER_CONFIG}`."
+        ) from error
+    if (files / _ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"`{name}` was trained on `{trained_on}`, which is an adapter itself. Merge that into its model with "
+            f"`merge_and_unload`, save it, and write its folder into `{folder / _ADAPTER_CONFIG}`."
+        )
+    _refuse_pickled_shards(files, trained_on)
+    return _load(trained_on, trained_on, revision=config.revision, **hub_kwargs, **kwargs)[0]
+
+
+def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A causal LM that has all of its weights, and the names of those in its files that it doesn't have."""
+    if not kwargs.get("use_safetensors", True):
+        raise ValueError(f"`use_safetensors` is {kwargs['use_safetensors']}, but no other weights are loaded. Omit it.")
+    # A size that is wrong is an error here, with its name.
+    ours = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **ours})
+    mismatched = {key for key, *_ in found["mismatched_keys"]}
+    for what, keys in (("no", found["missing_keys"]), ("another shape of", mismatched)):
+        if keys:
+            raise ValueError(
+                f"`{name}` has {what} `{min(keys)}`, which a `{type(model).__name__}` needs. Download or save it "
+                "again; if it is no causal LM, such as a classifier, it can't be used here."
+            )
+    _refuse_not_finite(model.named_parameters(), name)
+    return model, sorted(found["unexpected_keys"])
+
+
+def _adapter_config(path: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(path.parent))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"`{path}` is no configuration that this version of PEFT can read ({error!r}). Download or write it again, "
+            "or update PEFT: `pip install -U peft`."
+        ) from error
+
+
+def _refuse_pickled_shards(folder: Path, name: str) -> None:
+    for index in folder.glob("*.safetensors.index*.json"):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all(shard.endswith(".safetensors") for shard in shards):
+            raise _pickled(name)
+
+
+def _pickled(name: str) -> ValueError:
+    return ValueError(
+        f"`{name}` has no weights in safetensors. Pickled weights (`.bin`, `.pt`) are refused, because loading them "
+        "can run code: convert them with `save_pretrained`. If the repository has safetensors, the download was not "
+        "finished: load it again with a connection to the Hub."
+    )
+
+
+def _refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None:
+    for key, x in tensors:
+        if is_plain(x) and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(
+                f"`{name}` has NaN or infinite values in `{key}`. Its training has failed, or its file is damaged: "
+                "train or download it again."
+            )
+
+
+def _short_name(name_or_path: Any) -> str:
+    """
+    `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`, `/models/SmolLM2-135M` and a folder of the Hub's cache; empty if it
+    is no name at all.
+    """
+    path = PurePath(name_or_path.strip() if isinstance(name_or_path, str) else "")
+    cached = [part for part in path.parts if part.startswith("models--")]
+    return cached[-1].split("--")[-1] if cached else path.name
