@@ -10,7 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..hub.cache import fixed_length, network_of, new_cache, why_no_cache
+from ..hub.cache import network_of, new_cache
+from ..hub.limits import fixed_length, refuse_out_of_range, why_no_cache
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class LockstepLM:
             )
         if not getattr(network.config, "is_decoder", True):
             raise TypeError(
-                f"`{type(network).__name__}` has `config.is_decoder=False`: it reads a text both ways, and what it says "
+                f"`{type(network).__name__}` has `config.is_decoder=False`: it reads texts both ways, and what it says "
                 "of a token is no prediction. Train and load it with `is_decoder=True`, or use another reward model."
             )
         self.model = model
@@ -178,19 +179,11 @@ class LockstepLM:
         inputs["logits_to_keep"] = 1
         try:
             output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
-        except IndexError as error:
-            raise self._out_of_range(inputs) from error
+        except (IndexError, RuntimeError) as error:
+            length = inputs.get("attention_mask", inputs["input_ids"]).shape[1]
+            refuse_out_of_range(self._network, inputs["input_ids"], length, error)
+            raise
         return output.logits[:, -1:]
-
-    def _out_of_range(self, inputs: dict) -> ValueError:
-        """Of a table that has no row for a token or its position; some models count their positions from 1 or 2."""
-        tokens, text = inputs["input_ids"], inputs.get("attention_mask", inputs["input_ids"])
-        return ValueError(
-            f"The text has {text.shape[1]} tokens with ids up to {int(tokens.max())}, and `{type(self.model).__name__}` "
-            f"can read {self._network.config.max_position_embeddings} positions and ids below "
-            f"{self._network.get_input_embeddings().num_embeddings}. Shorten the prompt or lower `max_new_tokens`, leave "
-            "out tokens that the reward model lacks, or use another reward model."
-        )
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
