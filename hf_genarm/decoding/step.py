@@ -283,13 +283,10 @@ def _what_is_read(inputs: dict[str, Any]) -> Any:
 
 
 def _is_no_text(name: str, value: Any) -> bool:
-    """Pixels, sound, their codes, or what an encoder made of them."""
     if isinstance(value, Mapping):
         return any(part is not None for part in value.values())
-    if isinstance(value, list | tuple):
-        return any(_is_no_text(name, part) for part in value)
-    is_text = name in ("inputs_embeds", "attention_mask", "position_ids")
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.ndim > 2) and not is_text
+    is_text = name in ("inputs_embeds", "attention_mask")
+    return isinstance(value, Tensor) and value.is_floating_point() and not is_text
 
 
 def _n_read(cache: Any) -> int:
