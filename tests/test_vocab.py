@@ -120,6 +120,28 @@ def test_an_added_token(setup):
         processor(torch.cat([real, alone[:, :1]], dim=1), torch.zeros(1, len(with_pad)))
 
 
+@pytest.mark.parametrize("side", ["base", "reward model", "both"])
+def test_added_tokens_without_logits(setup, side):
+    """A pad token that was added to a tokenizer, and nobody resized the model."""
+    tokenizer, base, arm = setup
+    with_pad = copy.deepcopy(tokenizer)
+    with_pad.add_special_tokens({"pad_token": "[PAD]"})
+    inputs = tokenizer(["The sun", CORPUS[0]], return_tensors="pt", padding=True)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    tokenizers = {
+        "tokenizer": tokenizer if side == "reward model" else with_pad,
+        "reward_tokenizer": tokenizer if side == "base" else with_pad,
+    }
+    processor = GenARMLogitsProcessor(arm, base_model=base, **tokenizers)
+    output = generate(base, processor, inputs)
+    expected = generate(base, Recompute([arm], [1.0], inputs["attention_mask"]), inputs)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    wider = torch.zeros(1, len(tokenizer) + 3)  # one map serves several numbers of logits
+    assert processor(inputs["input_ids"][1:], wider).isfinite().all()
+
+
 def test_other_tokens_are_refused(setup):
     tokenizer, _, arm = setup
     words = Tokenizer(models.WordLevel({"<pad>": 0, "the": 1, "train": 2}, unk_token="<pad>"))

@@ -3,10 +3,11 @@
 import warnings
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..hub.cache import CACHE
+from ..hub.cache import CACHE, network_of, uncompiled
 from ..hub.warning import GuidanceWarning
 from .lockstep import LockstepLM
 from .texts import Text
@@ -69,14 +70,25 @@ class Advice:
             warnings.warn(message, GuidanceWarning, stacklevel=2)
 
 
-def refuse_encoder_decoder(base: PreTrainedModel) -> None:
+def refuse_hidden_text(base_model: PreTrainedModel | PeftModel) -> None:
     """
+    Args:
+        base_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model to be steered, which may be compiled.
+
     Raises:
-        ValueError: if the base model is one.
+        ValueError: if it is an encoder-decoder, or has an adapter that puts virtual tokens before the text.
     """
-    if base.config.is_encoder_decoder:
+    model, network = uncompiled(base_model), network_of(base_model)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            f"The base model is a `{type(base).__name__}`, whose encoder reads the prompt. A reward model sees "
+            f"The base model has an adapter of the kind {model.active_peft_config.peft_type.value}, which puts virtual "
+            "tokens before the text, where a processor that watches the base can't tell them apart. Make it without "
+            "`base_model`, and give it the mask: `processor.attention_mask = inputs['attention_mask']`."
+        )
+    if network.config.is_encoder_decoder:
+        raise ValueError(
+            f"The base model is a `{type(network).__name__}`, whose encoder reads the prompt. A reward model sees "
             "only what logits processors see, the decoder's tokens. Guidance needs a decoder-only base model."
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..hub.cache import CACHE, network_of, new_cache
+from ..hub.limits import fixed_length, refuse_out_of_range, why_no_cache
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +48,23 @@ class LockstepLM:
                 f"`{type(network).__name__}` can't be a reward model: an autoregressive reward model is a decoder-only "
                 "causal LM whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`."
             )
+        if not getattr(network.config, "is_decoder", True):
+            raise TypeError(
+                f"`{type(network).__name__}` has `config.is_decoder=False`: it reads texts both ways, and what it says "
+                "of a token is no prediction. Train and load it with `is_decoder=True`, or use another reward model."
+            )
         self.model = model
         # Of the class: an instance's may be wrapped, and `PeftModel.forward` takes anything.
         self._forward_args = set(inspect.signature(type(network).forward).parameters)
-        # Recurrent states can't be rolled back, and some models keep them in their modules, out of reach.
         self._network = network
-        self.has_cache = new_cache(network) is not None
+        reason = why_no_cache(model)
+        self.has_cache = reason is None
+        self._fixed_length = fixed_length(network)
         if not self.has_cache:
             logger.warning(
-                "%s has recurrent states, or no key-value cache that could be rolled back. As a reward model it reads "
-                "the whole text again for every token: exact, but slow.",
+                "`%s` as a reward model reads the whole text again for every token, because %s: exact, but slow.",
                 type(network).__name__,
+                reason,
             )
         self._state: State | None = None
 
@@ -84,6 +91,8 @@ class LockstepLM:
         input_ids = input_ids[:, first_token:].to(device)
         attention_mask = attention_mask[:, first_token:].to(device)
         length = input_ids.shape[1]
+        if length > self._fixed_length:
+            return self._forward_afresh(input_ids, attention_mask)[:, -1]
 
         # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.
         state, self._state = self._state, None
@@ -98,8 +107,11 @@ class LockstepLM:
             if kept == 0 and state.logits:  # not new, and of no use
                 state = self._new_state(input_ids)
             state.crop(kept)
-            forward = self._forward if self.has_cache else self._forward_afresh
-            state.extend(input_ids, attention_mask, forward(state, input_ids, attention_mask))
+            if self.has_cache:
+                logits = self._forward(state, input_ids, attention_mask)
+            else:
+                logits = self._forward_afresh(input_ids, attention_mask)
+            state.extend(input_ids, attention_mask, logits)
         self._state = state
         return state.logits[length]
 
@@ -115,7 +127,7 @@ class LockstepLM:
                 The number of columns that must have been read.
         """
         state = self._state
-        if state is None or not self.has_cache:
+        if state is None or not self.has_cache or input_ids.shape[1] > self._fixed_length:
             return None
         rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
         if shared != length:
@@ -153,14 +165,24 @@ class LockstepLM:
             )
         return logits
 
-    def _forward_afresh(self, _: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _forward_afresh(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Without a cache, and row by row, since such a model may not know padding either."""
         rows = [row[mask == 1][None] for row, mask in zip(input_ids, attention_mask, strict=True)]
-        return torch.cat([self._call({"input_ids": row, "use_cache": False}) for row in rows])
+        logits = []
+        for row in rows:
+            if self._fixed_length < row.shape[1]:
+                self._call({"input_ids": row[:, :1], "use_cache": False})  # forgets the longest text that it has read
+            logits.append(self._call({"input_ids": row, "use_cache": False}))
+        return torch.cat(logits)
 
     def _call(self, inputs: dict) -> Tensor:
         inputs["logits_to_keep"] = 1
-        output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
+        try:
+            output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
+        except (IndexError, RuntimeError) as error:
+            length = inputs.get("attention_mask", inputs["input_ids"]).shape[1]
+            refuse_out_of_range(self._network, inputs["input_ids"], length, error)
+            raise
         return output.logits[:, -1:]
 
 

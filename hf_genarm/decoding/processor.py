@@ -13,7 +13,7 @@ from ..hub.cache import network_of, uncompiled
 from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
-from .advice import Advice, refuse_encoder_decoder
+from .advice import Advice, refuse_hidden_text
 from .kl_control import KLControl
 from .padding import PromptMask, pad_token_id_of
 from .reference import Reference
@@ -122,8 +122,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._models = [_model_of(x) for x in given]
         self._reference_model = reference if reference in (None, "base") else _model_of(reference)
         self._base = None if base_model is None else network_of(base_model)
-        if self._base is not None:
-            refuse_encoder_decoder(self._base)
+        if base_model is not None:
+            refuse_hidden_text(base_model)
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
         chat_ids = None if tokenizer is None else generation_prompt_ids(self._infos[0], tokenizer)
         self._advice = Advice(self._base, chat_ids)

@@ -37,6 +37,8 @@ class VocabMap:
             )
         shared = [(index, reward_vocab[token]) for token, index in vocab.items() if token in reward_vocab]
         self._base_ids, self._reward_ids = torch.tensor(shared, dtype=torch.long).T
+        # By numbers of logits: tokens that were added to a tokenizer alone have no logit.
+        self._with_logits: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._tokens: Mapping[int, str] = {index: token for token, index in vocab.items()}
         self._lookup = torch.full((max(vocab.values()) + 1,), -1)
         self._lookup[self._base_ids] = self._reward_ids
@@ -77,10 +79,14 @@ class VocabMap:
         Returns:
             `torch.Tensor` of shape `(batch_size, vocab_size)`.
         """
-        device = log_probs.device
-        self._base_ids, self._reward_ids = self._base_ids.to(device), self._reward_ids.to(device)
+        key = (vocab_size, log_probs.shape[-1], log_probs.device)
+        if key not in self._with_logits:
+            has_logits = (self._base_ids < vocab_size) & (self._reward_ids < log_probs.shape[-1])
+            ids = self._base_ids[has_logits], self._reward_ids[has_logits]
+            self._with_logits[key] = ids[0].to(log_probs.device), ids[1].to(log_probs.device)
+        base_ids, reward_ids = self._with_logits[key]
         aligned = log_probs.new_full((len(log_probs), vocab_size), torch.nan)
-        aligned[:, self._base_ids] = log_probs[:, self._reward_ids]
+        aligned[:, base_ids] = log_probs[:, reward_ids]
         return aligned
 
 

@@ -38,9 +38,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def new_cache(network: PreTrainedModel) -> DynamicCache | None:
-    """An empty key-value cache that keeps whole texts, or `None` for a model whose cache can't be rolled back."""
-    if network._is_stateful or CACHE not in inspect.signature(type(network).forward).parameters:
-        return None
+    """An empty key-value cache that keeps whole texts, or `None` for layers with another kind of state."""
     cache = DynamicCache(config=network.config)
     # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
     cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]

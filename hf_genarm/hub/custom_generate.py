@@ -18,5 +18,7 @@ def write_custom_generate(folder: str | Path, model_id: str) -> None:
     """
     target = Path(folder, "custom_generate")
     target.mkdir(exist_ok=True)
-    (target / "generate.py").write_text(TEMPLATE.read_text().replace("{{ model_id }}", model_id))
+    # Its Python literal, which is no code whatever characters are in it.
+    code = TEMPLATE.read_text(encoding="utf-8").replace('"{{ model_id }}"', ascii(model_id))
+    (target / "generate.py").write_text(code, encoding="utf-8")
     (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n")

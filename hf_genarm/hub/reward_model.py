@@ -214,7 +214,7 @@ def find_tokenizer(
     for name_or_path in names_or_paths:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):  # some tokenizers need packages of their own
             continue
         # For a folder of weights alone, some architectures get one that knows nothing but its special tokens.
         if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):

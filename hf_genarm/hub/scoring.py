@@ -1,18 +1,20 @@
 """The rewards of finished responses, one for each token: no generation, one forward pass over the text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import token_log_probs
-from .cache import CACHE, new_cache
+from .cache import CACHE, network_of, new_cache
 from .end_of_turn import end_token_ids, length_to_end
+from .limits import fixed_length, refuse_out_of_range, why_no_cache
 
 Messages = list[dict[str, str]]
 Texts = Sequence[str] | Sequence[Messages]
@@ -78,12 +80,17 @@ def token_rewards(
         list of [`TokenRewards`], in the order of the responses.
 
     Raises:
-        ValueError: if there are not as many prompts as responses.
+        TypeError: if a prompt or a response is neither text nor a chat.
+        ValueError: if there are not as many prompts as responses, a response has no token that follows another one,
+            chats can't be written as text, a text is too long, or a number is not positive.
     """
+    for name, value in (("batch_size", batch_size), ("chunk_length", chunk_length)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}, but it is a number of texts or tokens: give 1 or more.")
+    prompts, responses = _listed("prompts", prompts), _listed("responses", responses)
     if len(prompts) != len(responses):
         raise ValueError(f"There are {len(prompts)} prompts, but {len(responses)} responses. Give one prompt for each.")
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
-    ends = end_token_ids(network.generation_config, tokenizer)
+    ends = end_token_ids(network_of(model).generation_config, tokenizer)
     examples = [_tokenize(tokenizer, ends, prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     results: list[TokenRewards | None] = [None] * len(examples)
@@ -100,6 +107,23 @@ def token_rewards(
     return [result for result in results if result is not None]
 
 
+def _listed(name: str, texts: Any) -> list:
+    """The texts, each of a type that there is."""
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise TypeError(
+            f"`{name}` is {texts!r}, but it must be a list of texts or of chats. Put it in a list: `[...]`."
+        )
+    texts = list(texts)
+    for index, text in enumerate(texts):
+        is_chat = isinstance(text, list | tuple) and text and all(isinstance(message, Mapping) for message in text)
+        if not isinstance(text, str) and not is_chat:
+            raise TypeError(
+                f"`{name}[{index}]` is {text!r}, but it must be a `str` or a list of messages such as "
+                '`[{"role": "user", "content": "Hello"}]`.'
+            )
+    return texts
+
+
 def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, response: Any) -> _Example:
     """The tokens as in training: of prompt and response together, so that the boundary may lie within a token."""
     if isinstance(prompt, str):
@@ -111,6 +135,11 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, r
         if tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
             input_ids, offsets = [*input_ids, tokenizer.eos_token_id], [*offsets, (len(before + text),) * 2]
     else:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"The prompt is a chat, but the tokenizer (`{tokenizer.name_or_path}`) has no chat template. Set "
+                "`tokenizer.chat_template` to the one that the reward model was trained with, or give text."
+            )
         turn = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         both = tokenizer.apply_chat_template([*prompt, *turn], tokenize=False)
@@ -124,26 +153,40 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, r
         start = len(offsets) - 1
     start = max(start, 1)  # the first token of a text has nothing to be predicted from
     length = length_to_end(input_ids, start, ends)
+    if start >= length:
+        raise ValueError(
+            f"The response {response!r} to the prompt {prompt!r} has no token that follows another one, so that "
+            "nothing predicts it. Leave it out, or give a prompt."
+        )
     inside = [(max(low - len(before), 0), max(high - len(before), 0)) for low, high in offsets[start:length]]
-    return _Example(input_ids[:length], start, text[: inside[-1][1]] if inside else text, inside)
+    return _Example(input_ids[:length], start, text[: inside[-1][1]], inside)
 
 
 @torch.no_grad()
 def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk_length: int) -> Tensor:
     """Log-probabilities of the tokens after the first, `(len(texts), longest - 1)`; what is after an end is garbage."""
-    longest = max(map(len, texts))
+    longest, network = max(map(len, texts)), network_of(model)
+    fixed = longest <= fixed_length(network)
+    if not fixed and len(texts) > 1:  # what is read beside it would change it
+        rows = [_log_probs(model, [text], chunk_length)[0] for text in texts]
+        return pad_sequence(rows, batch_first=True)
     input_ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)
     attention_mask = torch.tensor(
         [[*[1] * len(text), *[0] * (longest - len(text))] for text in texts], device=model.device
     )
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
-    cache = new_cache(network)
-    step = longest if cache is None else chunk_length
-    parts = [torch.empty(len(texts), 0)]  # all there is for texts of one token
-    for first in range(0, longest - 1, step):
-        last = min(first + step, longest - 1)
-        inputs: dict[str, Any] = {"input_ids": input_ids[:, first:last], "attention_mask": attention_mask[:, :last]}
-        inputs |= {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
-        logits = model(**inputs).logits
-        parts.append(token_log_probs(logits, input_ids[:, first + 1 : last + 1]).cpu())
+    cache = new_cache(network) if fixed and why_no_cache(model) is None else None
+    step, parts = longest if cache is None else chunk_length, []
+    try:
+        if not fixed:
+            model(input_ids=input_ids[:, :1], use_cache=False)  # forgets the longest text that it has read
+        for first in range(0, longest - 1, step):
+            last = longest if cache is None else min(first + step, longest - 1)
+            inputs: dict[str, Any] = {"input_ids": input_ids[:, first:last], "attention_mask": attention_mask[:, :last]}
+            inputs |= {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
+            following = input_ids[:, first + 1 : last + 1]
+            logits = model(**inputs).logits[:, first - last :]  # without those of prompt tuning
+            parts.append(token_log_probs(logits[:, : following.shape[1]], following).cpu())
+    except (IndexError, RuntimeError) as error:
+        refuse_out_of_range(network, input_ids, longest, error)
+        raise
     return torch.cat(parts, dim=1)

@@ -47,23 +47,30 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
     if not reward_model.has_cache:
         raise NotFusableError(f"`{type(base).__name__}` has no cache of keys and values alone")
     network = model.get_base_model() if isinstance(model, PeftModel) else model
-    known, products = set(base.parameters()), []
+    factors_of_all: set[Tensor] = set()
+    products = []
     for path, layer in network.named_modules():
         if type(layer) is not lora.Linear:
             continue
         factors = {name: (a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()}
-        known.update(*factors.values())
+        factors_of_all.update(*factors.values())
         active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
         for name in active:
             if name in layer.lora_variant:
                 raise NotFusableError(f"`{type(layer.lora_variant[name]).__name__}` is not plain LoRA")
             if name in factors:
                 products.append((path, Product(*factors[name], layer.scaling[name])))
-    # One test for all that PEFT can do: nothing is in the model but what is in the base, and these factors.
-    if set(model.parameters()) != known:
+    # One test for all that PEFT can do, `layer_replication` too: nothing is in the model but these factors and what is
+    # in the base, each weight where it is there.
+    own = {
+        name.replace(".base_layer.", "."): id(x)
+        for name, x in network.named_parameters(remove_duplicate=False)
+        if x not in factors_of_all
+    }
+    if own != {name: id(x) for name, x in base.named_parameters(remove_duplicate=False)}:
         raise NotFusableError(
             f"`{network.config.name_or_path}` and the base differ in more than plain LoRA on linear layers (DoRA, "
-            "trained biases, `modules_to_save`, embeddings, or a base that was changed)"
+            "trained biases, `modules_to_save`, embeddings, replicated layers, or a base that was changed)"
         )
     return products
 

@@ -1,0 +1,77 @@
+"""What a network can read: texts in parts and beside padding, up to what length, and which tokens."""
+
+import inspect
+import math
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .cache import CACHE, network_of, new_cache
+
+# Their frequencies depend on the length of the text.
+_DYNAMIC_ROPES = ("dynamic", "longrope")
+
+
+def why_no_cache(model: PreTrainedModel | PeftModel) -> str | None:
+    """
+    Why a model has to read a text from its beginning whenever it goes on; `None` if it can go on from a key-value cache
+    that is cropped and padded. What has no cache is read row by row, since it may not know padding either.
+    """
+    network = network_of(model)
+    for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        if adapter.is_prompt_learning:
+            return "its adapter puts something before the text"
+        if isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens:
+            return "its adapter acts from some tokens on (aLoRA), which it looks for in all that it is given"
+    arguments, kind = inspect.signature(type(network).forward).parameters, network.config.model_type
+    if network._is_stateful or CACHE not in arguments or new_cache(network) is None:
+        return "it has recurrent states, or no key-value cache that could be rolled back"
+    if "position_ids" not in arguments and kind != "bloom":  # which has the distances of tokens from the mask
+        return "it can't be told the positions of a padded text"
+    for name, module in network.named_modules():
+        # RoBERTa and its like
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return "it counts positions from its pad token on, and leaves out pad tokens in the text"
+    return "it looks for an image in its cache" if kind == "git" else None
+
+
+def fixed_length(network: PreTrainedModel) -> float:
+    """
+    Number of tokens up to which a cache holds what the model would compute from scratch. Beyond it, dynamic rotary
+    embeddings turn all positions by frequencies that depend on how long the text is. Infinite for all others.
+    """
+    config = network.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    lengths = [
+        min(config.max_position_embeddings, rope.get("original_max_position_embeddings", math.inf)) - 1
+        for rope in [ropes, *ropes.values()]  # those of each kind of layer, where kinds differ
+        if isinstance(rope, dict) and rope.get("rope_type") in _DYNAMIC_ROPES
+    ]
+    return min(lengths, default=math.inf)
+
+
+def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int, error: Exception) -> None:
+    """
+    Args:
+        network ([`~transformers.PreTrainedModel`]):
+            What raised the error.
+        input_ids (`torch.LongTensor` of shape `(batch_size, n)`):
+            Tokens that it was given.
+        length (`int`):
+            Of their text, with what it had read before.
+        error (`Exception`):
+            What it raised, which names no reason if a table has no row for a token or its position.
+
+    Raises:
+        ValueError: if that may be so.
+    """
+    n_known = network.get_input_embeddings().num_embeddings
+    config, highest = network.config, int(input_ids.max())
+    n_positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", math.inf))
+    if highest >= n_known or length + 2 > n_positions:  # some count positions from 1 or 2
+        raise ValueError(
+            f"`{type(network).__name__}` as a reward model can't read a text of {length} tokens with ids up to "
+            f"{highest}: it knows {n_positions} positions and ids below {n_known} ({error}). Shorten the prompt or "
+            "lower `max_new_tokens`, leave out tokens that it lacks, or use another reward model."
+        ) from error
