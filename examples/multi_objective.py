@@ -10,13 +10,13 @@ are kept in the output folder, under a key of all that they depend on, so a run 
 """
 
 import argparse
-import hashlib
 import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from fingerprint import fingerprint
 from quickstart import Steering, bootstrap, held_out_prompts
 from small import fitting_adapter, output_folder, sized
 from soup import save_soup
@@ -29,17 +29,6 @@ from hf_genarm.hub.info import package_versions
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = ("sentiment", "brevity")
-
-
-def fingerprint(*things: object) -> str:
-    """Of all that answers depend on, with the contents of folders."""
-    digest = hashlib.sha256()
-    for thing in things:
-        digest.update(repr(thing).encode())
-        if isinstance(thing, Path):
-            for path in sorted(thing.glob("*.safetensors")):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def measure(texts: list[str], steer: Steering) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What every script here shares: a small size for `HF_GENARM_SMOKE=1`, and files that are checked before hours of work."""
+"""What every script here shares: a small size for `HF_GENARM_SMOKE=1`, and outputs that are checked first."""
 
 import argparse
 from pathlib import Path
