@@ -32,8 +32,7 @@ def training_pairs(n_pairs: int | None = None) -> Dataset:
     """The pairs that differ most in sentiment."""
     pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
     pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
-    n_pairs = sized(n_pairs, 4) or len(pairs)
-    return pairs.select(range(min(n_pairs, len(pairs))))
+    return pairs.select(range(min(n_pairs or len(pairs), sized(len(pairs), 4))))
 
 
 def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
@@ -75,8 +74,8 @@ def held_out_prompts(n_prompts: int | None = None) -> list[str]:
     """Prompts whose topics are not in the training data, evenly over the topics and templates."""
     test = load_dataset("json", data_files=str(DATA / "test.jsonl"), split="train")
     prompts = list(dict.fromkeys(pair["prompt"][0]["content"] for pair in test))
-    n_prompts = sized(n_prompts, 4)
-    return prompts[:: max(1, len(prompts) // (n_prompts or len(prompts)))][:n_prompts]
+    n_prompts = min(n_prompts or len(prompts), sized(len(prompts), 4))
+    return prompts[:: len(prompts) // n_prompts][:n_prompts]
 
 
 class Steering:

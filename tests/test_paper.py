@@ -285,7 +285,7 @@ def test_an_experiment_that_can_not_run_is_reported_as_not_run(capfd):
     import run as benchmark
     import settings
 
-    bench = SimpleNamespace(size=settings.SIZES["smoke"])
+    bench = SimpleNamespace(size=settings.SIZES["smoke"], training=None, measuring=None)
     experiments = benchmark.Experiments(bench, ["real_pairs"], "no.jsonl")
     experiments.run()
     (text,) = experiments.sections()

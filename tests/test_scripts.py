@@ -91,6 +91,12 @@ def test_messages_without_a_prompt_column(tmp_path):
     assert explicit.to_list() == implicit.to_list()
 
 
+def test_what_else_the_trainer_reads_is_kept(tmp_path):
+    others = {"margin": [1, 2, 3], "tools": ["[]"] * 3, "chat_template_kwargs": [{"thinks": True}] * 3}
+    path = write(tmp_path, "jsonl", {**STANDARD, **others, "source": ["a", "b", "c"]})
+    assert load_pairs(PairArguments(path), "train").to_dict() == {**STANDARD, **others}
+
+
 def test_missing_columns(tmp_path):
     path = write(tmp_path, "jsonl", {"better": CHOSEN, "worse": REJECTED})
     with pytest.raises(ValueError, match=r"\['better', 'worse'\], but not \['chosen', 'rejected'\].*--chosen_column"):

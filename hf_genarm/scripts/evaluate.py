@@ -47,6 +47,12 @@ ARGUMENTS = (PairArguments, EvaluateArguments)
 def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     make_output_dir(args.output_dir)
     pairs = load_pairs(pair_args, pair_args.dataset_test_split or pair_args.dataset_train_split)
+    ignored = {"tools", "chat_template_kwargs"} & set(pairs.column_names)
+    if ignored:
+        raise ValueError(
+            f"`{pair_args.dataset}` has the columns {sorted(ignored)}, which scores would ignore. Evaluate with "
+            "`AutoregressiveRewardTrainer.evaluate`, which reads them, or remove them."
+        )
     if pair_args.test_size:
         _, pairs = hold_out(pairs, pair_args.test_size)
     if args.max_pairs is not None:

@@ -17,6 +17,7 @@ from trl.data_utils import maybe_extract_prompt
 _FILES = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_COLUMNS_OF_THE_TRAINER = ("margin", "tools", "chat_template_kwargs")  # besides the pairs
 
 
 @dataclass
@@ -91,7 +92,8 @@ class PairArguments:
 
 def load_pairs(args: PairArguments, split: str) -> Dataset:
     """
-    Reads one split as `prompt`, `chosen` and `rejected`, text or messages.
+    Reads one split as `prompt`, `chosen` and `rejected`, text or messages, with `margin`, `tools` and
+    `chat_template_kwargs` if there are any.
 
     Dialogues in the text format of HH-RLHF become messages. What responses without a prompt share is their prompt.
 
@@ -117,6 +119,11 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
                     "of messages. Leave such rows out, or write what is meant."
                 )
         first, second = (example[name] for name in wanted)
+        if isinstance(first, str) != isinstance(second, str):
+            raise ValueError(
+                f"`{wanted[0]}` and `{wanted[1]}` are a text and a list of messages in row {row + 1} of "
+                f"`{args.dataset}`, but must be of one kind. Write both as messages."
+            )
         if args.preferred_column is not None and _prefers_second(example[args.preferred_column], row, args):
             first, second = second, first
         pair = {"chosen": first, "rejected": second}
@@ -129,8 +136,7 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
             pair = {"chosen": messages_of(first), "rejected": messages_of(second)}
         return maybe_extract_prompt(pair) if first and second else {"prompt": first[:0], **pair}
 
-    margin = {"margin"} & set(dataset.column_names)
-    others = [x for x in dataset.column_names if x not in margin]
+    others = [x for x in dataset.column_names if x not in _COLUMNS_OF_THE_TRAINER]
     with _quiet():
         return dataset.map(pair_of, with_indices=True, remove_columns=others)
 
@@ -138,9 +144,10 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
 def _load(args: PairArguments, split: str) -> Dataset:
     path = Path(args.dataset)
     kinds = [_FILES[suffix[1:]] for suffix in path.suffixes if suffix[1:] in _FILES]
-    if (path.is_file() and not kinds) or (kinds and not path.exists()):
-        what = "there is no such file" if kinds else f"the ending of a file of pairs is one of {', '.join(_FILES)}"
-        raise ValueError(f"`{args.dataset}` can't be read: {what}. Check `--dataset`: a file, a folder or a Hub id.")
+    if path.is_file() and not kinds:
+        raise ValueError(
+            f"`{args.dataset}` can't be read: the ending of a file of pairs is one of {', '.join(_FILES)}. Convert it."
+        )
     if path.is_file() and re.split(r"[\[+]", split)[0] != "train":
         raise ValueError(
             f"The split `{split}` of `{args.dataset}` is asked for, but a file is one split, `train`. Give a folder "
@@ -156,6 +163,8 @@ def _load(args: PairArguments, split: str) -> Dataset:
         raise ValueError(f"`{args.dataset}` is empty, but pairs are to be read from it.") from error
     except (DatasetsError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).rstrip(".")
+        if not path.exists():
+            reason = f"there is no such file or folder here, and on the Hub: {reason}"
         raise ValueError(
             f"`{args.dataset}` can't be read: {reason}. Check `--dataset`: a Hub id, a folder, or a "
             f"file of pairs ({', '.join(_FILES)}) with one pair in each row."

@@ -120,8 +120,10 @@ class Experiments:
     def sections(self) -> list[str]:
         texts = []
         for name in self.names:
-            section = partial(EXPERIMENTS[name].section, self.bench, *self.options.get(name, []))
-            text = None if name in self.not_run else self._guarded(name, section)
+            text = None
+            if name not in self.not_run:
+                section = partial(EXPERIMENTS[name].section, self.bench, *self.options.get(name, []))
+                text = self._guarded(name, section)
             texts.append(text or f"## {name}: not run\n\n{self.not_run[name]}")
         return texts
 
