@@ -36,8 +36,7 @@ def training_pairs(n_pairs: int | None = None) -> Dataset:
 
 
 def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
-    """Trains an adapter. The default learning rate is high, because there are few steps."""
-    arguments = {"learning_rate": 5e-3, "per_device_train_batch_size": 4} | arguments
+    """Trains an adapter."""
     config = AutoregressiveRewardConfig(
         output_dir=str(output_dir),
         gradient_checkpointing=False,
@@ -159,7 +158,15 @@ def main() -> None:
     if args.adapter:
         processor = GenARMLogitsProcessor.from_pretrained(fitting_adapter(args.adapter), base_model=model)
     else:
-        trainer = train(model_path, tokenizer, args.output / "adapter", training_pairs(args.n_pairs))
+        trainer = train(
+            model_path,
+            tokenizer,
+            args.output / "adapter",
+            training_pairs(args.n_pairs),
+            per_device_train_batch_size=4,
+            learning_rate=3e-3,  # high, because there are few steps
+            sft_coefficient=0.5,  # the likelihood of chosen answers keeps the text fluent
+        )
         print(f"The adapter is in {trainer.args.output_dir}")
         processor = GenARMLogitsProcessor(trainer.model, base_model=model)
     # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.
