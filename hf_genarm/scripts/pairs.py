@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled, load_dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from trl.data_utils import maybe_extract_prompt
@@ -174,7 +174,7 @@ def _load(args: PairArguments, split: str) -> Dataset:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the log of `datasets`, which repeats the error that it raises, and without its bars."""
-    verbosity, has_bars = logging.get_verbosity(), is_progress_bar_enabled()
+    verbosity, has_bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity(logging.CRITICAL)
     disable_progress_bars()
     try:
