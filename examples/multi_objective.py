@@ -6,7 +6,7 @@ Trades two objectives off at decoding time: positive sentiment against brevity, 
 Two shipped reward models are mixed with 7 weightings; nothing is trained for any of them. Beside it is what *rewarded
 soups* do: for each weighting, one adapter whose low-rank products are the weighted averages of the two. One answer is
 sampled to each held-out prompt, under the same seed. Intervals are 95 % bootstrap intervals over prompts. The answers
-are kept in the output folder, so a run that was stopped goes on where it was.
+are kept in the output folder, under a key of all that they depend on, so a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -16,18 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fingerprint import fingerprint
 from quickstart import Steering, bootstrap, held_out_prompts
+from small import fitting_adapter, output_folder, sized
 from soup import save_soup
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
+from hf_genarm.hub.info import package_versions
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = ("sentiment", "brevity")
-FOLDERS = [str(CARDS / f"arm-smollm2-135m-{name}") for name in NAMES]
-N_WEIGHTINGS = 7
 
 
 def measure(texts: list[str], steer: Steering) -> dict[str, np.ndarray]:
@@ -81,20 +82,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alpha", type=float, default=1.5, help="strength that the weights share")
     parser.add_argument("--n-prompts", type=int, help="held-out prompts (default: all 72)")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=sized(48, 4))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs/multi_objective"))
+    parser.add_argument("--output", type=output_folder, default="outputs/multi_objective")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    folders = [fitting_adapter(str(CARDS / f"arm-smollm2-135m-{name}")) for name in NAMES]
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     steer = Steering(model, tokenizer, held_out_prompts(args.n_prompts), args.max_new_tokens, args.seed)
-    weights = np.linspace(0, 1, N_WEIGHTINGS)
+    weights = np.linspace(0, 1, sized(7, 3))
 
-    cache = args.output / f"answers-{args.alpha}-{args.max_new_tokens}-{len(steer.prompts)}-{args.seed}.jsonl"
+    settings = (args.alpha, args.max_new_tokens, args.seed, weights.tolist(), steer.prompts, package_versions())
+    key = fingerprint(*settings, *map(Path, (demo_model(), *folders)))
+    cache = args.output / f"answers-{key}.jsonl"
     known = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
     answers = {(row["method"], row["run"]): row["texts"] for row in known}
-    progress = tqdm(total=2 * N_WEIGHTINGS - 1, desc="Generating")
+    progress = tqdm(total=2 * len(weights) - 1, desc="Generating")
 
     def run(method: str, number: int, processor: GenARMLogitsProcessor) -> dict[str, np.ndarray]:
         if (method, number) not in answers:
@@ -104,7 +107,7 @@ def main() -> None:
         progress.update()
         return measure(answers[method, number], steer)
 
-    mixed = GenARMLogitsProcessor.from_pretrained(FOLDERS, base_model=model, alpha=0.0)
+    mixed = GenARMLogitsProcessor.from_pretrained(folders, base_model=model, alpha=0.0)
     unguided = run("unguided", 0, mixed)
     results: dict[str, list[dict[str, np.ndarray]]] = {"mixed rewards": [], "rewarded soups": []}
     for number, weight in enumerate(weights):
@@ -114,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, weight in enumerate(weights[1:-1], start=1):
             path = Path(folder) / str(number)
-            save_soup(demo_model(), FOLDERS, [float(weight), 1 - float(weight)], path)
+            save_soup(demo_model(), folders, [float(weight), 1 - float(weight)], path)
             soup = GenARMLogitsProcessor.from_pretrained(str(path), base_model=model, alpha=args.alpha)
             results["rewarded soups"].append(run("rewarded soups", number, soup))
     results["rewarded soups"] = [first, *results["rewarded soups"], last]

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from small import fitting_adapter, output_folder, sized
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, set_seed
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
-from hf_genarm.demo import DEMO_MODEL_ID, demo_model
+from hf_genarm.demo import demo_model
 
 DATA = Path(__file__).parent / "data" / "sentiment"
 ALPHAS = (0.5, 1.0, 2.0)
@@ -31,12 +32,11 @@ def training_pairs(n_pairs: int | None = None) -> Dataset:
     """The pairs that differ most in sentiment."""
     pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
     pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
-    return pairs.select(range(min(n_pairs or len(pairs), len(pairs))))
+    return pairs.select(range(min(n_pairs or len(pairs), sized(len(pairs), 4))))
 
 
 def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
-    """Trains an adapter. The default learning rate is high, because there are few steps."""
-    arguments = {"learning_rate": 5e-3, "per_device_train_batch_size": 4} | arguments
+    """Trains an adapter."""
     config = AutoregressiveRewardConfig(
         output_dir=str(output_dir),
         gradient_checkpointing=False,
@@ -48,14 +48,14 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
         dataloader_pin_memory=False,
         **arguments,
     )
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    n_layers = model.config.num_hidden_layers
     adapter = LoraConfig(
         r=4,
         lora_alpha=8,
         target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(15, 30)),  # the upper half: the backward pass stops there
+        layers_to_transform=list(range(n_layers // 2, n_layers)),  # the upper half: the backward pass stops there
     )
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model.config._name_or_path = model.name_or_path = DEMO_MODEL_ID  # what the adapter says that it belongs to
     trainer = AutoregressiveRewardTrainer(
         model=model,
         args=config,
@@ -73,7 +73,8 @@ def held_out_prompts(n_prompts: int | None = None) -> list[str]:
     """Prompts whose topics are not in the training data, evenly over the topics and templates."""
     test = load_dataset("json", data_files=str(DATA / "test.jsonl"), split="train")
     prompts = list(dict.fromkeys(pair["prompt"][0]["content"] for pair in test))
-    return prompts[:: max(1, len(prompts) // (n_prompts or len(prompts)))][:n_prompts]
+    n_prompts = min(n_prompts or len(prompts), sized(len(prompts), 4))
+    return prompts[:: len(prompts) // n_prompts][:n_prompts]
 
 
 class Steering:
@@ -141,12 +142,11 @@ def main() -> None:
     parser.add_argument("--adapter", help="folder or Hub id of a trained adapter; without it, one is trained")
     parser.add_argument("--n-pairs", type=int, default=96, help="preference pairs to train on (default: 96)")
     parser.add_argument("--n-prompts", type=int, help="held-out prompts (default: 36, with --adapter 24)")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=sized(32, 4))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--output", type=output_folder, default="outputs/quickstart")
     args = parser.parse_args()
     n_prompts = args.n_prompts or (24 if args.adapter else 36)
-    args.output.mkdir(parents=True, exist_ok=True)
 
     try:
         model_path = demo_model()
@@ -156,13 +156,21 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
 
     if args.adapter:
-        processor = GenARMLogitsProcessor.from_pretrained(args.adapter, base_model=model)
+        processor = GenARMLogitsProcessor.from_pretrained(fitting_adapter(args.adapter), base_model=model)
     else:
-        trainer = train(model_path, tokenizer, args.output / "adapter", training_pairs(args.n_pairs))
+        trainer = train(
+            model_path,
+            tokenizer,
+            args.output / "adapter",
+            training_pairs(args.n_pairs),
+            per_device_train_batch_size=4,
+            learning_rate=3e-3,  # high, because there are few steps
+            sft_coefficient=0.5,  # the likelihood of chosen answers keeps the text fluent
+        )
         print(f"The adapter is in {trainer.args.output_dir}")
-        processor = GenARMLogitsProcessor(trainer.model)
+        processor = GenARMLogitsProcessor(trainer.model, base_model=model)
     # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.
-    control = GenARMLogitsProcessor(model)
+    control = GenARMLogitsProcessor(model, base_model=model)
 
     prompts = held_out_prompts(n_prompts)
     steer = Steering(model, tokenizer, prompts, args.max_new_tokens, args.seed)

@@ -1,30 +1,140 @@
 """The command `hf-genarm`."""
 
+import difflib
+import json
 import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
 
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
 }
-_HELP = "usage: hf-genarm COMMAND [ARGUMENTS]\n\n" + "\n".join(f"  {x:<10} {y}" for x, y in _COMMANDS.items())
+_HELP = (
+    "usage: hf-genarm [--debug] COMMAND [ARGUMENTS]\n\n"
+    + "\n".join(f"  {name:<10} {what}" for name, what in _COMMANDS.items())
+    + "\n\n`hf-genarm COMMAND --help` lists the arguments of a command. With `--debug`, errors have a traceback."
+)
+
+# What wrong input raises, here and in libraries: the message is for the user. Others are bugs, and say their type.
+_WRONG_INPUT = (ValueError, OSError, ImportError)
 
 
-def main() -> None:
-    """Runs `hf-genarm COMMAND ARGUMENTS`; `hf-genarm COMMAND --help` lists the arguments."""
-    command, *rest = sys.argv[1:] or ["--help"]
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs `hf-genarm COMMAND ARGUMENTS`; `hf-genarm COMMAND --help` lists the arguments.
+
+    Args:
+        arguments (list of `str`, *optional*):
+            Defaults to those of the process.
+
+    Returns:
+        `int`: the exit code: 0; 2 if the command line is wrong; 1 if anything else is. One line on stderr says what.
+    """
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    is_debugged = _take_debug(rest)
+    command = rest.pop(0) if rest else "--help"
     if command in ("-h", "--help"):
-        print(f"{_HELP}\n\n`hf-genarm COMMAND --help` lists the arguments of a command.")
-        return
-    if command not in _COMMANDS:
-        sys.exit(f"hf-genarm: `{command}` is not a command.\n\n{_HELP}")
-    from trl import TrlParser
+        print(_HELP)
+        return 0
+    try:
+        with warnings.catch_warnings():
+            # What libraries say to those who write code is not for those who run a command.
+            warnings.simplefilter("ignore", FutureWarning)
+            _run(command, rest)
+    except Exception as error:
+        if is_debugged:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, _WRONG_INPUT):
+            message = f"{type(error).__name__}: {message} (`hf-genarm --debug {command} …` shows where.)"
+        print(f"hf-genarm {command}: {message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
 
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command not in _COMMANDS:
+        raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
     from .scripts import evaluate, train
 
     script = {"train": train, "evaluate": evaluate}[command]
-    parser = TrlParser(script.ARGUMENTS, prog=f"hf-genarm {command}", description=script.__doc__)
-    script.main(*parser.parse_args_and_config(rest))
+    script.main(*parse(script, f"hf-genarm {command}", arguments))
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    """Removes `--debug`, unless a value follows it: `transformers` has an argument of that name, which takes one."""
+    for index, argument in enumerate(arguments):
+        following = arguments[index + 1 : index + 2]
+        if argument == "--debug" and (index == 0 or not following or following[0].startswith("-")):
+            del arguments[index]
+            return True
+    return False
+
+
+def parse(script: ModuleType, name: str, arguments: list[str]) -> tuple[Any, ...]:
+    """
+    The arguments of a script, from the command line and the file that `--config` names.
+
+    Raises:
+        UsageError: if there is one that the script does not know, or a value that is no value of it.
+    """
+    import yaml
+    from trl import TrlParser
+
+    hints = {key: hint for group in script.ARGUMENTS for key, hint in get_type_hints(group).items()}
+
+    class Parser(TrlParser):
+        def error(self, message):  # argparse prints all arguments, and exits
+            raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}. `{name} --help` lists the arguments.")
+
+        def set_defaults_with_config(self, **config):
+            for key in config.keys() & hints.keys():
+                if config[key] is None and type(None) not in get_args(hints[key]):
+                    raise UsageError(f"`{key}` is null, but must have a value. Leave it out for its default.")
+                config[key] = _as_text(config[key])
+            return super().set_defaults_with_config(**config)
+
+    # TRL looks for `--config FILE` only.
+    arguments = [part for x in arguments for part in (x.split("=", 1) if x.startswith("--config=") else [x])]
+    if "--config" in arguments:
+        recipe = "".join(arguments[arguments.index("--config") + 1 :][:1])
+        if not Path(recipe).is_file():
+            raise UsageError(f"`--config` is `{recipe}`, which is no file. Name a YAML file: `--config recipe.yaml`.")
+    parser = Parser(script.ARGUMENTS, prog=name, description=script.__doc__)
+    try:
+        *parsed, of_config, of_command_line = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except UsageError:
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The file of `--config` is not valid YAML: {error}") from error
+    except (TypeError, *_WRONG_INPUT) as error:
+        raise UsageError(str(error)) from error
+    if of_config or of_command_line:
+        given = (of_config or of_command_line)[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        similar = difflib.get_close_matches(given.split("=")[0], known, n=1)
+        hint = f" Is it `{similar[0]}`?" if similar else ""
+        where = "the file of `--config`" if of_config else "the command line"
+        raise UsageError(f"`{given}`, from {where}, is no argument.{hint} `{name} --help` lists the arguments.")
+    return tuple(parsed)
+
+
+def _as_text(value: Any) -> Any:
+    """A value of a YAML file as it would be on the command line, so that it is checked in the same way."""
+    if isinstance(value, bool | int | float):
+        return str(value)
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

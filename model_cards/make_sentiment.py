@@ -5,8 +5,9 @@ Trains `model_cards/arm-smollm2-135m-sentiment`, measures it on held-out prompts
 """
 
 from datasets import load_dataset
-from publish import HERE, SEED, publish
+from publish import HERE, SEED, argument_parser, publish
 from quickstart import DATA, held_out_prompts, plot, train, training_pairs
+from small import sized
 from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -16,6 +17,7 @@ NAME = "arm-smollm2-135m-sentiment"
 
 
 def main() -> None:
+    args = argument_parser(__doc__).parse_args()
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     trainer = train(
         demo_model(),
@@ -36,12 +38,15 @@ def main() -> None:
     publish(
         trainer,
         tokenizer,
+        args.output,
         NAME,
-        held_out=load_dataset("json", data_files=str(DATA / "test.jsonl"), split="train"),
+        held_out=load_dataset("json", data_files=str(DATA / "test.jsonl"), split=sized("train", "train[:8]")),
         prompts=held_out_prompts(),
         score=lambda text: scorer.polarity_scores(text)["compound"],
         effect_name="sentiment of the answer (VADER, −1 to 1)",
         license="apache-2.0",
+        max_new_tokens=sized(48, 4),
+        options=[],
         plot=lambda effects, control, path: plot(effects, control, SEED, path),
     )
 

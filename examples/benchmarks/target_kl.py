@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from quickstart import Steering, bootstrap, held_out_prompts  # noqa: E402
+from small import fitting_adapter, output_file, sized  # noqa: E402
 
 NAMES = ("sentiment", "brevity")
 
@@ -67,10 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.1, 0.3, 0.6])
     parser.add_argument("--n-prompts", type=int, default=36)
-    parser.add_argument("--min-tokens", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--min-tokens", type=int, default=sized(16, 1))
+    parser.add_argument("--max-new-tokens", type=int, default=sized(48, 4))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="PNG file")
+    parser.add_argument("--plot", type=output_file, help="PNG file")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
@@ -78,7 +79,7 @@ def main() -> None:
     runs: dict[str, list[np.ndarray]] = {}
     with tqdm(total=len(NAMES) * (1 + len(args.targets)), desc="Generating") as progress:
         for name in NAMES:
-            folder = str(ROOT / "model_cards" / f"arm-smollm2-135m-{name}")
+            folder = fitting_adapter(str(ROOT / "model_cards" / f"arm-smollm2-135m-{name}"))
             processor = GenARMLogitsProcessor.from_pretrained(folder, base_model=model)
             for target in (None, *args.targets):
                 processor.target_kl = target
@@ -94,7 +95,7 @@ def main() -> None:
             + f"     {low:.3f} to {high:.3f}"
         )  # fmt: skip
     if args.plot:
-        shown = [f"{name}, {x}" for name in NAMES for x in ("α = 1", f"target {args.targets[1]}")]
+        shown = [f"{name}, {x}" for name in NAMES for x in ("α = 1", f"target {args.targets[:2][-1]}")]
         plot({name: runs[name] for name in shown}, args.plot)
 
 

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from measuring import cell, spread
+from measuring import cell, output_file, sized, spread
 
 from hf_genarm.functional import guided_log_probs
 
@@ -53,13 +53,13 @@ def compare(alpha: float, base: list[torch.Tensor], arm: list[torch.Tensor], n_t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--languages", type=int, default=50)
+    parser.add_argument("--languages", type=int, default=sized(50, 3))
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--scale", type=float, default=1.5, help="standard deviation of the logits")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="PNG file")
+    parser.add_argument("--plot", type=output_file, help="PNG file")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(args.seed)
     sizes = (args.tokens, args.length, args.scale, generator)

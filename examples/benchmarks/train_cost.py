@@ -14,11 +14,10 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from measuring import add_record, cell, forget_peak_memory, memory_mb, output_file, run_for_memory, sized, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,8 +73,9 @@ def make_step(way: str, folder: str, args) -> Callable[[list[list[int]], list[li
 
 
 def random_pairs(prompt_length: int, response_length: int, args) -> tuple[list[list[int]], list[list[int]], int]:
-    prompts = torch.randint(10, 49_000, (args.pairs, prompt_length))
-    responses = torch.randint(10, 49_000, (2, args.pairs, response_length))
+    n_tokens = sized(49_000, 250)
+    prompts = torch.randint(10, n_tokens, (args.pairs, prompt_length))
+    responses = torch.randint(10, n_tokens, (2, args.pairs, response_length))
     chosen, rejected = (torch.cat([prompts, own], dim=1).tolist() for own in responses)
     return chosen, rejected, prompt_length
 
@@ -176,7 +176,7 @@ def table(results: list[dict]) -> str:
     lines.append("|---|---|---|---|")
     for row in results:
         memory = ", ".join(f"{way} {row['memory_mb'][way]:.0f}" for way in WAYS)
-        share = row["memory_mb"]["one row"] / row["memory_mb"]["naive"]
+        share = row["memory_mb"]["one row"] / max(1, row["memory_mb"]["naive"])  # a tiny model takes none
         speeds = " | ".join(cell(row["speed"][way]) for way in WAYS[1:])
         lines.append(f"| {row['shape']} | {speeds} | {memory} ({share:.2f}) |")
     return "\n".join(lines)
@@ -184,14 +184,16 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["256+64", "64+64", "16+64"], help="tokens of prompt+response")
+    parser.add_argument(
+        "--shapes", nargs="+", default=sized(["256+64", "64+64", "16+64"], ["4+4"]), help="tokens of prompt+response"
+    )
     parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", choices=TARGETS, default="qv", help="layers with low-rank products")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=sized(9, 1))
     parser.add_argument("--heads", action="store_true", help="compare ways to compute log-probabilities instead")
-    parser.add_argument("--output", type=Path, help="JSON file that the results are added to")
+    parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()

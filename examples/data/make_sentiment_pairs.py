@@ -12,6 +12,7 @@ test without overlap. About half an hour on 2 cores:
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from hf_genarm.demo import demo_model
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from small import output_folder, sized  # noqa: E402
 
 TEMPLATES = (
     "In one sentence, what is {} like?",
@@ -68,7 +74,7 @@ def sample_answers(prompts: list[str], batch_size: int) -> dict[str, list[str]]:
             **inputs,
             do_sample=True,
             top_k=0,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=sized(MAX_NEW_TOKENS, 8),
             num_return_sequences=SAMPLES_PER_PROMPT,
         )[:, inputs.input_ids.shape[1] :]
         for index, ids in enumerate(output):
@@ -98,7 +104,7 @@ def make_pairs(prompt: str, answers: list[str]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "sentiment")
+    parser.add_argument("--output", type=output_folder, default=sized(str(HERE / "sentiment"), "outputs/sentiment"))
     parser.add_argument("--batch-size", type=int, default=12, help="prompts per batch, each sampled 8 times")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -108,9 +114,8 @@ def main() -> None:
     random.Random(args.seed).shuffle(topics)
     set_seed(args.seed)
     torch.use_deterministic_algorithms(True)
-    args.output.mkdir(parents=True, exist_ok=True)
     for split, n_topics in SPLITS.items():
-        prompts = [template.format(topic) for topic in topics[:n_topics] for template in TEMPLATES]
+        prompts = [template.format(topic) for topic in topics[: sized(n_topics, 1)] for template in TEMPLATES]
         topics = topics[n_topics:]
         answers = sample_answers(prompts, args.batch_size)
         pairs = [pair for prompt in prompts for pair in make_pairs(prompt, answers[prompt])]

@@ -18,6 +18,7 @@ from transformers import EvalPrediction
 from ..hub.info import package_versions
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..training.metrics import preference_metrics
+from .output import make_output_dir
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_evaluation
 
@@ -26,34 +27,49 @@ from .plots import plot_evaluation
 class EvaluateArguments:
     """What to evaluate, and where to put the report."""
 
-    model: str | None = field(default=None, metadata={"help": "Hub id or folder of a reward model."})
+    model: str = field(metadata={"help": "Hub id or folder of a reward model."})
     model_revision: str = field(default="main", metadata={"help": "Its revision."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
     output_dir: str = field(default="evaluation", metadata={"help": "Folder of the report."})
     batch_size: int = field(default=8, metadata={"help": "Texts in a forward pass."})
     max_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first pairs only."})
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_pairs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+
 
 ARGUMENTS = (PairArguments, EvaluateArguments)
 
 
 def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
-    if args.model is None:
-        raise ValueError("No reward model is given. Name one with `--model`: a Hub id or a folder.")
+    make_output_dir(args.output_dir)
     pairs = load_pairs(pair_args, pair_args.dataset_test_split or pair_args.dataset_train_split)
-    if pair_args.test_size is not None:
+    ignored = {"tools", "chat_template_kwargs"} & set(pairs.column_names)
+    if ignored:
+        raise ValueError(
+            f"`{pair_args.dataset}` has the columns {sorted(ignored)}, which scores would ignore. Evaluate with "
+            "`AutoregressiveRewardTrainer.evaluate`, which reads them, or remove them."
+        )
+    if pair_args.test_size:
         _, pairs = hold_out(pairs, pair_args.test_size)
     if args.max_pairs is not None:
         pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
-    arm = AutoregressiveRewardModel.from_pretrained(
-        args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        arm = AutoregressiveRewardModel.from_pretrained(
+            args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(
+            f"`{args.model}` can't be loaded. Name the Hub id or folder of a reward model: `--model`. {error}"
+        ) from error
 
     prediction = predict(arm, pairs, args.batch_size)
     metrics = preference_metrics(prediction)
     report = {"model": args.model, "dataset": pair_args.dataset, "beta": arm.info.beta or 1.0, "metrics": metrics}
-    os.makedirs(args.output_dir, exist_ok=True)
-    with open(os.path.join(args.output_dir, "evaluation.json"), "w") as file:
+    with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
         json.dump({**report, "versions": package_versions()}, file, indent=2)
     rewards, lengths = prediction.predictions, prediction.label_ids[0]
     margin, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]

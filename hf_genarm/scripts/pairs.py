@@ -1,17 +1,23 @@
 """Preference pairs from files or the Hub, in whatever columns they come, as `prompt`, `chosen` and `rejected`."""
 
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.exceptions import DatasetsError
+from datasets.utils import logging
 from trl.data_utils import maybe_extract_prompt
 
 _FILES = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_COLUMNS_OF_THE_TRAINER = ("margin", "tools", "chat_template_kwargs")  # besides the pairs
 
 
 @dataclass
@@ -25,7 +31,7 @@ class PairArguments:
         dataset_config, dataset_data_dir (`str`, *optional*):
             Name and `data_dir` as for `datasets.load_dataset`.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            The split to train on.
+            The split to train on. A file has this one only.
         dataset_test_split (`str`, *optional*):
             The split to evaluate on. Without one, pairs are held out.
         test_size (`float`, *optional*):
@@ -40,7 +46,7 @@ class PairArguments:
             Name of a column that is 0 if the first of `response_columns` is preferred, and 1 if it is the second.
     """
 
-    dataset: str | None = field(default=None, metadata={"help": "Hub id or folder of a dataset, or a file of pairs."})
+    dataset: str = field(metadata={"help": "Hub id or folder of a dataset, or a file of pairs."})
     dataset_config: str | None = field(default=None, metadata={"help": "Name of its configuration."})
     dataset_data_dir: str | None = field(default=None, metadata={"help": "`data_dir` as for `load_dataset`."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -72,27 +78,29 @@ class PairArguments:
                 f"`response_columns` is {self.response_columns} and `preferred_column` is {self.preferred_column!r}, "
                 "but they go together: two columns of responses, and the one that says which of them is preferred."
             )
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"`prompt_template` is {self.prompt_template!r}, in which prompts have no place. Write `{{prompt}}` "
+                "where they go."
+            )
+        size = self.test_size
+        if size is not None and not (0 <= size < 1 or (math.isfinite(size) and size >= 1 and size == int(size))):
+            raise ValueError(
+                f"`test_size` is {size}, but must be a share of the pairs (0 to below 1) or their number (1, 2, …)."
+            )
 
 
 def load_pairs(args: PairArguments, split: str) -> Dataset:
     """
-    Reads one split as `prompt`, `chosen` and `rejected`, text or messages.
+    Reads one split as `prompt`, `chosen` and `rejected`, text or messages, with `margin`, `tools` and
+    `chat_template_kwargs` if there are any.
 
     Dialogues in the text format of HH-RLHF become messages. What responses without a prompt share is their prompt.
 
     Raises:
-        ValueError: if no dataset is given, or it lacks the columns.
+        ValueError: if the dataset can't be read, lacks the columns, or a row is no pair.
     """
-    if args.dataset is None:
-        raise ValueError("No dataset is given. Name one with `--dataset`: a Hub id, a folder or a file.")
-    path = Path(args.dataset)
-    kinds = [_FILES[suffix[1:]] for suffix in path.suffixes if suffix[1:] in _FILES]
-    if path.is_file() and kinds:
-        options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
-        dataset = load_dataset(kinds[-1], data_files=str(path), split="train", **options)
-    else:
-        dataset = load_dataset(args.dataset, args.dataset_config, data_dir=args.dataset_data_dir, split=split)
-
+    dataset = _load(args, split)
     wanted = args.response_columns or [args.chosen_column, args.rejected_column]
     missing = {*wanted, *([args.preferred_column] if args.preferred_column else [])} - set(dataset.column_names)
     if missing:
@@ -100,23 +108,90 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
             f"`{args.dataset}` has the columns {sorted(dataset.column_names)}, but not {sorted(missing)}. Name yours "
             "with `--chosen_column` and `--rejected_column`, or with `--response_columns` and `--preferred_column`."
         )
+    has_prompts = args.prompt_column in dataset.column_names
+    texts = [*wanted, args.prompt_column] if has_prompts else wanted
 
-    def pair_of(example: dict[str, Any]) -> dict[str, Any]:
+    def pair_of(example: dict[str, Any], row: int) -> dict[str, Any]:
+        for name in texts:
+            if not isinstance(example[name], str | list):
+                raise ValueError(
+                    f"`{name}` is {example[name]!r} in row {row + 1} of `{args.dataset}`, but must be a text or a list "
+                    "of messages. Leave such rows out, or write what is meant."
+                )
         first, second = (example[name] for name in wanted)
-        if args.preferred_column and example[args.preferred_column] == 1:
+        if isinstance(first, str) != isinstance(second, str):
+            raise ValueError(
+                f"`{wanted[0]}` and `{wanted[1]}` are a text and a list of messages in row {row + 1} of "
+                f"`{args.dataset}`, but must be of one kind. Write both as messages."
+            )
+        if args.preferred_column is not None and _prefers_second(example[args.preferred_column], row, args):
             first, second = second, first
         pair = {"chosen": first, "rejected": second}
-        if args.prompt_column in example:
+        if has_prompts:
             prompt = example[args.prompt_column]
             if isinstance(prompt, str):
                 prompt = args.prompt_template.replace("{prompt}", prompt)
             return {"prompt": prompt, **pair}
         if isinstance(first, str) and _TURN.match(first) and _TURN.match(second):
             pair = {"chosen": messages_of(first), "rejected": messages_of(second)}
-        return maybe_extract_prompt(pair)
+        return maybe_extract_prompt(pair) if first and second else {"prompt": first[:0], **pair}
 
-    margin = {"margin"} & set(dataset.column_names)
-    return dataset.map(pair_of, remove_columns=[x for x in dataset.column_names if x not in margin])
+    others = [x for x in dataset.column_names if x not in _COLUMNS_OF_THE_TRAINER]
+    with _quiet():
+        return dataset.map(pair_of, with_indices=True, remove_columns=others)
+
+
+def _load(args: PairArguments, split: str) -> Dataset:
+    path = Path(args.dataset)
+    kinds = [_FILES[suffix[1:]] for suffix in path.suffixes if suffix[1:] in _FILES]
+    if path.is_file() and not kinds:
+        raise ValueError(
+            f"`{args.dataset}` can't be read: the ending of a file of pairs is one of {', '.join(_FILES)}. Convert it."
+        )
+    if path.is_file() and re.split(r"[\[+]", split)[0] != "train":
+        raise ValueError(
+            f"The split `{split}` of `{args.dataset}` is asked for, but a file is one split, `train`. Give a folder "
+            f"with a file for each split (`train.jsonl`, `{split}.jsonl`), or hold pairs out with `--test_size`."
+        )
+    try:
+        with _quiet():
+            if path.is_file():
+                options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+                return load_dataset(kinds[-1], data_files=str(path), split=split, **options)
+            return load_dataset(args.dataset, args.dataset_config, data_dir=args.dataset_data_dir, split=split)
+    except StopIteration as error:  # what is raised where there is nothing to read
+        raise ValueError(f"`{args.dataset}` is empty, but pairs are to be read from it.") from error
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).rstrip(".")
+        if not path.exists():
+            reason = f"there is no such file or folder here, and on the Hub: {reason}"
+        raise ValueError(
+            f"`{args.dataset}` can't be read: {reason}. Check `--dataset`: a Hub id, a folder, or a "
+            f"file of pairs ({', '.join(_FILES)}) with one pair in each row."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of `datasets`, which repeats the error that it raises, and without its bars."""
+    verbosity, has_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            enable_progress_bars()
+
+
+def _prefers_second(label: Any, row: int, args: PairArguments) -> bool:
+    if label not in (0, 1):
+        raise ValueError(
+            f"`{args.preferred_column}` is {label!r} in row {row + 1} of `{args.dataset}`, but must be 0 where the "
+            f"first of {args.response_columns} is preferred and 1 where it is the second. Write it so."
+        )
+    return bool(label)
 
 
 def messages_of(dialogue: str) -> list[dict[str, str]]:
@@ -137,6 +212,9 @@ def hold_out(pairs: Dataset, size: float, seed: int = 0) -> tuple[Dataset, Datas
             several.
         seed (`int`, *optional*, defaults to 0):
             Of the order in which prompts are drawn. The same pairs are always split in the same way.
+
+    Raises:
+        ValueError: if one of the two parts is empty.
     """
     wanted = size if size >= 1 else size * len(pairs)
     by_prompt: dict[str, list[int]] = {}
@@ -149,4 +227,10 @@ def hold_out(pairs: Dataset, size: float, seed: int = 0) -> tuple[Dataset, Datas
             break
         held_out += by_prompt[prompts[at]]
     kept = sorted(set(range(len(pairs))) - set(held_out))
+    if not kept or not held_out:
+        raise ValueError(
+            f"Of {len(pairs)} pairs with {len(prompts)} prompts, `test_size` {size:g} leaves "
+            f"{len(kept)} to train on and {len(held_out)} to evaluate on, and no prompt can be in both parts. Choose "
+            "another one, or 0 to hold none out."
+        )
     return pairs.select(kept), pairs.select(sorted(held_out))

@@ -11,11 +11,13 @@ model says what it has learned.
 import os
 from dataclasses import dataclass, field
 
+from transformers import AutoConfig
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
+from .output import make_output_dir
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_training
 
@@ -28,9 +30,7 @@ HELD_OUT = 0.1
 class ModelArguments(ModelConfig):
     """TRL's arguments of a model, for an adapter on a causal LM."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a causal LM.", "aliases": ["--model"]}
-    )
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of a causal LM.", "aliases": ["--model"]})
     use_peft: bool = field(default=True, metadata={"help": "Whether to train an adapter instead of all weights."})
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The task type of the adapter."})
 
@@ -39,14 +39,17 @@ ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments)
 
 
 def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, model_args: ModelArguments) -> None:
-    if model_args.model_name_or_path is None:
-        raise ValueError("No model is given. Name one with `--model`: the Hub id or folder of a causal LM.")
+    make_output_dir(training_args.output_dir)
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is not None and not os.path.isdir(checkpoint):
+        raise ValueError(f"`resume_from_checkpoint` is {checkpoint!r}, but there is no such folder.")
     train_pairs = load_pairs(pair_args, pair_args.dataset_train_split)
     test_pairs = None
     if pair_args.dataset_test_split is not None:
         test_pairs = load_pairs(pair_args, pair_args.dataset_test_split)
     elif pair_args.test_size != 0:
         train_pairs, test_pairs = hold_out(train_pairs, pair_args.test_size or HELD_OUT)
+    check_model(model_args, training_args.trust_remote_code)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -66,7 +69,7 @@ def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, mo
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if test_pairs is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -79,3 +82,20 @@ def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, mo
         trainer.push_to_hub()
     trainer.accelerator.print(f"The reward model is in {training_args.output_dir}.")
     trainer.accelerator.end_training()
+
+
+def check_model(args: ModelArguments, trust_remote_code: bool) -> None:
+    """
+    Reads the config of the model, before its weights are loaded.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        AutoConfig.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{args.model_name_or_path}` can't be loaded. Name the Hub id or folder of a causal LM: `--model`. {error}"
+        ) from error

@@ -8,15 +8,8 @@ from judges import judge, n_words, oracle, read, second_judge
 from methods import GENARM, NORMALISED, choose, guided, mean
 from prompts import dev_prompts, sentiment_pairs
 from report import table
+from settings import VARIANTS
 from training import train_arm
-
-# What it is called, what is changed, and the share of the pairs
-VARIANTS = {
-    "beta-high": ("β_r = 0.2", {"beta": 0.2}, 1.0),
-    "decode-aware": ("decode-aware, at α = 2", {"decode_alpha": 2.0}, 1.0),
-    "half": ("half of the pairs", {}, 0.5),
-    "quarter": ("a quarter of the pairs", {}, 0.25),
-}
 
 
 def steps(bench: Bench) -> list[Step]:

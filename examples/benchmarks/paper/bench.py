@@ -48,24 +48,18 @@ class Step:
 
 
 class Bench:
-    def __init__(self, size: Size, output: Path, report: Path | None = None):
-        self.size, self.output = size, output
-        self.figures = (report or output) / "figures"
-        self.tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-
-    @cached_property
-    def model_path(self) -> str:
-        model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
-        if self.size.n_layers == model.config.num_hidden_layers:
-            return demo_model()
-        folder = self.output / "base"
-        first_layers(model, self.size.n_layers).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        return str(folder)
+    def __init__(self, size: Size, output: Path, report: Path):
+        self.size, self.output, self.figures = size, output, report / "figures"
+        self.model_path = demo_model()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_path, padding_side="left")
 
     @cached_property
     def model(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.config.num_hidden_layers
 
     def adapter(self, name: str) -> Path:
         return self.output / "adapters" / name
@@ -79,7 +73,7 @@ class Bench:
 
     def measuring(self, name: str, cost: float, measure: Callable[[], object]) -> Step:
         path = self.output / "measured" / f"{name}.json"
-        return Step(path, cost, lambda partial: partial.write_text(json.dumps(measure(), indent=1)))
+        return Step(path, cost, lambda partial: partial.write_text(json.dumps(measure(), indent=1), "utf-8"))
 
     def measured(self, name: str):
         return json.loads((self.output / "measured" / f"{name}.json").read_text())
@@ -118,7 +112,7 @@ class Bench:
                     json.dumps({"prompt": prompt, "setting": setting, "answers": row}) + "\n"
                     for prompt, row in zip(batch, answers, strict=True)
                 ]
-                with partial.open("a") as file:
+                with partial.open("a", encoding="utf-8") as file:
                     file.write("".join(lines))
 
         n_tokens = len(prompts) * n_samples * self.size.max_new_tokens

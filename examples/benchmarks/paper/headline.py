@@ -31,15 +31,13 @@ from peft import PeftModel
 from prompts import dev_prompts, test_prompts
 from report import table
 from rollouts import RolloutLogitsProcessor
-from settings import ROLLOUT_TOP_K
+from settings import MORE_ALPHAS, ROLLOUT_TOP_K
 from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel
 
 TRAINED = (GENARM, LESS_BASE, DPO, ARGS)
-# Strengths beside those that were tried, for the frontier: of GenARM, and of the policies that adapters are.
-MORE_ALPHAS = {"genarm": (0.5,), "dpo-strength": (2.0, 4.0)}
 BEST_OF = {
     "rm": "best of {n}, trajectory RM",
     "arm": "best of {n}, ARM",

@@ -29,6 +29,9 @@ def shown(value: float, low: float, high: float, form: str = ".2f") -> str:
 
 
 def cell(values: np.ndarray, digits: int = 2) -> str:
+    """Nothing, where there is nothing to average."""
+    if len(values) == 0:
+        return ""
     return shown(*interval(values), f".{digits}f")
 
 

@@ -3,16 +3,17 @@ Real pairs: those of HH-RLHF's harmless-base in two halves, each judged by a rew
 and the same training by our trainer and by TRL's CPO.
 """
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from bench import Bench, Step
 from datasets import Dataset
+from fingerprint import fingerprint
 from intervals import shown
 from report import table
+from settings import CPO, REAL_PAIRS
 from training import adapter_config, arguments, train_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -23,40 +24,25 @@ from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
 from hf_genarm.training.metrics import preference_metrics
 
 HUB_ID = "Anthropic/hh-rlhf"
-MAX_LENGTH = 128
-RECIPE: dict[str, Any] = {
-    # Sums of log-probs would be judged by length.
-    "beta": 1.0,
-    "length_normalized": True,
-    "num_train_epochs": 2,
-    "learning_rate": 1.5e-3,
-    "warmup_steps": 5,
-    "gradient_accumulation_steps": 4,
-    "max_length": MAX_LENGTH,
-    "truncation_mode": "keep_end",
-    "train_sampling_strategy": "group_by_length",
-    "adapter": {"r": 8, "lora_dropout": 0.05},
-}
 
 
 def steps(bench: Bench, dataset: str) -> list[Step]:
     size, work = bench.size, []
     for half in range(2):
+        train, judge = partial(train_on_the_other, bench, dataset, half), partial(judge_half, bench, dataset, half)
         work += [
-            bench.training(arm_of(half), 2.0 * size.n_hh_pairs / 2, partial(train_on_the_other, bench, dataset, half)),
-            bench.measuring(rewards_of(half), 1.5 * size.n_hh_pairs / 2, partial(judge_half, bench, dataset, half)),
+            bench.training(named(dataset, f"arm-hh-{half}"), 2.0 * size.n_hh_pairs / 2, train),
+            bench.measuring(named(dataset, f"hh-{half}"), 1.5 * size.n_hh_pairs / 2, judge),
         ]
-    return [*work, bench.measuring("hh-cpo", 6.0 * size.n_cpo_pairs, lambda: compare(bench, dataset))]
+    return [*work, bench.measuring(named(dataset, "hh-cpo"), 6.0 * size.n_cpo_pairs, lambda: compare(bench, dataset))]
 
 
-def arm_of(half: int) -> str:
-    return f"arm-hh-{half}"
+def named(dataset: str, name: str) -> str:
+    """With a key of the pairs, which come from elsewhere."""
+    return f"{name}-{fingerprint(load(dataset).to_list())}"
 
 
-def rewards_of(half: int) -> str:
-    return f"hh-{half}"
-
-
+@cache
 def load(dataset: str) -> Dataset:
     is_hub = dataset == HUB_ID
     return load_pairs(
@@ -71,12 +57,13 @@ def halves(bench: Bench, dataset: str) -> tuple[Dataset, Dataset]:
 
 
 def train_on_the_other(bench: Bench, dataset: str, half: int, folder: Path) -> None:
-    train_arm(bench, halves(bench, dataset)[1 - half], folder, **RECIPE)
+    train_arm(bench, halves(bench, dataset)[1 - half], folder, **REAL_PAIRS)
 
 
 def judge_half(bench: Bench, dataset: str, half: int) -> dict[str, list]:
     """What `hf-genarm evaluate` makes its report of."""
-    arm = AutoregressiveRewardModel.from_pretrained(str(bench.adapter(arm_of(half))), base_model=bench.model)
+    folder = str(bench.adapter(named(dataset, f"arm-hh-{half}")))
+    arm = AutoregressiveRewardModel.from_pretrained(folder, base_model=bench.model)
     arm.tokenizer = bench.tokenizer
     prediction = predict(arm, halves(bench, dataset)[half], batch_size=8)
     lengths, base_rewards = prediction.label_ids
@@ -89,6 +76,7 @@ def judge_half(bench: Bench, dataset: str, half: int) -> dict[str, list]:
 
 def _short_texts(bench: Bench, pairs: Dataset) -> Dataset:
     """Pairs that fit without truncation, as plain text, which the two trainers tokenize in the same way."""
+    max_length = REAL_PAIRS["max_length"]
 
     def as_text(pair: dict) -> dict:
         prompt = bench.tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
@@ -96,7 +84,7 @@ def _short_texts(bench: Bench, pairs: Dataset) -> Dataset:
 
     def fits(pair: dict) -> bool:
         return all(
-            len(bench.tokenizer(pair["prompt"] + pair[name]).input_ids) < MAX_LENGTH for name in ("chosen", "rejected")
+            len(bench.tokenizer(pair["prompt"] + pair[name]).input_ids) < max_length for name in ("chosen", "rejected")
         )
 
     return pairs.map(as_text).filter(fits).select(range(2 * bench.size.n_cpo_pairs))
@@ -107,10 +95,7 @@ def compare(bench: Bench, dataset: str) -> dict[str, float]:
     texts, n = _short_texts(bench, load(dataset)), bench.size.n_cpo_pairs
     train, test = texts.select(range(n)), texts.select(range(n, 2 * n))
     settings = arguments(bench, bench.output / "trainers" / "cpo", seed=0) | {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "beta": 0.05,
-        "per_device_eval_batch_size": 4,
+        **CPO,
         "remove_unused_columns": False,
     }
     result: dict[str, float] = {"n_pairs": n}
@@ -125,7 +110,7 @@ def compare(bench: Bench, dataset: str) -> dict[str, float]:
             train_dataset=train,
             eval_dataset=test,
             processing_class=AutoTokenizer.from_pretrained(bench.model_path),
-            peft_config=adapter_config(bench.size.n_layers),
+            peft_config=adapter_config(bench.n_layers),
         )
         trainer.train()
         measured = trainer.evaluate()
@@ -134,8 +119,8 @@ def compare(bench: Bench, dataset: str) -> dict[str, float]:
     return result
 
 
-def section(bench: Bench) -> str:
-    measured = [bench.measured(rewards_of(half)) for half in range(2)]
+def section(bench: Bench, dataset: str) -> str:
+    measured = [bench.measured(named(dataset, f"hh-{half}")) for half in range(2)]
     rewards, lengths, base_rewards = (
         np.concatenate([half[name] for half in measured]) for name in ("rewards", "lengths", "base_rewards")
     )
@@ -151,13 +136,13 @@ def section(bench: Bench) -> str:
         )
         rows.append([name, shown(*accuracy, ".3f"), shown(*gain, "+.3f")])
     rows.append(["preferring the shorter", f"{metrics['shorter_accuracy']:.3f}", ""])
-    cpo = bench.measured("hh-cpo")
+    cpo = bench.measured(named(dataset, "hh-cpo"))
     return "\n\n".join(
         [
             "## Real pairs",
             f"HH-RLHF's harmless-base, {len(rewards)} pairs in two halves, each judged by an ARM that was "
             "trained on the other (means of log-probabilities, "
-            f"{RECIPE['num_train_epochs']} epochs, LoRA r = {RECIPE['adapter']['r']}). The unit is the pair.",
+            f"{REAL_PAIRS['num_train_epochs']} epochs, LoRA r = {REAL_PAIRS['adapter']['r']}). The unit is the pair.",
             table(["", "held-out accuracy", "less that of preferring the shorter, paired"], rows),
             f"Eq. 5 by TRL's `CPOTrainer` and by ours, {cpo['n_pairs']} pairs for one epoch in the same order, on as "
             f"many held-out pairs: loss {cpo['cpo_loss']:.4f} and {cpo['arm_loss']:.4f}, accuracy "

@@ -1,13 +1,15 @@
-"""How large a run is. Every size does the same; only the numbers differ."""
+"""All that results depend on, besides the data: how large a run is, how everything is trained, and what is tried."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Size:
     """
+    How large a run is. Every size does the same; only the numbers differ.
+
     Attributes:
-        n_layers: layers of SmolLM2 that the base keeps; all of them, but for the smoke size.
         n_shallow_layers: layers that the weak reward model keeps.
         n_pairs, n_epochs: what every method is trained on, and how often.
         n_dev_prompts, n_prompts: prompts for choosing settings, and for the results.
@@ -24,7 +26,6 @@ class Size:
         n_hh_pairs, n_cpo_pairs: real pairs in both halves, and those that TRL's CPO is trained on, too.
     """
 
-    n_layers: int
     n_shallow_layers: int
     n_pairs: int
     n_epochs: int
@@ -46,7 +47,6 @@ class Size:
 
 SIZES = {
     "smoke": Size(
-        n_layers=2,
         n_shallow_layers=1,
         n_pairs=4,
         n_epochs=1,
@@ -66,7 +66,6 @@ SIZES = {
         n_cpo_pairs=2,
     ),
     "laptop": Size(
-        n_layers=30,
         n_shallow_layers=10,
         n_pairs=128,
         n_epochs=1,
@@ -86,7 +85,6 @@ SIZES = {
         n_cpo_pairs=64,
     ),
     "full": Size(
-        n_layers=30,
         n_shallow_layers=10,
         n_pairs=333,
         n_epochs=2,
@@ -114,9 +112,55 @@ PAPER_ALPHAS = (0.5, 1.0, 2.0)  # the same for the paper's β_r
 BETAS = (0.03, 0.1, 0.3)  # β of DPO
 WEIGHTS = (1.0, 4.0, 16.0)  # weight of the reward in ARGS
 
+WEAK_ALPHAS = (0.5, 0.75, 1.0)  # the same for the shallow ARM less what it was
+MORE_ALPHAS = {"genarm": (0.5,), "dpo-strength": (2.0, 4.0)}  # for the frontier: of GenARM, and of DPO's policies
+
+# How every method is trained, and its adapter on the upper half of the layers
+TRAINING: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "max_length": 1024,  # all texts are shorter
+}
+ADAPTER: dict[str, Any] = {"r": 4, "lora_dropout": 0.0}
+TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+
+# The shallow model is distilled for as many epochs; the ARM that it becomes has a third of the layers.
+DISTILLING: dict[str, Any] = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
+N_SHALLOW_ARM_EPOCHS = 3
+
+# The ablations: what each is called, what is changed, and the share of the pairs
+VARIANTS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "beta-high": ("β_r = 0.2", {"beta": 0.2}, 1.0),
+    "decode-aware": ("decode-aware, at α = 2", {"decode_alpha": 2.0}, 1.0),
+    "half": ("half of the pairs", {}, 0.5),
+    "quarter": ("a quarter of the pairs", {}, 0.25),
+}
+
+# Real pairs. Sums of log-probs would be judged by length.
+REAL_PAIRS: dict[str, Any] = {
+    "beta": 1.0,
+    "length_normalized": True,
+    "num_train_epochs": 2,
+    "learning_rate": 1.5e-3,
+    "warmup_steps": 5,
+    "gradient_accumulation_steps": 4,
+    "max_length": 128,
+    "truncation_mode": "keep_end",
+    "train_sampling_strategy": "group_by_length",
+    "adapter": {"r": 8, "lora_dropout": 0.05},
+}
+CPO: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 1, "beta": 0.05, "per_device_eval_batch_size": 4}
+
 # The training runs of GenARM: Eq. 5 with the β_r that does best on the dev prompts, and the two others
 OBJECTIVE = {"beta": 0.01}
 PAPER_OBJECTIVE = {"beta": 0.05}  # for longer answers
 LENGTH_NORMALISED = {"beta": 2.0, "length_normalized": True}
 TOP_K = 10  # candidates that ARGS scores at each step, the paper's
 ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
+
+
+def tried_and_trained() -> dict[str, Any]:
+    """All of the above but the sizes, by name."""
+    return {name: value for name, value in globals().items() if name.isupper() and name != "SIZES"}

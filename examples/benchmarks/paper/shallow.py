@@ -5,11 +5,10 @@ from pathlib import Path
 import torch
 from bench import Bench, first_layers
 from datasets import Dataset
+from settings import DISTILLING
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
-
-_BATCH_SIZE, _LEARNING_RATE = 8, 1e-3
 
 
 def own_samples(pairs: Dataset) -> list[list[dict[str, str]]]:
@@ -17,7 +16,7 @@ def own_samples(pairs: Dataset) -> list[list[dict[str, str]]]:
     return [pair["prompt"] + pair[name] for pair in pairs for name in ("chosen", "rejected")]
 
 
-def make_shallow(bench: Bench, pairs: Dataset, folder: Path, n_epochs: int) -> None:
+def make_shallow(bench: Bench, pairs: Dataset, folder: Path) -> None:
     r"""Minimises $\text{KL}(\pi_\text{whole} \,\|\, \pi_\text{shallow})$ of the next token over the texts."""
     whole = bench.model
     student = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
@@ -25,16 +24,16 @@ def make_shallow(bench: Bench, pairs: Dataset, folder: Path, n_epochs: int) -> N
     # The embedding is also the head, and stays that of the whole model.
     student.get_input_embeddings().requires_grad_(False)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    texts = own_samples(pairs)
-    n_steps = n_epochs * -(-len(texts) // _BATCH_SIZE)
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
+    texts, n_epochs, batch_size = own_samples(pairs), DISTILLING["n_epochs"], DISTILLING["batch_size"]
+    n_steps = n_epochs * -(-len(texts) // batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=DISTILLING["learning_rate"], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, n_steps // 20, n_steps)
     set_seed(0)
     for _ in range(n_epochs):
         order = torch.randperm(len(texts)).tolist()
-        for start in range(0, len(order), _BATCH_SIZE):
+        for start in range(0, len(order), batch_size):
             inputs = bench.tokenizer.apply_chat_template(
-                [texts[index] for index in order[start : start + _BATCH_SIZE]],
+                [texts[index] for index in order[start : start + batch_size]],
                 return_dict=True,
                 return_tensors="pt",
                 padding=True,

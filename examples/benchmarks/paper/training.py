@@ -8,19 +8,19 @@ import torch
 from bench import Bench
 from datasets import Dataset
 from peft import LoraConfig
-from settings import OBJECTIVE
+from settings import ADAPTER, OBJECTIVE, TARGETS, TRAINING
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 
 
-def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM", r: int = 4, lora_dropout: float = 0.0) -> LoraConfig:
+def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM", **changes: Any) -> LoraConfig:
+    settings = ADAPTER | changes
     return LoraConfig(
-        r=r,
-        lora_alpha=2 * r,
-        lora_dropout=lora_dropout,
-        target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+        **settings,
+        lora_alpha=2 * settings["r"],
+        target_modules=list(TARGETS),
         layers_to_transform=list(range(n_layers // 2, n_layers)),  # the backward pass stops there
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
@@ -29,16 +29,12 @@ def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM", r: int = 4, lora
 
 def arguments(bench: Bench, folder: Path, seed: int) -> dict[str, Any]:
     return {
+        **TRAINING,
         "output_dir": str(folder),
         "seed": seed,
-        "learning_rate": 2e-3,
-        "per_device_train_batch_size": 4,
         "num_train_epochs": bench.size.n_epochs,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
         "gradient_checkpointing": False,
         "bf16": False,
-        "max_length": 256,
         "logging_steps": 10,
         "save_strategy": "no",
         "report_to": "none",

@@ -11,7 +11,7 @@ from judges import is_degenerate, judge, oracle, perplexity, read, second_judge
 from methods import DPO, Method, all_seeds, choose, mean, trial
 from prompts import sentiment_pairs, test_prompts
 from report import table
-from settings import PAPER_ALPHAS
+from settings import DISTILLING, N_SHALLOW_ARM_EPOCHS, PAPER_ALPHAS, WEAK_ALPHAS
 from shallow import make_shallow
 from training import train_arm
 from transformers import AutoModelForCausalLM
@@ -19,22 +19,21 @@ from transformers import AutoModelForCausalLM
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 
 SHALLOW = "shallow"
-N_EPOCHS = 2
-N_ARM_EPOCHS = 3  # of a third of the layers
 
 
 def weak(bench: Bench, alpha: float, seed: int) -> list:
-    return [GenARMLogitsProcessor(shallow_arm(bench), alpha)]
+    return [GenARMLogitsProcessor(shallow_arm(bench), alpha, base_model=bench.model)]
 
 
 def weak_less_itself(bench: Bench, alpha: float, seed: int) -> list:
     """What the training has changed, and none of what the shallow model gets wrong."""
-    return [GenARMLogitsProcessor(shallow_arm(bench), alpha, reference=shallow_model(bench))]
+    reference = shallow_model(bench)
+    return [GenARMLogitsProcessor(shallow_arm(bench), alpha, base_model=bench.model, reference=reference)]
 
 
 def untrained(bench: Bench, alpha: float, seed: int) -> list:
     """The control: the shallow model before it saw a preference pair."""
-    return [GenARMLogitsProcessor(shallow_model(bench), alpha)]
+    return [GenARMLogitsProcessor(shallow_model(bench), alpha, base_model=bench.model)]
 
 
 def shallow_model(bench: Bench):
@@ -47,7 +46,7 @@ def shallow_arm(bench: Bench) -> AutoregressiveRewardModel:
 
 WEAK = Method("GenARM, shallow ARM", "weak", "α", PAPER_ALPHAS, 1.5, weak)
 WEAK_LESS_ITSELF = Method(
-    "GenARM, shallow ARM less what it was", "weak-contrast", "α", (0.5, 0.75, 1.0), 2, weak_less_itself
+    "GenARM, shallow ARM less what it was", "weak-contrast", "α", WEAK_ALPHAS, 2, weak_less_itself
 )
 CONTROL = Method("control: shallow, untrained", "weak-control", "α", PAPER_ALPHAS, 1.5, untrained)
 GUIDED = (WEAK, WEAK_LESS_ITSELF)
@@ -57,8 +56,8 @@ def steps(bench: Bench) -> list[Step]:
     size = bench.size
     n_distilled = size.n_distilled_pairs
 
-    distil = partial(make_shallow, bench, sentiment_pairs(n_distilled), n_epochs=N_EPOCHS)
-    n_arm_epochs = N_ARM_EPOCHS * size.n_epochs
+    distil = partial(make_shallow, bench, sentiment_pairs(n_distilled))
+    n_arm_epochs = N_SHALLOW_ARM_EPOCHS * size.n_epochs
     arm = partial(
         train_arm,
         bench,
@@ -72,7 +71,7 @@ def steps(bench: Bench) -> list[Step]:
         return untrained(bench, alpha, 0), {"α": alpha}
 
     return [
-        bench.training(SHALLOW, 1.3 * n_distilled * N_EPOCHS, distil),
+        bench.training(SHALLOW, 1.3 * n_distilled * DISTILLING["n_epochs"], distil),
         bench.training("arm-shallow", 0.2 * size.n_pairs * n_arm_epochs, arm),
         *(trial(bench, method, alpha) for method in GUIDED for alpha in method.values),
         *(answer_test_prompts(bench, method) for method in GUIDED),
@@ -105,10 +104,10 @@ def section(bench: Bench) -> str:
     return "\n\n".join(
         [
             "## Weak to strong",
-            f"The first {bench.size.n_shallow_layers} of {bench.size.n_layers} layers of SmolLM2, distilled for "
-            f"{N_EPOCHS} epochs on {2 * bench.size.n_distilled_pairs} texts that the whole model has "
-            f"written, and then trained as an ARM on the same pairs for {N_ARM_EPOCHS} times as many epochs, steer the "
-            "whole model: by their log-probabilities "
+            f"The first {bench.size.n_shallow_layers} of {bench.n_layers} layers of SmolLM2, distilled for "
+            f"{DISTILLING['n_epochs']} epochs on {2 * bench.size.n_distilled_pairs} texts that the whole model has "
+            f"written, and then trained as an ARM on the same pairs for {N_SHALLOW_ARM_EPOCHS} times as many epochs, "
+            "steer the whole model: by their log-probabilities "
             f"(α = {choose(bench, WEAK):g}), or by those less what they were before they saw a pair "
             f"(`reference=`, α = {choose(bench, WEAK_LESS_ITSELF):g}). The control has the strength of the first.",
             "Gap recovered is (guided − base) / (DPO − base). DPO has all its training seeds, the others have one.",
@@ -131,4 +130,7 @@ def _levels(answers: Answers) -> list[str]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> str:
-    return shown(part.mean() / whole.mean(), *bounds(resampled_means(part) / resampled_means(whole)))
+    wholes = resampled_means(whole)
+    if bounds(wholes)[0] <= 0:
+        return "no gap"  # that could be told from 0
+    return shown(part.mean() / whole.mean(), *bounds(resampled_means(part) / wholes))
