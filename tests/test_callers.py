@@ -34,7 +34,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 
 __all__ = ["adapters", "base", "folder", "models"]
 
@@ -349,6 +349,17 @@ def test_the_last_processor_leaves_the_base_as_it_was(base, adapters):
     again = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     generate(base, [again])
     assert joint_passes(again) == 9
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_is_not_merged_into_the_base_that_it_shares(merge, base, adapters):
+    before = copy.deepcopy(base.state_dict())
+    arm = AutoregressiveRewardModel.from_pretrained(adapters[0], base)
+    with pytest.raises(ValueError, match=f"`{merge}` would change the weights of the base model"):
+        getattr(copy.deepcopy(arm).model, merge)()
+    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
+    own = AutoregressiveRewardModel.from_pretrained(adapters[0])
+    getattr(own.model, merge)()  # is free to
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])

@@ -1,8 +1,11 @@
 """A second set of modules around the weights of a model: it costs no memory, and the model never notices."""
 
 import copy
+import functools
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -38,7 +41,16 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
     model = PeftModel.from_pretrained(network, folder)
     for module in model.modules():
         module._parameters.update({name: originals.get(x, x) for name, x in module._parameters.items()})
+    for name in ("merge_adapter", "merge_and_unload"):
+        vars(model.base_model)[name] = functools.partial(_refuse_to_merge, name)
     return model
+
+
+def _refuse_to_merge(name: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"`{name}` would change the weights of the base model, which this adapter shares. Load it with weights of its "
+        "own, without `base_model`: `AutoregressiveRewardModel.from_pretrained(...)`."
+    )
 
 
 def _frozen_twin(base_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[nn.Parameter, nn.Parameter]]:
@@ -93,12 +105,22 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
         unusual.append("init_lora_weights")
     if unusual:
         return f"`{unusual[0]}={getattr(config, unusual[0])!r}` may change the weights of the base"
-    # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads.
+    # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads. With an
+    # adapter on embeddings or the output layer, that may be the base's own matrix, the same as it is.
     network, _ = _frozen_twin(base_model)
     shared = {id(x) for x in [*network.parameters(), *network.buffers()]}
     loaded = check_tensors(PeftModel(network, copy.copy(config), low_cpu_mem_usage=True), folder)
-    replaced = [name for name, x in loaded.items() if id(x) in shared]
-    return f"it replaces weights of the base, such as `{replaced[0]}`" if replaced else None
+    with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        for name, x in loaded.items():
+            if id(x) in shared and not (is_plain(x) and torch.equal(file.get_tensor(name).to(x.device, x.dtype), x)):
+                return f"it replaces weights of the base, such as `{name}`"
+    return None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the numbers in a tensor are there to be read: not quantised, offloaded or sharded."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return type(x.data) is Tensor and x.dtype in floats and not x.is_meta
 
 
 def adapter_tensors(model: PeftModel, with_embeddings: bool = False) -> dict[str, Tensor]:
