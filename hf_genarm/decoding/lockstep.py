@@ -201,7 +201,7 @@ class State:
     logits: dict[int, Tensor] = field(default_factory=dict)
 
     def select_rows(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # says `torch.LongTensor`, which no tensor is for mypy
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.logits = {at: logits[rows] for at, logits in self.logits.items()}
 

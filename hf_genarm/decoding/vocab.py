@@ -113,8 +113,9 @@ def vocab_maps(
         if reward_tokenizer is not None:
             raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer` too.")
         return [None] * n_models
-    many = isinstance(reward_tokenizer, list | tuple)
-    reward_tokenizers = list(reward_tokenizer) if many else [reward_tokenizer] * n_models
+    if isinstance(reward_tokenizer, PreTrainedTokenizerBase):
+        reward_tokenizer = [reward_tokenizer] * n_models
+    reward_tokenizers = list(reward_tokenizer)
     if len(reward_tokenizers) != n_models:
         raise ValueError(
             f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {n_models} reward models. Give "

@@ -5,6 +5,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .cache import network_of
 from .sharing import adapter_tensors, is_plain
 
 _N_SAMPLES = 256  # at least one from each matrix
@@ -30,10 +31,10 @@ def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
         if len(model.peft_config) > 1:
             return None
         own = {id(x) for x in adapter_tensors(model).values()}
-        model = model.get_base_model()
-    if getattr(model.config, "quantization_config", None) is not None:
+    network = network_of(model)
+    if getattr(network.config, "quantization_config", None) is not None:
         return None
-    matrices = {_plain_name(name): x for name, x in model.named_parameters() if x.ndim > 1 and id(x) not in own}
+    matrices = {_plain_name(name): x for name, x in network.named_parameters() if x.ndim > 1 and id(x) not in own}
     if not matrices or not all(is_plain(x) and x.numel() for x in matrices.values()):
         return None
     n_each = max(1, min(16, _N_SAMPLES // len(matrices)))

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -35,6 +35,13 @@ def network_of(model: Any) -> PreTrainedModel:
 def uncompiled(model: Any) -> Any:
     """The model that `torch.compile` wraps, or the model itself."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def embeddings_of(model: PreTrainedModel | PeftModel) -> Tensor:
+    """The matrix `(vocab_size, hidden_size)` of the embeddings of tokens."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def new_cache(network: PreTrainedModel) -> DynamicCache | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .cache import embeddings_of
 from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
 from .reward_model import AutoregressiveRewardModel
 from .sharing import shares_weights
@@ -43,7 +44,7 @@ def _has_same_ids(
     reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> bool:
     own = reward_model.tokenizer
-    sizes = {len(model.get_input_embeddings().weight) for model in (reward_model.model, base_model)}
+    sizes = {len(embeddings_of(model)) for model in (reward_model.model, base_model)}
     return own is not None and len(sizes) == 1 and tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
 
 
@@ -75,6 +76,8 @@ def generation_prompt_ids(info: RewardInfo, tokenizer: PreTrainedTokenizerBase) 
     if info.chat_template is None or tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": "?"}]
-    question = tokenizer.apply_chat_template(chat, tokenize=False)
-    asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    question, asked = (
+        str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_asked))
+        for is_asked in (False, True)
+    )
     return tokenizer(asked.removeprefix(question), add_special_tokens=False)["input_ids"]

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import CACHE, network_of, new_cache
+from .cache import CACHE, embeddings_of, network_of, new_cache
 
 # Their frequencies depend on the length of the text.
 _DYNAMIC_ROPES = ("dynamic", "longrope")
@@ -66,7 +66,7 @@ def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int
     Raises:
         ValueError: if that may be so.
     """
-    n_known = network.get_input_embeddings().num_embeddings
+    n_known = len(embeddings_of(network))
     config, highest = network.config, int(input_ids.max())
     n_positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", math.inf))
     if highest >= n_known or length + 2 > n_positions:  # some count positions from 1 or 2

@@ -146,7 +146,7 @@ def _load_base(
     name: str, config: PeftConfig, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     trained_on = config.base_model_name_or_path
-    if not _short_name(trained_on):
+    if trained_on is None or not _short_name(trained_on):
         raise ValueError(
             f"`base_model_name_or_path` of `{name}` is {trained_on!r}, but must be the Hub id or the folder of the "
             f"model that it was trained on. Write it into `{folder / _ADAPTER_CONFIG}`."
@@ -173,7 +173,8 @@ def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTraine
         raise ValueError(f"`use_safetensors` is {kwargs['use_safetensors']}, but no other weights are loaded. Omit it.")
     # A size that is wrong is an error here, with its name.
     ours = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **ours})
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **ours})
+    model, found = loaded
     mismatched = {key for key, *_ in found["mismatched_keys"]}
     for what, keys in (("no", found["missing_keys"]), ("another shape of", mismatched)):
         if keys:

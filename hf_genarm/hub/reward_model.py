@@ -105,6 +105,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 pretrained_model_name_or_path,
                 INFO_NAME,
             )
+        model: PreTrainedModel | PeftModel
         kwargs["trust_remote_code"] = trust_remote_code  # left out, transformers would ask
         if (folder / "adapter_config.json").exists():
             hub_kwargs.pop("revision", None)  # is that of the adapter
@@ -113,7 +114,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
             logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
             model = load_causal_lm(folder, pretrained_model_name_or_path, **kwargs)
         tokenizer = find_tokenizer(
-            folder, model.name_or_path, token=hub_kwargs.get("token"), trust_remote_code=trust_remote_code
+            folder, str(model.name_or_path), token=hub_kwargs.get("token"), trust_remote_code=trust_remote_code
         )
         return cls(model.eval(), tokenizer, info)
 

@@ -141,8 +141,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, r
                 "`tokenizer.chat_template` to the one that the reward model was trained with, or give text."
             )
         turn = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        both = tokenizer.apply_chat_template([*prompt, *turn], tokenize=False)
+        before = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+        both = str(tokenizer.apply_chat_template([*prompt, *turn], tokenize=False))
         # Templates that write the prompt otherwise once it is answered share less of it.
         shared = next((i for i, (x, y) in enumerate(zip(before, both, strict=False)) if x != y), len(before))
         before, text = both[:shared], both[shared:]

@@ -40,7 +40,8 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
     network, originals = _frozen_twin(base_model)
     model = PeftModel.from_pretrained(network, folder)
     for module in model.modules():
-        module._parameters.update({name: originals.get(x, x) for name, x in module._parameters.items()})
+        own = {name: x for name, x in module._parameters.items() if x is not None}
+        module._parameters.update({name: originals.get(x, x) for name, x in own.items()})
     for name in ("merge_adapter", "merge_and_unload"):
         vars(model.base_model)[name] = functools.partial(_refuse_to_merge, name)
     return model
@@ -59,7 +60,8 @@ def _frozen_twin(base_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[nn.
     parameters of the model by those that stand for them.
     """
     aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
-    shared = {id(x): aliases.get(x, x) for x in [*base_model.parameters(), *base_model.buffers()]}
+    shared: dict[int, Any] = {id(x): aliases.get(x, x) for x in base_model.parameters()}
+    shared |= {id(x): x for x in base_model.buffers()}
     return copy.deepcopy(base_model, memo=shared), {alias: x for x, alias in aliases.items()}
 
 

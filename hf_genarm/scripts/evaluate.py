@@ -9,6 +9,7 @@ Writes `evaluation.json` and `evaluation.png`, and prints a table.
 import json
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -66,7 +67,7 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
             f"`{args.model}` can't be loaded. Name the Hub id or folder of a reward model: `--model`. {error}"
         ) from error
 
-    prediction = predict(arm, pairs, args.batch_size)
+    prediction: Any = predict(arm, pairs, args.batch_size)
     metrics = preference_metrics(prediction)
     report = {"model": args.model, "dataset": pair_args.dataset, "beta": arm.info.beta or 1.0, "metrics": metrics}
     with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
@@ -82,7 +83,7 @@ def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> 
     """Rewards of pairs and their numbers of tokens, as [`~hf_genarm.metrics.preference_metrics`] takes them."""
     beta = arm.info.beta or 1.0
     rewards, lengths = score(arm, pairs, batch_size)
-    labels: tuple[np.ndarray, ...] = (lengths,)
+    labels: Any = (lengths,)
     if isinstance(arm.model, PeftModel):
         with arm.model.disable_adapter():
             labels += (beta * score(arm, pairs, batch_size)[0],)

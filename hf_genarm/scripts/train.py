@@ -10,6 +10,7 @@ model says what it has learned.
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -39,7 +40,8 @@ ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments)
 
 
 def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, model_args: ModelArguments) -> None:
-    make_output_dir(training_args.output_dir)
+    output_dir = str(training_args.output_dir)
+    make_output_dir(output_dir)
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is not None and not os.path.isdir(checkpoint):
         raise ValueError(f"`resume_from_checkpoint` is {checkpoint!r}, but there is no such folder.")
@@ -51,11 +53,12 @@ def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, mo
         train_pairs, test_pairs = hold_out(train_pairs, pair_args.test_size or HELD_OUT)
     check_model(model_args, training_args.trust_remote_code)
 
+    given: Any = training_args.model_init_kwargs or {}  # `RewardConfig` has made it a dict
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **given,
     }
     if training_args.dataset_name is None:
         name = str(pair_args.dataset)
@@ -77,10 +80,10 @@ def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, mo
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        plot_training(trainer.state.log_history, os.path.join(training_args.output_dir, "training.png"))
+        plot_training(trainer.state.log_history, os.path.join(output_dir, "training.png"))
     if training_args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.print(f"The reward model is in {training_args.output_dir}.")
+    trainer.accelerator.print(f"The reward model is in {output_dir}.")
     trainer.accelerator.end_training()
 
 

@@ -32,6 +32,8 @@ def split(joint: DynamicCache, caches: Sequence[DynamicCache], n_read: int, n_ne
     """Gives each cache its rows of the joint one, with the new tokens, or without them if their number is 0."""
     for layer, *layers in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
         if type(layer) is DynamicLayer:
+            assert layer.keys is not None
+            assert layer.values is not None
             keys, values = layer.keys[..., : n_read + n_new, :], layer.values[..., : n_read + n_new, :]
             for own, its_keys, its_values in zip(
                 layers, keys.chunk(len(caches)), values.chunk(len(caches)), strict=True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
@@ -38,8 +38,8 @@ class FusedLM(LockstepLM):
     A reward model that is an adapter on the base, and lets itself be advanced in the base's forward passes.
 
     Args:
-        model ([`~peft.PeftModel`]):
-            The adapter, on the weights of the base.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The adapter, on the weights of the base, or other modules around these alone.
         fusion ([`Fusion`]):
             Of the base.
 
@@ -48,7 +48,7 @@ class FusedLM(LockstepLM):
             Number of forward passes of the base that it was advanced in.
     """
 
-    def __init__(self, model: PeftModel, fusion: "Fusion"):
+    def __init__(self, model: PreTrainedModel | PeftModel, fusion: "Fusion"):
         super().__init__(model)
         self._fusion = fusion
         self.joint_passes = 0
@@ -211,11 +211,11 @@ class Fusion:
                 type(self.base).__name__,
             )
             return None
-        base_logits, *reward_logits = output.logits.split(batch_size)
+        base_logits, *reward_logits = output["logits"].split(batch_size)
         for reward_model, state, logits in zip(armed.reward_models, states, reward_logits, strict=True):
             state.extend(armed.step.input_ids, armed.step.attention_mask, logits)
             reward_model.joint_passes += 1
-        output.logits, output[CACHE] = base_logits, caches[0]
+        output["logits"], output[CACHE] = base_logits, caches[0]
         return output
 
 

@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ...hub.cache import CACHE
+from ...hub.cache import CACHE, network_of
 from ..lockstep import LockstepLM
 from ..step import StandIn, StepWatch
 
@@ -46,13 +45,15 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
     check_heard(model, "a reward model")
     if not reward_model.has_cache:
         raise NotFusableError(f"`{type(base).__name__}` has no cache of keys and values alone")
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    network = network_of(model)
     factors_of_all: set[Tensor] = set()
     products = []
     for path, layer in network.named_modules():
         if type(layer) is not lora.Linear:
             continue
-        factors = {name: (a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()}
+        factors: dict[str, tuple[Any, Any]] = {
+            name: (a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()
+        }
         factors_of_all.update(*factors.values())
         active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
         for name in active:

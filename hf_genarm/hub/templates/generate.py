@@ -4,7 +4,7 @@ Generation guided by the reward model of this repository:
     model.generate(**inputs, alpha=1.0, custom_generate=<id or folder of this repository>, trust_remote_code=True)
 """
 
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessorList
 
 from hf_genarm import GenARMLogitsProcessor
 
@@ -22,5 +22,5 @@ def generate(model, *args, alpha=1.0, reward_model=REWARD_MODEL, logits_processo
     mask = kwargs.get("attention_mask")
     processor = GenARMLogitsProcessor.from_pretrained(reward_model, base_model=model, alpha=alpha, attention_mask=mask)
     # One that is given runs before the reward model, as in `generate`.
-    processors = [*(logits_processor or []), processor]
-    return GenerationMixin.generate(model, *args, logits_processor=processors, **kwargs)
+    kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), processor])
+    return GenerationMixin.generate(model, *args, **kwargs)
