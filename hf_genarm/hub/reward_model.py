@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
+from .added_tokens import n_added_tokens
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .scoring import Texts, TokenRewards, token_rewards
@@ -253,13 +254,17 @@ def _load_adapter(
     trained_on = adapter.base_model_name_or_path
     objection = _why_not_shared(base_model, trained_on, kwargs)
     if base_model is not None and objection is None:
-        objection = why_it_changes(base_model, adapter, folder)
+        adds = n_added_tokens(base_model, adapter, folder) > 0
+        objection = "it adds tokens" if adds else why_it_changes(base_model, adapter, folder)
     if base_model is not None and objection is None:
         return load_onto_shared_weights(base_model, folder)
     logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
     network = AutoModelForCausalLM.from_pretrained(
         trained_on, revision=adapter.revision, **hub_kwargs, **remote, **kwargs
     )
+    n_added = n_added_tokens(network, adapter, folder)
+    if n_added > 0:  # their weights come with the adapter
+        network.resize_token_embeddings(network.get_input_embeddings().weight.shape[0] + n_added, mean_resizing=False)
     return PeftModel.from_pretrained(network, str(folder))
 
 
