@@ -46,7 +46,14 @@ def make_trainer(tokenizer, tmp_path):
             "learning_rate": 1e-2,
             "seed": 0,
         }
-        not_in_config = ("eval_dataset", "peft_config", "quantization_config", "processing_class")
+        not_in_config = (
+            "eval_dataset",
+            "peft_config",
+            "quantization_config",
+            "processing_class",
+            "compute_metrics",
+            "data_collator",
+        )
         names = [name for name in kwargs if name not in not_in_config]
         options |= {name: kwargs.pop(name) for name in names}
         return AutoregressiveRewardTrainer(

@@ -34,15 +34,24 @@ def train(folder, *arguments, processes=1):
     return json.loads(Path(folder, "results.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "full, gradient checkpointing"])
+KINDS = {
+    "LoRA": [],
+    "full, gradient checkpointing": ["--full", "--gradient-checkpointing"],
+    "SFT term": ["--full", "--sft-coefficient", 1.0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, kind):
-    options = [] if kind == "LoRA" else ["--full", "--gradient-checkpointing"]
-    one = train(tmp_path / "one", "--batch-size", 4, *options)
-    two = train(tmp_path / "two", "--batch-size", 2, *options, processes=2)
+    one = train(tmp_path / "one", "--batch-size", 4, *KINDS[kind])
+    two = train(tmp_path / "two", "--batch-size", 2, *KINDS[kind], processes=2)
     assert one["shares"]
     assert two["shares"]
     assert len(set(one["losses"])) == len(one["losses"]) == 6
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    if kind == "SFT term":  # two processes, each with one pair at a time
+        parts = train(tmp_path / "parts", "--batch-size", 1, "--accumulate", 2, *KINDS[kind], processes=2)
+        assert parts["losses"] == pytest.approx(one["losses"], rel=1e-5)
     for name in METRICS:
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
     assert two["metrics"]["eval_n_pairs"] == 7

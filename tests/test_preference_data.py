@@ -14,7 +14,7 @@ from hf_genarm.training.preference_data import PairCounts, truncate
 
 def texts_of(trainer, row):
     """Prompt, chosen and rejected of a prepared pair, decoded."""
-    start = row["prompt_length"]
+    start = row["genarm_prompt_length"]
     parts = (row["chosen_ids"][:start], row["chosen_ids"][start:], row["rejected_ids"][start:])
     return [trainer.processing_class.decode(ids) for ids in parts]
 
@@ -38,7 +38,7 @@ def test_a_token_across_the_boundary_belongs_to_the_response(make_trainer, token
     assert merged < len(alone)
     trainer = make_trainer({"prompt": ["It is wa"], "chosen": ["rm"], "rejected": ["rm and kind"]})
     row = trainer.train_dataset[0]
-    assert row["prompt_length"] == merged
+    assert row["genarm_prompt_length"] == merged
     assert texts_of(trainer, row)[1].strip() == "warm<eos>"
 
 
@@ -58,7 +58,7 @@ def test_responses_that_begin_alike_are_responses_from_there_on(make_trainer):
 
 def test_without_a_prompt_it_is_what_is_shared(make_trainer):
     for row in make_trainer(implicit()).train_dataset:
-        start = row["prompt_length"]
+        start = row["genarm_prompt_length"]
         assert row["chosen_ids"][:start] == row["rejected_ids"][:start]
         assert row["chosen_ids"][start] != row["rejected_ids"][start]
 
@@ -67,7 +67,7 @@ def test_lengths_in_metrics_are_those_of_responses(make_trainer):
     trainer = make_trainer(eval_dataset=Dataset.from_dict(STANDARD))
     lengths = trainer.predict(trainer.eval_dataset).label_ids[0]
     expected = [
-        [len(row[f"{side}_ids"]) - row["prompt_length"] for side in ("chosen", "rejected")]
+        [len(row[f"{side}_ids"]) - row["genarm_prompt_length"] for side in ("chosen", "rejected")]
         for row in trainer.eval_dataset
     ]
     assert lengths.tolist() == expected
@@ -144,17 +144,21 @@ def test_truncation(make_trainer, mode, streaming):
         for side in ("chosen_ids", "rejected_ids"):
             expected = before[side][cut:] if mode == "keep_end" else before[side][:limit]
             assert row[side] == expected
-        assert row["prompt_length"] == before["prompt_length"] - (cut if mode == "keep_end" else 0)
+        assert row["genarm_prompt_length"] == before["genarm_prompt_length"] - (cut if mode == "keep_end" else 0)
     if not streaming:
         assert trainer.pair_counts["train"] == PairCounts(3, truncated=1)
     trainer.train()
 
 
 def test_a_prompt_that_is_cut_away():
-    pair = {"chosen_ids": [1, 2, 3, 4, 5], "rejected_ids": [1, 2, 9], "prompt_length": 2}
-    assert truncate(pair, 4, "keep_end") == {"chosen_ids": [2, 3, 4, 5], "rejected_ids": [2, 9], "prompt_length": 1}
-    assert truncate(pair, 2, "keep_end") == {"chosen_ids": [3, 4], "rejected_ids": [9], "prompt_length": 0}
-    assert truncate(pair, 1, "keep_start") == {"chosen_ids": [1], "rejected_ids": [1], "prompt_length": 1}
+    pair = {"chosen_ids": [1, 2, 3, 4, 5], "rejected_ids": [1, 2, 9], "genarm_prompt_length": 2}
+    assert truncate(pair, 4, "keep_end") == {
+        "chosen_ids": [2, 3, 4, 5],
+        "rejected_ids": [2, 9],
+        "genarm_prompt_length": 1,
+    }
+    assert truncate(pair, 2, "keep_end") == {"chosen_ids": [3, 4], "rejected_ids": [9], "genarm_prompt_length": 0}
+    assert truncate(pair, 1, "keep_start") == {"chosen_ids": [1], "rejected_ids": [1], "genarm_prompt_length": 1}
 
 
 def test_identical_empty_and_repeated_pairs_are_counted(make_trainer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import VOCAB_SIZE, tiny_llama
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_genarm.functional import selected_log_probs
@@ -108,6 +109,41 @@ def test_responses_that_begin_alike(monkeypatch):
     pairs = batch([(6, 3, 4), (5, 2, 2)], prompt_length=torch.tensor([4, 5]))
     assert pairs.is_response.sum() - pairs.is_own.sum() == 4
     assert_like_naive(tiny_llama(), True, pairs, pairs.is_response)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_joint_rows_are_padded_to_a_multiple(name, multiple, monkeypatch):
+    """As are the texts; so are the columns that logits are made for: a compiler sees few shapes."""
+    monkeypatch.setattr("hf_genarm.training.prefix_sharing._WORTH_IT", 10)
+    pairs, model, shapes = batch(SHAPES[name]), tiny_llama(), []
+    padding = -pairs.input_ids.shape[1] % multiple
+    pairs = PairBatch(*(pad(x, (0, padding)) for x in (pairs.input_ids, pairs.attention_mask)))
+    method = PairLogProbs(model, pad_to_multiple_of=multiple)
+    method._may_share = True
+    handle = model.register_forward_hook(
+        lambda *args: shapes.append((args[2]["input_ids"].shape[1], args[3].logits.shape[1])), with_kwargs=True
+    )
+    result = method(model, pairs, pairs.is_own)
+    handle.remove()
+    ((width, n_logits),) = shapes
+    assert width % multiple == n_logits % multiple == 0
+    assert width < 2 * pairs.input_ids.shape[1] + multiple
+    expected = naive(model, pairs, pairs.is_own)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients(model, result), gradients(model, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_the_trainer_pads_to_a_multiple(make_trainer, multiple):
+    trainer, widths = make_trainer(pad_to_multiple_of=multiple), set()
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    trainer._pair_log_probs._may_share = True  # otherwise it is found out first, on texts of its own
+    trainer.train()
+    assert all(width % 16 == 0 for width in widths) == (multiple is not None)
 
 
 def test_random_shapes():

@@ -11,13 +11,21 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, EvalPrediction, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
+from trl import RewardConfig
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from hf_genarm import AutoregressiveRewardConfig, GenARMLogitsProcessor, RewardInfo
+from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.hub.info import tokenizer_fingerprint
 from hf_genarm.training.metrics import accuracy_interval, calibration_error, preference_metrics
 
@@ -111,7 +119,7 @@ def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path
     rows = []
     for row in oracle.train_dataset:
         ids = {f"{side}_ids": row[f"{side}_input_ids"] for side in ("chosen", "rejected")}
-        rows.append({**ids, "prompt_length": row["chosen_labels"].count(-100)})
+        rows.append({**ids, "genarm_prompt_length": row["chosen_labels"].count(-100)})
     trainer = make_trainer(Dataset.from_list(rows), beta=0.3, **ours)
     trainer._pair_log_probs._may_share = shares
     loss = loss_of(trainer)
@@ -157,20 +165,25 @@ def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
     torch.testing.assert_close(loss_of(trainer).double(), expected, atol=1e-5, rtol=0)
 
 
-def test_gradient_accumulation_equals_one_large_batch(make_trainer):
-    steps = []
+@pytest.mark.parametrize("objective", [{}, {"sft_coefficient": 1.0}, {"length_normalized": True, "beta": 2.0}])
+def test_gradient_accumulation_equals_one_large_batch(make_trainer, objective):
+    """In gradients, which an optimiser without momentum adds to the weights; responses are of unequal lengths."""
+    pairs, steps = {name: column[::2] for name, column in STANDARD.items()}, []
     for size, accumulate in ((2, 1), (1, 2)):
-        trainer = make_trainer(
-            {name: column[:2] for name, column in STANDARD.items()},
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulate,
-            max_steps=1,
-            optim="sgd",
-        )
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, **objective}
+        trainer = make_trainer(pairs, max_steps=1, optim="sgd", max_grad_norm=0.0, learning_rate=1.0, **options)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        n_tokens = batch["attention_mask"].sum(dim=1)[:2] - batch["genarm_prompt_length"]
+        assert n_tokens[0] > 1.5 * n_tokens[1]
+        before = copy.deepcopy(trainer.model.state_dict())
         trainer.train()
-        steps.append(trainer.model.state_dict())
+        after = trainer.model.state_dict()
+        steps.append({name: after[name] - value for name, value in before.items()})
+        loss = trainer.state.log_history[0]["loss"]
+        assert loss == pytest.approx(loss_of(make_trainer(pairs, **objective)).item(), rel=1e-4)
     for name, value in steps[0].items():
-        torch.testing.assert_close(value, steps[1][name], atol=1e-6, rtol=0)
+        assert value.abs().max() > 1e-3
+        torch.testing.assert_close(value, steps[1][name], atol=1e-5, rtol=1e-4)
 
 
 # --- data ---
@@ -380,7 +393,7 @@ def test_contrast_with_the_base(make_trainer, tokenizer):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
     rewards, (lengths, base_rewards), metrics = trainer.predict(trainer.eval_dataset)
-    pairs = [(row["prompt_length"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.eval_dataset]
+    pairs = [(row["genarm_prompt_length"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.eval_dataset]
     for index, (start, *texts) in enumerate(pairs):
         chosen, rejected = (0.2 * log_prob(base, ids, start) for ids in texts)
         assert base_rewards[index, 0] - base_rewards[index, 1] == pytest.approx(float(chosen - rejected), abs=1e-4)
@@ -469,6 +482,39 @@ def test_an_adapter_on_the_lm_head_is_trained_like_any_other(make_trainer, token
     assert trainer.model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().max() > 0
 
 
+PROMPTS_OF_PEFT = {
+    "prompt tuning": PromptTuningConfig(num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3),
+    "prefix tuning": PrefixTuningConfig(num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", PROMPTS_OF_PEFT)
+def test_adapters_before_the_text(make_trainer, tokenizer, kind, checkpointing):
+    """What they put before a text is neither scored nor cut."""
+    options = {"peft_config": PROMPTS_OF_PEFT[kind], "gradient_checkpointing": checkpointing, "beta": 0.2}
+    if kind == "prefix tuning" and checkpointing:
+        with pytest.raises(ValueError, match=r"`PREFIX_TUNING`.*Set `gradient_checkpointing=False`"):
+            make_trainer(**options)
+        return
+    trainer = make_trainer(**options)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert changed(before, trainer.model) == {name for name in before if "prompt_encoder" in name}
+    trainer.model.eval()
+
+    def reward(ids):
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits
+        log_probs = logits[0, -len(ids) : -1].double().log_softmax(-1)
+        return 0.2 * log_probs.gather(1, torch.tensor(ids)[1:, None]).sum()
+
+    margins = torch.stack([reward(chosen) - reward(rejected) for chosen, rejected in pairs_of(trainer.train_dataset)])
+    expected = -torch.nn.functional.logsigmoid(margins).mean()
+    torch.testing.assert_close(loss_of(trainer).double(), expected, atol=1e-4, rtol=0)
+
+
 def test_the_config_is_parsed_from_the_command_line():
     (args,) = HfArgumentParser(AutoregressiveRewardConfig).parse_args_into_dataclasses(
         ["--output_dir", "my-arm", "--beta", "0.1", "--learning_rate", "1e-3"]
@@ -494,6 +540,8 @@ def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
             make_trainer(**{name: value})
     with pytest.raises(ValueError, match=r"`label_smoothing` is 0.1.*`loss_type` is `hinge`"):
         make_trainer(label_smoothing=0.1, loss_type="hinge")
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` is 0.1.*use `label_smoothing`"):
+        make_trainer(label_smoothing_factor=0.1)
     classifier = AutoModelForSequenceClassification.from_config(model_for(tokenizer).config)
     with pytest.raises(TypeError, match=r"LlamaForSequenceClassification.*AutoModelForCausalLM"):
         make_trainer(model=classifier)
@@ -501,6 +549,13 @@ def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
         make_trainer(peft_config=LoraConfig(**LORA, task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="quantization_config"):
         make_trainer(quantization_config=object())
+    with pytest.raises(TypeError, match=r"`args` is a `RewardConfig`.*`AutoregressiveRewardConfig`.*`beta`"):
+        AutoregressiveRewardTrainer(
+            model_for(tokenizer), RewardConfig("arm", bf16=False), train_dataset=Dataset.from_dict(STANDARD)
+        )
+    for model in (None, Path("my-model")):
+        with pytest.raises(TypeError, match=rf"`model` is a `{type(model).__name__}`.*`str`.*no `model_init`"):
+            AutoregressiveRewardTrainer(model, model_init=lambda: model_for(tokenizer))
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, lambda rows: IterableDataset.from_generator(lambda: iter(rows))])

@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--sft-coefficient", type=float, default=0.0)
     args = parser.parse_args()
     config = AutoregressiveRewardConfig(
         output_dir=str(args.output_dir),
@@ -80,6 +81,7 @@ def main() -> None:
         logging_steps=1,
         learning_rate=1e-2,
         beta=0.3,
+        sft_coefficient=args.sft_coefficient,
         report_to="none",
         disable_tqdm=True,
     )

@@ -64,7 +64,7 @@ def make_step(way: str, folder: str, args) -> Callable[[list[list[int]], list[li
 
     def step(chosen, rejected, prompt_length):
         pairs = [
-            {"chosen_ids": one, "rejected_ids": other, "prompt_length": prompt_length}
+            {"chosen_ids": one, "rejected_ids": other, "genarm_prompt_length": prompt_length}
             for one, other in zip(chosen, rejected, strict=True)
         ]
         return trainer.compute_loss(trainer.model, trainer.data_collator(pairs))

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .added_tokens import n_added_tokens
 from .base_weights import same_weights, weights_fingerprint
+from .cache import embeddings_of
 from .info import RewardInfo
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 from .warning import GuidanceWarning
@@ -102,7 +104,8 @@ def load_adapter(
         raise ValueError(f"`{name}` is X-LoRA, which loads other adapters as it likes. Load one of these instead.")
     objection = _why_not_shared(base_model, config, info, kwargs)
     if base_model is not None and objection is None:
-        objection = why_it_changes(base_model, config, folder)
+        adds = n_added_tokens(base_model, config, folder) > 0
+        objection = "it adds tokens" if adds else why_it_changes(base_model, config, folder)
     if base_model is not None and objection is None:
         _refuse_not_finite(load_file(path).items(), name)
         return load_onto_shared_weights(base_model, folder)
@@ -115,6 +118,9 @@ def load_adapter(
             GuidanceWarning,
             stacklevel=3,
         )
+    n_added = n_added_tokens(network, config, folder)
+    if n_added > 0:  # their weights come with the adapter
+        network.resize_token_embeddings(len(embeddings_of(network)) + n_added, mean_resizing=False)
     why_it_changes(network, config, folder)  # names a tensor that doesn't fit before PEFT stumbles over it
     _refuse_not_finite(load_file(path).items(), name)
     model = PeftModel.from_pretrained(network, str(folder))

@@ -40,7 +40,8 @@ class AutoregressiveRewardConfig(RewardConfig):
             in [CPO](https://hf.co/papers/2401.08417).
         decode_alpha (`float`, *optional*):
             Makes the loss decode-aware: the margin is that of the *guided* model at this `alpha`, so that the reward
-            model learns what the base lacks. See [`AutoregressiveRewardTrainer`]. It takes an adapter to train.
+            model learns what the base lacks; so are the `margin`, `accuracy` and rewards that are logged. See
+            [`AutoregressiveRewardTrainer`]. It takes an adapter to train.
         truncation_mode (`str`, *optional*, defaults to `"drop"`):
             What happens to pairs that are longer than `max_length`: `"drop"` leaves them out, `"keep_start"` cuts both
             texts at the end, `"keep_end"` cuts the start of the prompt, and what is then still too long at the end.
@@ -143,6 +144,11 @@ class AutoregressiveRewardConfig(RewardConfig):
             raise ValueError(
                 f"`label_smoothing` is {self.label_smoothing}, but it belongs to the loss `sigmoid`, and `loss_type` "
                 f"is `{self.loss_type}`. Set one of them to its default."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but it is about labels of classes or "
+                "tokens, and pairs have none. For the share of pairs with a wrong label, use `label_smoothing`."
             )
         if self.sft_coefficient < 0:
             raise ValueError(f"`sft_coefficient` is {self.sft_coefficient}, but the weight must not be negative.")

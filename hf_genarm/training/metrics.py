@@ -1,6 +1,7 @@
 """What a reward model has learned about held-out pairs, beside what a rule that only counts tokens knows."""
 
 import numpy as np
+import torch
 from transformers import EvalPrediction
 
 # Pairs whose responses differ by at most this share of the longer one count as matched in length.
@@ -93,3 +94,24 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
         metrics["contrast_accuracy"] = float(has_learned.mean())
         metrics |= {"contrast_accuracy_low": low, "contrast_accuracy_high": high}
     return metrics
+
+
+class PreferenceMetrics:
+    """
+    [`preference_metrics`] for [`~transformers.Trainer`], which hands over all pairs at once, in a list of batches
+    (`eval_do_concat_batches=False`) or batch by batch (`batch_eval_metrics=True`).
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[list[torch.Tensor]] = []
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """`compute_result` says if these are the last pairs; before that, nothing is returned."""
+        rewards, labels = prediction.predictions, prediction.label_ids
+        batches = zip(rewards, labels, strict=True) if isinstance(rewards, list) else [(rewards, labels)]
+        self._batches += [[torch.as_tensor(x).cpu() for x in (one, *others)] for one, others in batches]
+        if not compute_result:
+            return {}
+        arrays = [torch.cat(parts).numpy() for parts in zip(*self._batches, strict=True)]
+        self._batches = []
+        return preference_metrics(EvalPrediction(predictions=arrays[0], label_ids=tuple(arrays[1:])))

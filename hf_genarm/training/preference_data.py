@@ -1,17 +1,31 @@
 """Tokenised preference pairs: where their responses begin and end, and which of them are left out, counted."""
 
+import json
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational, maybe_extract_prompt
+from trl.data_utils import get_dataset_column_names, is_conversational
+from trl.trainer.reward_trainer import DataCollatorForPreference
+from trl.trainer.utils import remove_none_values
 
 from ..hub.end_of_turn import length_to_end
 from .config import AutoregressiveRewardConfig
+
+SIDES = ("chosen_ids", "rejected_ids")
+# The names of columns that are added; any other may be one of the user's.
+PROMPT_LENGTH = "genarm_prompt_length"
+_IS_EMPTY = "genarm_is_empty"
+_IS_IDENTICAL = "genarm_is_identical"
+_CONTENT = "genarm_content"
 
 
 @dataclass
@@ -52,61 +66,130 @@ class PairCounts:
         return f"of {self.n_pairs} pairs, " + "; ".join(f"{n} {what}" for what, n in found.items() if n)
 
 
-def with_boundaries(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set[int]
-) -> dict[str, list[int] | int]:
-    """
-    Adds `prompt_length` and `is_empty`, and drops what a chat template writes after the end of a response.
+class DataCollatorForPairs(DataCollatorForPreference):
+    """TRL's collator of preference pairs, with the lengths of their prompts, `(batch_size,)`."""
 
-    The prompt is what the tokens of the prompt alone share with those of both texts: a token that is made of the end of
-    the prompt and the beginning of a response belongs to the response. Where there is none, it is what the texts share.
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch[PROMPT_LENGTH] = torch.tensor([example[PROMPT_LENGTH] for example in examples])
+        return batch
+
+
+def check_pairs(dataset: Dataset | IterableDataset, name: str) -> tuple[dict[str, Any], bool]:
     """
-    texts = [example["chosen_ids"], example["rejected_ids"]]
-    if "prompt_length" in example:
-        texts.append(texts[0][: example["prompt_length"]])
-    elif "prompt" not in example and is_conversational(example):
-        example = maybe_extract_prompt(dict(example))
-    prompt = None if "prompt_length" in example else example.get("prompt")
-    if isinstance(prompt, str):
-        texts.append(tokenizer(prompt)["input_ids"])
-    elif prompt is not None:
-        options = {"tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)
-        texts.append(encoded["input_ids"])
-    start = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
-    chosen_ids, rejected_ids = (ids[: length_to_end(ids, start, ends)] for ids in texts[:2])
+    Returns:
+        The first example, and whether the dataset holds tokens instead of texts.
+
+    Raises:
+        ValueError: if it is empty, or not of the preference type.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty, so there is nothing to learn from.")
+    columns = get_dataset_column_names(dataset)
+    is_tokenized = any({f"chosen_{ids}", f"rejected_{ids}"} <= set(columns) for ids in ("ids", "input_ids"))
+    if not is_tokenized and not {"chosen", "rejected"} <= set(columns):
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(columns)}, but preference data need `chosen` and "
+            "`rejected` (text or messages), with or without `prompt`. Rename yours: "
+            "`dataset.rename_columns({'better': 'chosen', 'worse': 'rejected'})`."
+        )
+    return first, is_tokenized
+
+
+def with_boundaries(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set[int], version: str
+) -> dict[str, list[int] | int | bool]:
+    """
+    Adds the length of the prompt, says if a response is empty, and drops what a chat template writes after the end of a
+    response.
+
+    The prompt is what its own tokens share with those of both texts: a token that is made of the end of the prompt and
+    the beginning of a response belongs to the response. Where there is no prompt, or a chat template refuses to write
+    it by itself, it is what the texts share. `version` makes `datasets` forget what another version has cached.
+    """
+    texts = [_tokens(example[side]) for side in SIDES]
+    prompt_ids = _prompt_ids(example, tokenizer)
+    start = _shared_length(*texts) if prompt_ids is None else _shared_length(*texts, prompt_ids)
+    if is_conversational(example):
+        lengths = [length_to_end(ids, start, ends) for ids in texts]
+        tails = [ids[length:] for ids, length in zip(texts, lengths, strict=True)]
+        # What a template writes after an end is the same for every response.
+        if tails[0] == tails[1]:
+            texts = [ids[:length] for ids, length in zip(texts, lengths, strict=True)]
 
     def is_empty(ids: list[int]) -> bool:
         own = [token for token in ids[start:] if token not in ends]
         return len(own) < 3 and not tokenizer.decode(own).strip()  # a space of the prompt may have merged into it
 
     return {
-        "chosen_ids": chosen_ids,
-        "rejected_ids": rejected_ids,
-        "prompt_length": start,
+        **dict(zip(SIDES, texts, strict=True)),
+        PROMPT_LENGTH: start,
         # Where the prompt is not known, one response may just begin the other.
-        "is_empty": len(texts) > 2 and (is_empty(chosen_ids) or is_empty(rejected_ids)),
+        _IS_EMPTY: prompt_ids is not None and any(map(is_empty, texts)),
     }
+
+
+def with_shared_start(example: dict[str, Any]) -> dict[str, list[int] | int]:
+    """The same for tokens that were given: they stay as they are, and what they share is taken for the prompt."""
+    texts = [_tokens(example[side]) for side in SIDES]
+    return {**dict(zip(SIDES, texts, strict=True)), PROMPT_LENGTH: _shared_length(*texts)}
+
+
+def _prompt_ids(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens of the prompt by itself, made as [`~trl.RewardTrainer`] makes those of the texts."""
+    if not is_conversational(example):
+        return tokenizer(example["prompt"])["input_ids"] if "prompt" in example else None
+    prompt = example["prompt"] if "prompt" in example else _shared_messages(example["chosen"], example["rejected"])
+    if not prompt:
+        return None
+    tools = example.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **example.get("chat_template_kwargs", {}),
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+    }
+    try:
+        return tokenizer.apply_chat_template(prompt, return_dict=True, **options)["input_ids"]
+    except TemplateError:
+        return None
+
+
+def _shared_messages(chosen: list[dict], rejected: list[dict]) -> list[dict]:
+    """The messages that both texts begin with, but for the last one of a text."""
+    # Arrow gives a message the fields of all others in its column.
+    pairs = zip(remove_none_values(chosen[:-1]), remove_none_values(rejected[:-1]), strict=False)
+    return chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+
+
+def _shared_length(*texts: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
+
+
+def _tokens(ids: Iterable[Any]) -> list[int]:
+    """A dataset may hand them out as an array."""
+    return [int(token) for token in ids]
 
 
 def truncate(example: dict[str, Any], max_length: int, mode: str) -> dict[str, list[int] | int]:
     """
     Cuts both texts of a pair at their ends, or first as much as it takes of the start of the prompt, the same in both.
     """
-    sides = ("chosen_ids", "rejected_ids")
-    too_many = max(len(example[side]) for side in sides) - max_length
-    first = 0 if mode == "keep_start" else min(too_many, example["prompt_length"])
-    ids = {side: example[side][first : first + max_length] for side in sides}
-    return {**ids, "prompt_length": min(example["prompt_length"] - first, max_length)}
+    too_many = max(len(example[side]) for side in SIDES) - max_length
+    first = 0 if mode == "keep_start" else min(too_many, example[PROMPT_LENGTH])
+    ids = {side: example[side][first : first + max_length] for side in SIDES}
+    return {**ids, PROMPT_LENGTH: min(example[PROMPT_LENGTH] - first, max_length)}
 
 
-def describe(example: dict[str, Any]) -> dict[str, Any]:
-    """Adds `length`, for batches of similar lengths, and what is counted."""
-    chosen_ids, rejected_ids = example["chosen_ids"], example["rejected_ids"]
+def describe(example: dict[str, Any], length_column: str | None) -> dict[str, bool | int]:
+    """Adds the length of the pair, for batches of similar lengths, and what is counted."""
+    chosen_ids, rejected_ids = (example[side] for side in SIDES)
+    length = len(chosen_ids) + len(rejected_ids)
     return {
-        "length": len(chosen_ids) + len(rejected_ids),
-        "is_identical": chosen_ids == rejected_ids,
-        "content": hash((tuple(chosen_ids), tuple(rejected_ids))),
+        **({} if length_column is None else {length_column: length}),
+        _IS_IDENTICAL: chosen_ids == rejected_ids,
+        _CONTENT: hash((tuple(chosen_ids), tuple(rejected_ids))),
     }
 
 
@@ -116,11 +199,12 @@ def prepare_pairs(
     tokenizer: PreTrainedTokenizerBase,
     ends: set[int],
     args: AutoregressiveRewardConfig,
+    is_tokenized: bool,
 ) -> tuple[Dataset | IterableDataset, PairCounts | None]:
     """
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            With `chosen_ids` and `rejected_ids`.
+            With `chosen_ids` and `rejected_ids`. One that was prepared before keeps the lengths of its prompts.
         name (`str`):
             What it is called in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -129,10 +213,12 @@ def prepare_pairs(
             The tokens that end a response.
         args ([`AutoregressiveRewardConfig`]):
             Its `max_length` and `truncation_mode` are heeded.
+        is_tokenized (`bool`):
+            Whether those ids were given, and not made from the texts.
 
     Returns:
-        The dataset with `prompt_length`, without pairs that are too long or identical, and the [`PairCounts`], which
-        are unknown for a stream.
+        The dataset with `genarm_prompt_length`, without pairs that are too long or identical, and the [`PairCounts`],
+        which are unknown for a stream.
 
     Raises:
         ValueError: if no pair is left.
@@ -140,11 +226,17 @@ def prepare_pairs(
     options: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
         options = {"num_proc": args.dataset_num_proc, "desc": f"Finding the responses of {name} dataset"}
-    dataset = dataset.map(with_boundaries, fn_kwargs={"tokenizer": tokenizer, "ends": ends}, **options)
+    columns = get_dataset_column_names(dataset)
+    if not is_tokenized:
+        kwargs = {"tokenizer": tokenizer, "ends": ends, "version": version("hf_genarm")}
+        dataset = dataset.map(with_boundaries, fn_kwargs=kwargs, **options)
+    elif PROMPT_LENGTH not in columns:
+        dataset = dataset.map(with_shared_start, **options)
+    dataset = dataset.with_format(None)
     limit = args.max_length if args.max_length is not None else sys.maxsize
 
     def is_long(example: dict[str, Any]) -> bool:
-        return max(len(example["chosen_ids"]), len(example["rejected_ids"])) > limit
+        return max(len(example[side]) for side in SIDES) > limit
 
     def cut(example: dict[str, Any]) -> dict[str, Any]:
         return truncate(example, limit, args.truncation_mode) if is_long(example) else {}
@@ -175,14 +267,17 @@ def prepare_pairs(
     elif any(long):
         counts.truncated = sum(long)
         dataset = dataset.map(cut, **{**options, "desc": f"Truncating {name} dataset"})
-    dataset = dataset.map(describe, **{**options, "desc": f"Counting {name} dataset"})
-    counts.identical = sum(dataset["is_identical"])
-    counts.empty = sum(dataset["is_empty"])
-    counts.duplicate = len(dataset) - len(set(dataset["content"]))
+    # Lengths that the data come with are for the same purpose.
+    length_column = args.length_column_name if args.length_column_name not in columns else None
+    options["desc"] = f"Counting {name} dataset"
+    dataset = dataset.map(describe, fn_kwargs={"length_column": length_column}, **options)
+    counts.identical = sum(dataset[_IS_IDENTICAL])
+    counts.empty = 0 if is_tokenized else sum(dataset[_IS_EMPTY])
+    counts.duplicate = len(dataset) - len(set(dataset[_CONTENT]))
     if counts.identical == len(dataset):
         raise ValueError(f"Chosen and rejected are identical in all {len(dataset)} pairs of the {name} dataset.")
-    kept = [index for index, is_identical in enumerate(dataset["is_identical"]) if not is_identical]
-    dataset = dataset.select(kept).remove_columns(["is_identical", "is_empty", "content"])
+    kept = [index for index, is_identical in enumerate(dataset[_IS_IDENTICAL]) if not is_identical]
+    dataset = dataset.select(kept).remove_columns([_IS_IDENTICAL, _CONTENT, *([] if is_tokenized else [_IS_EMPTY])])
     if counts != PairCounts(counts.n_pairs):
         warnings.warn(f"In the {name} dataset, {counts}.", stacklevel=2)
     return dataset, counts

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +51,11 @@ class PairBatch:
         #: Which tokens are in one text of the pair only, `(2 * batch_size, length)`.
         self.is_own = self.is_response & (position >= self.shared[:, None])
 
+    @property
+    def n_chosen_tokens(self) -> Tensor:
+        """Number of tokens in the chosen responses, to divide by."""
+        return self.is_response.chunk(2)[0].sum().clamp(min=1)
+
 
 class PairLogProbs:
     r"""
@@ -62,9 +69,16 @@ class PairLogProbs:
             A causal LM.
         mixed_precision (`bool`, *optional*, defaults to `False`):
             Whether it is run in less precision than that of its weights.
+        pad_to_multiple_of (`int`, *optional*):
+            To a multiple of this, joint rows are padded too.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, mixed_precision: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        mixed_precision: bool = False,
+        pad_to_multiple_of: int | None = None,
+    ):
         network = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model, self._network = model, network
         self._arguments = inspect.signature(network.forward).parameters.keys()
@@ -73,6 +87,7 @@ class PairLogProbs:
         self._window = min((window for window in windows if window), default=None)
         is_precise = network.dtype == torch.float32 and not mixed_precision
         self._tolerance = 1e-3 if is_precise else 0.1
+        self._multiple = pad_to_multiple_of or 1
         self._may_share: bool | None = None
 
     def __call__(self, model: Module, pairs: PairBatch, scored: Tensor) -> Tensor:
@@ -93,7 +108,7 @@ class PairLogProbs:
             if objection is not None:
                 logger.info("What the texts of a pair begin with is forwarded twice, because %s.", objection)
             self._may_share = objection is None
-        column = _joint_columns(pairs)
+        column = _joint_columns(pairs, self._multiple)
         width = int(column.max()) + 1
         is_shorter = width <= _WORTH_IT * 2 * pairs.input_ids.shape[1]
         is_within = self._window is None or width <= self._window
@@ -115,7 +130,7 @@ class PairLogProbs:
         width = inputs["input_ids"].shape[1]
         # No logits for the columns before the first that predicts something.
         keeps_logits = "logits_to_keep" in self._arguments and len(predictor) > 0
-        first = int(predictor.min()) if keeps_logits else 0
+        first = int(predictor.min()) // self._multiple * self._multiple if keeps_logits else 0
         kept = {"logits_to_keep": width - first} if keeps_logits else {}
         # Prompt tuning puts tokens of its own before them.
         logits = model(**inputs, use_cache=False, **kept).logits[:, first - width :]
@@ -160,29 +175,39 @@ class PairLogProbs:
         )
         ids[:, :3] = ids[:1, :3]
         pairs = PairBatch(ids, torch.ones_like(ids))
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()  # dropout would make two passes differ
         try:
-            joint = self._forward(model, pairs, pairs.is_response, _joint_columns(pairs))
-            apart = self._forward(model, pairs, pairs.is_response, None)
+            with evaluating(model):  # dropout would make two passes differ
+                joint = self._forward(model, pairs, pairs.is_response, _joint_columns(pairs))
+                apart = self._forward(model, pairs, pairs.is_response, None)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the model refused it: {error}"
-        finally:
-            for module, training in modes:
-                module.training = training
         difference = float((joint - apart).abs().max())
         return None if difference <= self._tolerance else f"the log-probabilities would differ, by {difference:.1g}"
 
 
-def _joint_columns(pairs: PairBatch) -> Tensor:
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """Without dropout; afterwards, every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _joint_columns(pairs: PairBatch, multiple: int = 1) -> Tensor:
     """
     Where the tokens of each text are in a row `[padding | shared | rest of chosen | rest of rejected]`, -1 for padding,
-    `(2 * batch_size, length)`. All shared parts end in the same column, so the logits that are needed are the last.
+    `(2 * batch_size, length)`. All shared parts end in the same column, so the logits that are needed are the last. The
+    row is padded to a multiple.
     """
     shared = pairs.shared[:, None]
     position = torch.arange(pairs.input_ids.shape[1], device=shared.device)
+    n_chosen, n_rejected = (pairs.attention_mask.sum(dim=1, keepdim=True) - shared).view(2, -1).amax(dim=1)
     n_shared = shared.max()
-    n_chosen = (pairs.attention_mask.sum(dim=1, keepdim=True) - shared).chunk(2)[0].max()
+    n_shared = n_shared + -(n_shared + n_chosen + n_rejected) % multiple
     rest = n_shared + torch.zeros_like(shared)
     rest[len(rest) // 2 :] += n_chosen
     column = torch.where(position < shared, n_shared - shared + position, rest + position - shared)

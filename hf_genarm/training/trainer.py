@@ -3,22 +3,22 @@
 import copy
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.nn import Module
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import RewardTrainer
-from trl.data_utils import get_dataset_column_names, is_conversational
-from trl.trainer.reward_trainer import DataCollatorForPreference
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id
 
 from ..functional import preference_loss
 from ..hub.base_weights import weights_fingerprint
@@ -27,18 +27,10 @@ from ..hub.custom_generate import write_custom_generate
 from ..hub.end_of_turn import end_token_ids
 from ..hub.info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
 from .config import AutoregressiveRewardConfig
-from .metrics import preference_metrics
-from .preference_data import PairCounts, prepare_pairs
-from .prefix_sharing import PairBatch, PairLogProbs
-
-
-class DataCollatorForPairs(DataCollatorForPreference):
-    """TRL's collator of preference pairs, with the lengths of their prompts as `prompt_length`, `(batch_size,)`."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        batch["prompt_length"] = torch.tensor([example["prompt_length"] for example in examples])
-        return batch
+from .metrics import PreferenceMetrics
+from .preference_data import PROMPT_LENGTH, SIDES, DataCollatorForPairs, PairCounts, check_pairs, prepare_pairs
+from .prefix_sharing import PairBatch, PairLogProbs, evaluating
+from .starting_point import as_causal_lm, check_adapter, check_causal_lm, load_causal_lm
 
 
 class AutoregressiveRewardTrainer(RewardTrainer):
@@ -79,7 +71,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             As for [`~trl.RewardTrainer`]: `train_dataset`, `eval_dataset`, `callbacks`, …
 
     Raises:
-        TypeError: if the model is not a decoder-only causal LM.
+        TypeError: if the model is not a decoder-only causal LM, or `args` are those of another trainer.
         ValueError: if a dataset is empty, has no pairs, or lacks the columns of the preference type.
 
     Example:
@@ -111,28 +103,36 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(model, str):
+            check_causal_lm(model)
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = AutoregressiveRewardConfig(f"{model_id.split('/')[-1]}-ARM")
+        elif not isinstance(args, AutoregressiveRewardConfig):
+            raise TypeError(
+                f"`args` is a `{type(args).__name__}`, but must be an `AutoregressiveRewardConfig`, which takes the "
+                "arguments of `RewardConfig` and those of the reward, such as `beta`."
+            )
         init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(
                     model, revision=(init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
                 )
-            model = _load(model, args, quantization_config)
+            model = load_causal_lm(model, args, quantization_config)
             args.model_init_kwargs = None  # used; RewardTrainer warns about those that it can't use
         elif quantization_config is not None:
             raise ValueError(
                 "`quantization_config` says how to load a model, but `model` is loaded already. Pass its id instead, "
                 "or give `quantization_config` to its `from_pretrained`."
             )
-        _check_causal_lm(model)
         if peft_config is not None:
-            peft_config = _as_causal_lm(peft_config)
+            peft_config = as_causal_lm(peft_config)
+        if is_peft_model(model):
+            model.peft_config.update({name: as_causal_lm(config) for name, config in model.peft_config.items()})
 
         if kwargs.get("compute_metrics") is None:
-            kwargs["compute_metrics"] = preference_metrics
+            kwargs["compute_metrics"] = PreferenceMetrics()
 
         if args.decode_alpha is not None and peft_config is None and not is_peft_model(model):
             raise ValueError(
@@ -144,6 +144,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         # What an adapter is trained on, read before it is sharded; `None` where there is no adapter.
         self._base_weights = weights_fingerprint(model) if peft_config is not None or is_peft_model(model) else None
         self.pair_counts: dict[str, PairCounts] = {}
+        self._measured: dict[str, float] = {}
 
         # RewardTrainer wants a classifier with one label; the causal LM answers to that name while it is set up.
         config = model.config
@@ -154,11 +155,14 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         finally:
             config.id2label, config.label2id = labels
             args.model_init_kwargs = init_kwargs
+        check_adapter(self.model, args)
 
         if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
             pad_token_id = self.processing_class.pad_token_id
             self.data_collator: Any = DataCollatorForPairs(pad_token_id, args.pad_to_multiple_of)
-        self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no")
+        is_mixed = self.accelerator.mixed_precision != "no"
+        self._pair_log_probs = PairLogProbs(self.model, is_mixed, args.pad_to_multiple_of)
+        self.add_callback(_PushWhole(self))
 
     def compute_loss(
         self,
@@ -169,25 +173,34 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ) -> Any:
         args, pairs = self.args, _pairs(inputs)
         log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
-        rewards = args.beta * self._reduce(log_probs, pairs)
+        rewards = compared = args.beta * self._reduce(log_probs, pairs)
+        if args.decode_alpha is not None:
+            compared = rewards + self._base_rewards(model, pairs) / args.decode_alpha
 
-        # Margin, metrics and gathering are RewardTrainer's; to the logits of its classifier, the rewards are compared.
-        outputs = SequenceClassifierOutput(logits=rewards[:, None])
+        # Metrics and gathering are RewardTrainer's; to the logits of its classifier, the rewards are compared.
+        outputs = SequenceClassifierOutput(logits=compared[:, None])
         super().compute_loss(lambda **_: outputs, inputs, True, num_items_in_batch)
 
-        chosen, rejected = rewards.chunk(2)
+        chosen, rejected = compared.chunk(2)
         margin = chosen - rejected - args.target_margin - inputs.get("margin", 0.0)
-        if args.decode_alpha is not None:
-            base_chosen, base_rejected = self._base_rewards(model, pairs).chunk(2)
-            margin = margin + (base_chosen - base_rejected) / args.decode_alpha
         loss = preference_loss(margin, args.loss_type, args.label_smoothing).mean()
         if args.sft_coefficient:
-            is_chosen = pairs.is_response.chunk(2)[0]
-            loss = loss - args.sft_coefficient * log_probs.chunk(2)[0].sum() / is_chosen.sum().clamp(min=1)
+            n_tokens = pairs.n_chosen_tokens if num_items_in_batch is None else num_items_in_batch
+            loss = loss - args.sft_coefficient * log_probs.chunk(2)[0].sum() / n_tokens
         if not return_outputs:
             return loss
         # One row for each pair, (chosen, rejected): the Trainer gathers and cuts predictions by the number of pairs.
-        return loss, SequenceClassifierOutput(logits=torch.stack([chosen, rejected], dim=1))
+        return loss, SequenceClassifierOutput(logits=torch.stack(rewards.chunk(2), dim=1))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """With the number of tokens in chosen responses: of all batches of a step, the mean for one batch."""
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.sft_coefficient and batches:
+            n_tokens = torch.stack([_pairs(batch).n_chosen_tokens for batch in batches]).float().mean()
+            n_items = self.accelerator.gather(n_tokens.to(device)).mean()
+        return batches, n_items
 
     def _scored(self, pairs: PairBatch) -> Tensor:
         """Responses may begin alike. What they share cancels in a sum; in means and likelihoods it counts."""
@@ -201,7 +214,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     @torch.no_grad()
     def _base_rewards(self, model: Module, pairs: PairBatch) -> Tensor:
         """What the rewards would be without the adapter, `(2 * batch_size,)`."""
-        with self.accelerator.unwrap_model(model).disable_adapter():
+        with self.accelerator.unwrap_model(model).disable_adapter(), evaluating(model):
             log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
         return self.args.beta * self._reduce(log_probs, pairs)
 
@@ -227,33 +240,40 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         args: AutoregressiveRewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(f"The {dataset_name} dataset is empty, so there is nothing to learn from.")
+        first, is_tokenized = check_pairs(dataset, dataset_name)
         if dataset_name == "train":
             self._is_conversational = "chosen" in first and is_conversational(first)
-        columns = get_dataset_column_names(dataset)
-        if not any({"chosen" + suffix, "rejected" + suffix} <= set(columns) for suffix in ("", "_ids", "_input_ids")):
-            raise ValueError(
-                f"The {dataset_name} dataset has the columns {sorted(columns)}, but preference data need `chosen` and "
-                "`rejected` (text or messages), with or without `prompt`. Rename yours: "
-                "`dataset.rename_columns({'better': 'chosen', 'worse': 'rejected'})`."
-            )
         # RewardTrainer drops what is too long without a word.
         any_length = copy.copy(args)
         any_length.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, any_length, dataset_name)
+        ends = end_token_ids(self._generation_config, processing_class)
         with args.main_process_first():
-            dataset, counts = prepare_pairs(
-                dataset, dataset_name, processing_class, end_token_ids(self._generation_config, processing_class), args
-            )
+            dataset, counts = prepare_pairs(dataset, dataset_name, processing_class, ends, args, is_tokenized)
         if counts is not None:
             self.pair_counts[dataset_name] = counts
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "prompt_length"]
+        self._signature_columns = [*SIDES, PROMPT_LENGTH, "margin"]
         self._signature_columns.append(self.args.length_column_name)  # for `train_sampling_strategy="group_by_length"`
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The card tells of the trainer's own `eval_dataset`, or if it has none, of this one; of several, the first."""
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None  # it is prepared
+        counts = self.pair_counts.copy()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is not None and self.eval_dataset is not None:
+            self.pair_counts = counts
+            return metrics
+        told = self.eval_dataset if eval_dataset is None else eval_dataset
+        prefix = f"{metric_key_prefix}_{next(iter(told))}" if isinstance(told, dict) else metric_key_prefix
+        names = METRICS + OPTIONAL_METRICS  # some data have not all, such as `length_matched_accuracy`
+        self._measured = {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, counts in self.pair_counts.items():
@@ -266,11 +286,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     @property
     def reward_info(self) -> RewardInfo:
         """What the trained model will say about itself, from the arguments, the data and the last evaluation."""
-        evaluations = [logs for logs in self.state.log_history if "eval_pair_accuracy" in logs]
-        # With those that only some data have, such as `length_matched_accuracy`
-        measured = evaluations[-1] if evaluations else {}
-        metrics = {name: measured[f"eval_{name}"] for name in METRICS + OPTIONAL_METRICS if f"eval_{name}" in measured}
-        scale = metrics.get("rms_margin", 0.0) / self.args.beta
+        scale = self._measured.get("rms_margin", 0.0) / self.args.beta
         base_model = get_config_model_id(self.model.config)
         tokenizer = self.processing_class
         return RewardInfo(
@@ -286,7 +302,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             chat_template=chat_template_fingerprint(tokenizer) if self._is_conversational else None,
             dataset=self.args.dataset_name,
             n_pairs=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            metrics=metrics,
+            metrics=self._measured,
             versions=package_versions(),
         )
 
@@ -302,13 +318,15 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            info = self.reward_info
-            info.save(folder)
-            # PEFT has left a card there that calls the adapter a text generator.
-            self._card(info).save(os.path.join(folder, "README.md"))
-            if self.args.custom_generate:
-                write_custom_generate(folder, self.hub_model_id or os.path.abspath(folder))
+            self._describe(output_dir or self.args.output_dir)
+
+    def _describe(self, folder: str) -> None:
+        """Writes what makes weights a reward model. PEFT leaves a card that calls an adapter a text generator."""
+        info = self.reward_info
+        info.save(folder)
+        self._card(info).save(os.path.join(folder, "README.md"))
+        if self.args.custom_generate:
+            write_custom_generate(folder, self.hub_model_id or os.path.abspath(folder))
 
     def _card(self, info: RewardInfo, model_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
         name = model_name or os.path.basename(self.args.output_dir)
@@ -321,40 +339,16 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         )
 
 
+class _PushWhole(TrainerCallback):
+    """Trainer copies from a checkpoint what it knows into the folder that it pushes."""
+
+    def __init__(self, trainer: AutoregressiveRewardTrainer):
+        self._trainer = trainer
+
+    def on_push_begin(self, args: AutoregressiveRewardConfig, *_: Any, **__: Any) -> None:
+        if args.should_save:
+            self._trainer._describe(args.output_dir)
+
+
 def _pairs(inputs: dict[str, Any]) -> PairBatch:
-    return PairBatch(inputs["input_ids"], inputs["attention_mask"], inputs.get("prompt_length"))
-
-
-def _load(
-    model_id: str, args: AutoregressiveRewardConfig, quantization_config: QuantizationConfigMixin | None
-) -> PreTrainedModel:
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ValueError(
-                "`quantization_config` is given both to the trainer and in `args.model_init_kwargs`. Keep the first."
-            )
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None  # each process holds the whole model
-    return create_model_from_path(model_id, AutoModelForCausalLM, **kwargs)
-
-
-def _check_causal_lm(model: PreTrainedModel | PeftModel) -> None:
-    network = model.get_base_model() if is_peft_model(model) else model
-    if network.config.is_encoder_decoder or not network.can_generate():
-        raise TypeError(
-            f"`model` is a `{type(network).__name__}`, but an autoregressive reward model is a decoder-only causal LM, "
-            "whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`, or pass its id."
-        )
-
-
-def _as_causal_lm(peft_config: PeftConfig) -> PeftConfig:
-    if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
-        raise ValueError(
-            f"`peft_config.task_type` is {peft_config.task_type}, but an autoregressive reward model is a causal LM. "
-            "Use `task_type='CAUSAL_LM'`."
-        )
-    peft_config = copy.copy(peft_config)
-    peft_config.task_type = TaskType.CAUSAL_LM  # without it, `AutoPeftModel` can't load what is published
-    return peft_config
+    return PairBatch(inputs["input_ids"], inputs["attention_mask"], inputs.get(PROMPT_LENGTH))
