@@ -113,7 +113,7 @@ class AutoregressiveRewardConfig(RewardConfig):
     )
 
     # Another default than in RewardConfig
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # as `RewardConfig` has it
         default=None,
         metadata={
             "help": "Whether to use bf16 (mixed) precision instead of 32-bit. If not set, it defaults to `True` on an "

@@ -1,5 +1,7 @@
 """What a reward model has learned about held-out pairs, beside what a rule that only counts tokens knows."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import EvalPrediction
@@ -61,8 +63,10 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
               $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: the likelihoods and lengths that
               its base goes by cancel
     """
-    lengths, *base = prediction.label_ids
-    margin = prediction.predictions[:, 0] - prediction.predictions[:, 1]
+    labels: Any = prediction.label_ids
+    rewards: Any = prediction.predictions
+    lengths, *base = labels
+    margin = rewards[:, 0] - rewards[:, 1]
     longer = lengths[:, 0] - lengths[:, 1]
     right, shorter = is_right(margin), is_right(-longer)
     low, high = accuracy_interval(right)
@@ -107,11 +111,12 @@ class PreferenceMetrics:
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """`compute_result` says if these are the last pairs; before that, nothing is returned."""
-        rewards, labels = prediction.predictions, prediction.label_ids
-        batches = zip(rewards, labels, strict=True) if isinstance(rewards, list) else [(rewards, labels)]
+        rewards, given = prediction.predictions, prediction.label_ids
+        batches = zip(rewards, given, strict=True) if isinstance(rewards, list) else [(rewards, given)]
         self._batches += [[torch.as_tensor(x).cpu() for x in (one, *others)] for one, others in batches]
         if not compute_result:
             return {}
         arrays = [torch.cat(parts).numpy() for parts in zip(*self._batches, strict=True)]
         self._batches = []
-        return preference_metrics(EvalPrediction(predictions=arrays[0], label_ids=tuple(arrays[1:])))
+        labels: Any = tuple(arrays[1:])
+        return preference_metrics(EvalPrediction(predictions=arrays[0], label_ids=labels))

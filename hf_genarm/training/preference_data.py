@@ -120,7 +120,7 @@ def with_boundaries(
 
     def is_empty(ids: list[int]) -> bool:
         own = [token for token in ids[start:] if token not in ends]
-        return len(own) < 3 and not tokenizer.decode(own).strip()  # a space of the prompt may have merged into it
+        return len(own) < 3 and not str(tokenizer.decode(own)).strip()  # a space of the prompt may have merged into it
 
     return {
         **dict(zip(SIDES, texts, strict=True)),
@@ -151,9 +151,10 @@ def _prompt_ids(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         "continue_final_message": False,
     }
     try:
-        return tokenizer.apply_chat_template(prompt, return_dict=True, **options)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(prompt, return_dict=True, **options)
     except TemplateError:
         return None
+    return encoded["input_ids"]
 
 
 def _shared_messages(chosen: list[dict], rejected: list[dict]) -> list[dict]:

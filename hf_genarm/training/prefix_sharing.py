@@ -13,6 +13,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ..functional import selected_log_probs, shared_prefix_length
+from ..hub.cache import network_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class PairLogProbs:
         mixed_precision: bool = False,
         pad_to_multiple_of: int | None = None,
     ):
-        network = model.get_base_model() if isinstance(model, PeftModel) else model
+        network = network_of(model)
         self._model, self._network = model, network
         self._arguments = inspect.signature(network.forward).parameters.keys()
         config = network.config.get_text_config()

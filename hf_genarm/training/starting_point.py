@@ -8,8 +8,9 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from ..hub.cache import network_of
 from .config import AutoregressiveRewardConfig
 
 
@@ -22,7 +23,8 @@ def load_causal_lm(
     Raises:
         ValueError: if the checkpoint lacks weights of a causal LM, or the quantisation is given twice.
     """
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    init_kwargs: Any = args.model_init_kwargs or {}  # `RewardConfig` has made it a dict
+    kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise ValueError(
@@ -31,7 +33,9 @@ def load_causal_lm(
         kwargs["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None  # each process holds the whole model
-    model, loading = create_model_from_path(model_id, AutoModelForCausalLM, **kwargs, output_loading_info=True)
+    auto_class: Any = AutoModelForCausalLM
+    loaded: Any = create_model_from_path(model_id, auto_class, **kwargs, output_loading_info=True)
+    model, loading = loaded
     named = model.config.architectures or ["model of another kind"]
     missing = [name for name, _ in model.named_parameters() if name in loading["missing_keys"]]
     # Tied to its embeddings, the LM head of a classifier is not missing.
@@ -56,12 +60,30 @@ def check_causal_lm(model: Any) -> None:
             f"`model` is a `{type(model).__name__}`, but must be the Hub id or folder of a causal LM as a `str`, or "
             "the model itself. TRL's `RewardTrainer` has no `model_init`: make a trainer for each trial."
         )
-    network = model.get_base_model() if is_peft_model(model) else model
+    network: Any = model.get_base_model() if is_peft_model(model) else model
     if network.config.is_encoder_decoder or not network.can_generate():
         raise TypeError(
             f"`model` is a `{type(network).__name__}`, but an autoregressive reward model is a decoder-only causal LM, "
             "whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`, or pass its id."
         )
+
+
+def as_config(args: Any, model: str | PreTrainedModel | PeftModel) -> AutoregressiveRewardConfig:
+    """
+    The arguments; without any, those of TRL's trainers, named after the model.
+
+    Raises:
+        TypeError: if they are of another trainer.
+    """
+    if args is None:
+        model_id = model if isinstance(model, str) else get_config_model_id(network_of(model).config)
+        return AutoregressiveRewardConfig(f"{model_id.split('/')[-1]}-ARM")
+    if not isinstance(args, AutoregressiveRewardConfig):
+        raise TypeError(
+            f"`args` is a `{type(args).__name__}`, but must be an `AutoregressiveRewardConfig`, which takes the "
+            "arguments of `RewardConfig` and those of the reward, such as `beta`."
+        )
+    return args
 
 
 def as_causal_lm(peft_config: PeftConfig) -> PeftConfig:
@@ -86,15 +108,15 @@ def check_adapter(model: PreTrainedModel | PeftModel, args: AutoregressiveReward
     Raises:
         ValueError: if a model has an adapter that PEFT can't train so.
     """
-    if not is_peft_model(model):
+    if not isinstance(model, PeftModel):
         return
-    config = model.active_peft_config
+    config: Any = model.active_peft_config
     if args.gradient_checkpointing and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
             f"The adapter is of the type `{config.peft_type.value}`, a cache, which doesn't go together with gradient "
             "checkpointing, the default of TRL's trainers. Set `gradient_checkpointing=False`."
         )
-    is_tied = model.config.get_text_config().tie_word_embeddings
+    is_tied = network_of(model).config.get_text_config().tie_word_embeddings
     if is_tied and getattr(config, "trainable_token_indices", None) and "lm_head" in (config.modules_to_save or []):
         raise ValueError(
             "The LM head of the model is tied to its embeddings, and PEFT can't train tokens of these "

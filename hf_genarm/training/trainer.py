@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -22,6 +22,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..functional import preference_loss
 from ..hub.base_weights import weights_fingerprint
+from ..hub.cache import network_of
 from ..hub.card import METRICS, OPTIONAL_METRICS, TAGS, reward_model_card
 from ..hub.custom_generate import write_custom_generate
 from ..hub.end_of_turn import end_token_ids
@@ -30,7 +31,7 @@ from .config import AutoregressiveRewardConfig
 from .metrics import PreferenceMetrics
 from .preference_data import PROMPT_LENGTH, SIDES, DataCollatorForPairs, PairCounts, check_pairs, prepare_pairs
 from .prefix_sharing import PairBatch, PairLogProbs, evaluating
-from .starting_point import as_causal_lm, check_adapter, check_causal_lm, load_causal_lm
+from .starting_point import as_causal_lm, as_config, check_adapter, check_causal_lm, load_causal_lm
 
 
 class AutoregressiveRewardTrainer(RewardTrainer):
@@ -42,9 +43,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
     $$-\log\sigma\big(\beta_r\log\pi_r(y_w \mid x) - \beta_r\log\pi_r(y_l \mid x)\big)$$
 
-    Datasets, arguments, metrics and everything else are those of [`~trl.RewardTrainer`]. The tokens that the two texts
-    of a pair share at the start, the prompt above all, cancel in the loss: they are left out of the rewards, and
-    forwarded once for both texts where that is faster.
+    Datasets, arguments, metrics and everything else are those of [`~trl.RewardTrainer`]. What the two texts of a pair
+    share at the start cancels in the loss: it is left out of the rewards, and forwarded once where that is faster.
 
     The arguments have other objectives, off by default. The *decode-aware* one, `decode_alpha`, puts the log-ratio of
     the base into the margin, with the KL temperature $\beta_r / \alpha$ that decoding at $\alpha$ realises:
@@ -90,8 +90,11 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ```
     """
 
-    _tag_names: ClassVar = TAGS
-    _name = "GenARM"
+    _tag_names, _name = TAGS, "GenARM"
+    # Declared for all trainers at once, they could be anything.
+    args: AutoregressiveRewardConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -105,15 +108,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ):
         if not isinstance(model, str):
             check_causal_lm(model)
-        if args is None:
-            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = AutoregressiveRewardConfig(f"{model_id.split('/')[-1]}-ARM")
-        elif not isinstance(args, AutoregressiveRewardConfig):
-            raise TypeError(
-                f"`args` is a `{type(args).__name__}`, but must be an `AutoregressiveRewardConfig`, which takes the "
-                "arguments of `RewardConfig` and those of the reward, such as `beta`."
-            )
-        init_kwargs = args.model_init_kwargs
+        args = as_config(args, model)
+        init_kwargs: Any = args.model_init_kwargs  # `RewardConfig` has made it a dict
         if isinstance(model, str):
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(
@@ -126,10 +122,10 @@ class AutoregressiveRewardTrainer(RewardTrainer):
                 "`quantization_config` says how to load a model, but `model` is loaded already. Pass its id instead, "
                 "or give `quantization_config` to its `from_pretrained`."
             )
-        if peft_config is not None:
-            peft_config = as_causal_lm(peft_config)
-        if is_peft_model(model):
-            model.peft_config.update({name: as_causal_lm(config) for name, config in model.peft_config.items()})
+        peft_config = peft_config and as_causal_lm(peft_config)
+        if isinstance(model, PeftModel):
+            configs: Any = model.peft_config
+            configs.update({name: as_causal_lm(config) for name, config in configs.items()})
 
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = PreferenceMetrics()
@@ -139,8 +135,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
                 f"`decode_alpha` is {args.decode_alpha}, but all weights of the model are to be trained, so that there "
                 "is no base to compare with. Train an adapter: `peft_config=LoraConfig()`."
             )
-        network = model.get_base_model() if is_peft_model(model) else model
-        self._generation_config = network.generation_config
+        self._generation_config = network_of(model).generation_config
         # What an adapter is trained on, read before it is sharded; `None` where there is no adapter.
         self._base_weights = weights_fingerprint(model) if peft_config is not None or is_peft_model(model) else None
         self.pair_counts: dict[str, PairCounts] = {}
@@ -157,11 +152,10 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             args.model_init_kwargs = init_kwargs
         check_adapter(self.model, args)
 
+        multiple: Any = args.pad_to_multiple_of
         if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
-            pad_token_id = self.processing_class.pad_token_id
-            self.data_collator: Any = DataCollatorForPairs(pad_token_id, args.pad_to_multiple_of)
-        is_mixed = self.accelerator.mixed_precision != "no"
-        self._pair_log_probs = PairLogProbs(self.model, is_mixed, args.pad_to_multiple_of)
+            self.data_collator: Any = DataCollatorForPairs(self.processing_class.pad_token_id, multiple)
+        self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
         self.add_callback(_PushWhole(self))
 
     def compute_loss(
@@ -177,7 +171,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         if args.decode_alpha is not None:
             compared = rewards + self._base_rewards(model, pairs) / args.decode_alpha
 
-        # Metrics and gathering are RewardTrainer's; to the logits of its classifier, the rewards are compared.
+        # Metrics and gathering are RewardTrainer's, which compares the logits of its classifier.
         outputs = SequenceClassifierOutput(logits=compared[:, None])
         super().compute_loss(lambda **_: outputs, inputs, True, num_items_in_batch)
 
@@ -189,7 +183,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             loss = loss - args.sft_coefficient * log_probs.chunk(2)[0].sum() / n_tokens
         if not return_outputs:
             return loss
-        # One row for each pair, (chosen, rejected): the Trainer gathers and cuts predictions by the number of pairs.
+        # One row for each pair, by whose number the Trainer gathers and cuts predictions.
         return loss, SequenceClassifierOutput(logits=torch.stack(rewards.chunk(2), dim=1))
 
     def get_batch_samples(
@@ -237,7 +231,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         self,
         dataset: Dataset | IterableDataset,
         processing_class: PreTrainedTokenizerBase,
-        args: AutoregressiveRewardConfig,
+        args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         first, is_tokenized = check_pairs(dataset, dataset_name)
@@ -255,8 +249,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*SIDES, PROMPT_LENGTH, "margin"]
-        self._signature_columns.append(self.args.length_column_name)  # for `train_sampling_strategy="group_by_length"`
+        # The last is for `train_sampling_strategy="group_by_length"`.
+        columns: Any = [*SIDES, PROMPT_LENGTH, "margin", self.args.length_column_name]
+        self._signature_columns = columns
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -287,7 +282,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def reward_info(self) -> RewardInfo:
         """What the trained model will say about itself, from the arguments, the data and the last evaluation."""
         scale = self._measured.get("rms_margin", 0.0) / self.args.beta
-        base_model = get_config_model_id(self.model.config)
+        config = network_of(self.model).config
+        base_model = get_config_model_id(config)
         tokenizer = self.processing_class
         return RewardInfo(
             beta=self.args.beta,
@@ -296,7 +292,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             objective=self.args.objective,
             description=self.args.description,
             base_model=base_model if base_model and not os.path.isdir(base_model) else None,
-            base_model_revision=getattr(self.model.config, "_commit_hash", None),  # only of what came from the Hub
+            base_model_revision=getattr(config, "_commit_hash", None),  # only of what came from the Hub
             base_weights=self._base_weights,
             tokenizer=tokenizer_fingerprint(tokenizer),
             chat_template=chat_template_fingerprint(tokenizer) if self._is_conversational else None,
@@ -306,19 +302,19 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             versions=package_versions(),
         )
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # as TRL's trainers do
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes `README.md` into `args.output_dir`; the arguments are those of TRL's trainers."""
         if self.is_world_process_zero():
             info = self.reward_info
             info.dataset = dataset_name or info.dataset
-            self._card(info, model_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+            self._card(info, model_name, tags).save(os.path.join(str(self.args.output_dir), "README.md"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self._describe(output_dir or self.args.output_dir)
+            self._describe(output_dir or str(self.args.output_dir))
 
     def _describe(self, folder: str) -> None:
         """Writes what makes weights a reward model. PEFT leaves a card that calls an adapter a text generator."""
@@ -329,7 +325,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             write_custom_generate(folder, self.hub_model_id or os.path.abspath(folder))
 
     def _card(self, info: RewardInfo, model_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
-        name = model_name or os.path.basename(self.args.output_dir)
+        name = model_name or os.path.basename(str(self.args.output_dir))
         return reward_model_card(
             info,
             model_name=name,
@@ -345,9 +341,9 @@ class _PushWhole(TrainerCallback):
     def __init__(self, trainer: AutoregressiveRewardTrainer):
         self._trainer = trainer
 
-    def on_push_begin(self, args: AutoregressiveRewardConfig, *_: Any, **__: Any) -> None:
+    def on_push_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.should_save:
-            self._trainer._describe(args.output_dir)
+            self._trainer._describe(str(args.output_dir))
 
 
 def _pairs(inputs: dict[str, Any]) -> PairBatch:
