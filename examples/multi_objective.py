@@ -92,14 +92,14 @@ def main() -> None:
     weights = np.linspace(0, 1, N_WEIGHTINGS)
 
     cache = args.output / f"answers-{args.alpha}-{args.max_new_tokens}-{len(steer.prompts)}-{args.seed}.jsonl"
-    known = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
+    known = [json.loads(line) for line in cache.read_text(encoding="utf-8").splitlines()] if cache.exists() else []
     answers = {(row["method"], row["run"]): row["texts"] for row in known}
     progress = tqdm(total=2 * N_WEIGHTINGS - 1, desc="Generating")
 
     def run(method: str, number: int, processor: GenARMLogitsProcessor) -> dict[str, np.ndarray]:
         if (method, number) not in answers:
             answers[method, number] = steer(processor)[0]
-            with cache.open("a") as file:
+            with cache.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"method": method, "run": number, "texts": answers[method, number]}) + "\n")
         progress.update()
         return measure(answers[method, number], steer)

@@ -124,4 +124,4 @@ def write_index() -> None:
         cells = [f"[{name}]({name}/README.md)", info.objective, info.base_model, info.n_pairs, accuracy, shorter]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Accuracy is that of whole answers; what an adapter does to generated text is in its card."]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n")
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Loading: nothing is changed, nothing half-written acts, and no code runs."""
 
+import ast
 import json
 import os
 import pickle
@@ -538,6 +539,18 @@ def test_what_was_trained_knows_its_base(make_trainer, tokenizer, tmp_path):
 
 
 # --- any language ---
+
+ROOT = Path(__file__).parent.parent
+FILES = [path for folder in ("hf_genarm", "examples", "model_cards") for path in (ROOT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_encodings_are_named(path):
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("open", "read_text", "write_text"):
+            modes = [x.value for x in call.args if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+            named = any(keyword.arg == "encoding" for keyword in call.keywords)
+            assert named or {"rb", "wb"} & set(modes), f"line {call.lineno}: {ast.unparse(call)}"
 
 
 def test_other_languages_where_the_locale_is_ascii(saved):

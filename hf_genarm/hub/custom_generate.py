@@ -18,5 +18,7 @@ def write_custom_generate(folder: str | Path, model_id: str) -> None:
     """
     target = Path(folder, "custom_generate")
     target.mkdir(exist_ok=True)
-    (target / "generate.py").write_text(TEMPLATE.read_text().replace("{{ model_id }}", model_id))
-    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n")
+    (target / "generate.py").write_text(
+        TEMPLATE.read_text(encoding="utf-8").replace("{{ model_id }}", model_id), encoding="utf-8"
+    )
+    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")

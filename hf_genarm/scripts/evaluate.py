@@ -53,7 +53,7 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     metrics = preference_metrics(prediction)
     report = {"model": args.model, "dataset": pair_args.dataset, "beta": arm.info.beta or 1.0, "metrics": metrics}
     os.makedirs(args.output_dir, exist_ok=True)
-    with open(os.path.join(args.output_dir, "evaluation.json"), "w") as file:
+    with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
         json.dump({**report, "versions": package_versions()}, file, indent=2)
     rewards, lengths = prediction.predictions, prediction.label_ids[0]
     margin, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]

@@ -93,7 +93,7 @@ def main() -> None:
         command += f" --only {' '.join(needed)}"
     if "real_pairs" in needed and args.hh_dataset != real_pairs.HUB_ID:
         command += f" --hh-dataset {args.hh_dataset}"
-    (report_folder / "RESULTS.md").write_text(report(bench, command, sections))
+    (report_folder / "RESULTS.md").write_text(report(bench, command, sections), encoding="utf-8")
     print(f"The report is in {os.path.relpath(report_folder / 'RESULTS.md')}")
 
 
