@@ -166,8 +166,8 @@ OTHER_LORA = {
     "DoRA": ({"use_dora": True}, "shared"),
     "biases of the adapter": ({"lora_bias": True}, "shared"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "shared"),
-    "tokens": ({"trainable_token_indices": [5, 6]}, "separate"),
-    "modules to save": ({"modules_to_save": ["lm_head"]}, "separate"),
+    "tokens": ({"trainable_token_indices": [5, 6]}, "shared"),
+    "modules to save": ({"modules_to_save": ["lm_head"]}, "shared"),
     "an init that changes the base": ({"init_lora_weights": "pissa"}, "separate"),
 }
 

@@ -51,6 +51,7 @@ def rewrite(path, **values):
 
 SHARED = {
     "bias": [{"bias": "none"}],
+    "target_modules": [{"target_modules": ["q_proj", name]} for name in ("embed_tokens", "lm_head")],
     "use_dora": [{"use_dora": True}],
     "use_rslora": [{"use_rslora": True}],
     "lora_bias": [{"lora_bias": True}],
@@ -71,7 +72,6 @@ SHARED = {
 }
 OWN = {
     "bias": [{"bias": "all"}, {"bias": "lora_only"}],
-    "target_modules": [{"target_modules": ["q_proj", name]} for name in ("embed_tokens", "lm_head")],
     "target_parameters": [{"target_modules": [], "target_parameters": ["q_proj.weight"]}],
     "init_lora_weights": [
         {"init_lora_weights": init} for init in ("olora", "pissa", "pissa_niter_4", "mica", "lora_ga")
@@ -128,6 +128,18 @@ def test_options_of_lora(tmp_path, option, is_shared, tied):
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_embeddings_that_an_adapter_was_not_trained_on(saved):
+    """PEFT saves the embeddings below an adapter; those of a base that has others stay."""
+    folder = save_adapter(saved / "base", saved / "arm", target_modules=["q_proj", "lm_head"])
+    base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    expected = logits(load(folder, base))
+    with torch.no_grad():
+        base.lm_head.weight += 1
+    before = base.lm_head.weight.clone()
+    assert torch.equal(logits(load(folder, base)), expected)
+    assert torch.equal(base.lm_head.weight, before)
 
 
 SETTINGS = {

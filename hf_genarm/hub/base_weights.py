@@ -5,17 +5,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .sharing import adapter_tensors
+from .sharing import adapter_tensors, is_plain
 
 _N_SAMPLES = 256  # at least one from each matrix
 _STRIDE = 7919  # a prime, so that samples fall on all columns
 _WRAPPED = {"base_layer", "original_module", "token_adapter"}  # how PEFT calls what it has wrapped
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether the numbers in a tensor are there to be read: not quantised, offloaded or sharded."""
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return type(x.data) is Tensor and x.dtype in floats and not x.is_meta
 
 
 def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:

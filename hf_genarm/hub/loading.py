@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .base_weights import is_plain, same_weights, weights_fingerprint
+from .base_weights import same_weights, weights_fingerprint
 from .compatibility import GuidanceWarning
 from .info import RewardInfo
-from .sharing import check_tensors, load_onto_shared_weights, why_it_changes
+from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -96,9 +97,19 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
     # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads.
     network, _ = _frozen_twin(base_model)
     shared = {id(x) for x in [*network.parameters(), *network.buffers()]}
-    loaded = check_tensors(PeftModel(network, copy.copy(config), low_cpu_mem_usage=True), folder)
-    replaced = [name for name, x in loaded.items() if id(x) in shared]
+    with torch.device("meta"):  # no memory, and no random numbers
+        adapter = PeftModel(network, copy.copy(config))
+    loaded = {name: x for name, x in check_tensors(adapter, folder).items() if id(x) in shared}
+    with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        # With an adapter on embeddings, PEFT saves those below it, too, as they were.
+        replaced = [name for name, x in loaded.items() if not (is_plain(x) and file.get_tensor(name).to(x).equal(x))]
     return f"it replaces weights of the base, such as `{replaced[0]}`" if replaced else None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the numbers in a tensor are there to be read: not quantised, offloaded or sharded."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return type(x.data) is Tensor and x.dtype in floats and not x.is_meta
 
 
 def adapter_tensors(model: PeftModel, with_embeddings: bool = False) -> dict[str, Tensor]:
