@@ -95,14 +95,14 @@ def main() -> None:
     settings = (args.alpha, args.max_new_tokens, args.seed, weights.tolist(), steer.prompts, package_versions())
     key = fingerprint(*settings, *map(Path, (demo_model(), *folders)))
     cache = args.output / f"answers-{key}.jsonl"
-    known = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
+    known = [json.loads(line) for line in cache.read_text(encoding="utf-8").splitlines()] if cache.exists() else []
     answers = {(row["method"], row["run"]): row["texts"] for row in known}
     progress = tqdm(total=2 * len(weights) - 1, desc="Generating")
 
     def run(method: str, number: int, processor: GenARMLogitsProcessor) -> dict[str, np.ndarray]:
         if (method, number) not in answers:
             answers[method, number] = steer(processor)[0]
-            with cache.open("a") as file:
+            with cache.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"method": method, "run": number, "texts": answers[method, number]}) + "\n")
         progress.update()
         return measure(answers[method, number], steer)

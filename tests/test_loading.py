@@ -1,5 +1,6 @@
 """Loading: nothing is changed, nothing half-written acts, and no code runs."""
 
+import ast
 import json
 import os
 import pickle
@@ -50,6 +51,7 @@ def rewrite(path, **values):
 
 SHARED = {
     "bias": [{"bias": "none"}],
+    "target_modules": [{"target_modules": ["q_proj", name]} for name in ("embed_tokens", "lm_head")],
     "use_dora": [{"use_dora": True}],
     "use_rslora": [{"use_rslora": True}],
     "lora_bias": [{"lora_bias": True}],
@@ -70,7 +72,6 @@ SHARED = {
 }
 OWN = {
     "bias": [{"bias": "all"}, {"bias": "lora_only"}],
-    "target_modules": [{"target_modules": ["q_proj", name]} for name in ("embed_tokens", "lm_head")],
     "target_parameters": [{"target_modules": [], "target_parameters": ["q_proj.weight"]}],
     "init_lora_weights": [
         {"init_lora_weights": init} for init in ("olora", "pissa", "pissa_niter_4", "mica", "lora_ga")
@@ -127,6 +128,18 @@ def test_options_of_lora(tmp_path, option, is_shared, tied):
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_embeddings_that_an_adapter_was_not_trained_on(saved):
+    """PEFT saves the embeddings below an adapter; those of a base that has others stay."""
+    folder = save_adapter(saved / "base", saved / "arm", target_modules=["q_proj", "lm_head"])
+    base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    expected = logits(load(folder, base))
+    with torch.no_grad():
+        base.lm_head.weight += 1
+    before = base.lm_head.weight.clone()
+    assert torch.equal(logits(load(folder, base)), expected)
+    assert torch.equal(base.lm_head.weight, before)
 
 
 SETTINGS = {
@@ -538,6 +551,18 @@ def test_what_was_trained_knows_its_base(make_trainer, tokenizer, tmp_path):
 
 
 # --- any language ---
+
+ROOT = Path(__file__).parent.parent
+FILES = [path for folder in ("hf_genarm", "examples", "model_cards") for path in (ROOT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_encodings_are_named(path):
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("open", "read_text", "write_text"):
+            modes = [x.value for x in call.args if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+            named = any(keyword.arg == "encoding" for keyword in call.keywords)
+            assert named or {"rb", "wb"} & set(modes), f"line {call.lineno}: {ast.unparse(call)}"
 
 
 def test_other_languages_where_the_locale_is_ascii(saved):

@@ -16,7 +16,9 @@ from small import output_file, sized  # noqa: F401  (for the scripts beside this
 
 
 def machine() -> dict[str, str | int]:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    model = [
+        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     return {
         "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
         "threads": torch.get_num_threads(),
@@ -45,18 +47,18 @@ def run_for_memory(script: str, options: list[str]) -> float:
 
 
 def forget_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def memory_mb(name: str = "VmHWM") -> float:
     """Peak memory of this process, or with `VmRSS` the memory in use, in megabytes."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[name].split()[0]) / 1024
 
 
 def add_record(output: Path | None, script: str, results: list[dict]) -> None:
     if output:
         command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *sys.argv[1:]])
-        records = json.loads(output.read_text()) if output.exists() else []
+        records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
         records.append({"command": command, "machine": machine(), "results": results})
-        output.write_text(json.dumps(records, indent=1) + "\n")
+        output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

@@ -21,4 +21,4 @@ def write_custom_generate(folder: str | Path, model_id: str) -> None:
     # Its Python literal, which is no code whatever characters are in it.
     code = TEMPLATE.read_text(encoding="utf-8").replace('"{{ model_id }}"', ascii(model_id))
     (target / "generate.py").write_text(code, encoding="utf-8")
-    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n")
+    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")

@@ -76,11 +76,14 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 Hub id or local folder. The weights must be safetensors.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights, in other modules around
-                the same parameters; `base_model` itself is not touched. It is shared if it is a plain model (no
-                `PeftModel`), its name is that of the adapter's `base_model_name_or_path` (whatever stands before the
-                last `/`), the adapter only adds to its weights, and no argument asks for other weights.
+                the same parameters; `base_model` itself is not touched. It is shared if it has no adapter of its own,
+                the weights are those that the adapter was trained on (by the fingerprint in `genarm_config.json`; where
+                there is none, or they are quantised, by the name in `base_model_name_or_path` after its last `/`), the
+                adapter only adds to them, and no argument asks for other weights. Otherwise the adapter is loaded onto
+                a model of its own, so that its rewards are what it has learned; you are warned if that is not the one
+                that it was trained on either.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
-                Whether to run code from the repository of the language model.
+                Whether to run code from the repository of the language model. Without it, nobody is asked.
             subfolder (`str`, *optional*):
                 The folder within the repository.
             **kwargs:
@@ -92,7 +95,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
             [`AutoregressiveRewardModel`], in evaluation mode.
 
         Raises:
-            ValueError: if its weights are pickled or missing, or its format is newer than this package.
+            ValueError: if weights are pickled, are not exactly those of the model, or are NaN or infinite; if a file
+                that describes them is not valid, or of a format that is newer than this package.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
         folder = download(pretrained_model_name_or_path, subfolder, **hub_kwargs)

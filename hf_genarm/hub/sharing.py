@@ -107,16 +107,16 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
         unusual.append("init_lora_weights")
     if unusual:
         return f"`{unusual[0]}={getattr(config, unusual[0])!r}` may change the weights of the base"
-    # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads. With an
-    # adapter on embeddings or the output layer, that may be the base's own matrix, the same as it is.
+    # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads.
     network, _ = _frozen_twin(base_model)
     shared = {id(x) for x in [*network.parameters(), *network.buffers()]}
-    loaded = check_tensors(PeftModel(network, copy.copy(config), low_cpu_mem_usage=True), folder)
+    with torch.device("meta"):  # no memory, and no random numbers
+        adapter = PeftModel(network, copy.copy(config))
+    loaded = {name: x for name, x in check_tensors(adapter, folder).items() if id(x) in shared}
     with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        for name, x in loaded.items():
-            if id(x) in shared and not (is_plain(x) and torch.equal(file.get_tensor(name).to(x.device, x.dtype), x)):
-                return f"it replaces weights of the base, such as `{name}`"
-    return None
+        # With an adapter on embeddings, PEFT saves those below it, too, as they were.
+        replaced = [name for name, x in loaded.items() if not (is_plain(x) and file.get_tensor(name).to(x).equal(x))]
+    return f"it replaces weights of the base, such as `{replaced[0]}`" if replaced else None
 
 
 def is_plain(x: Tensor) -> bool:

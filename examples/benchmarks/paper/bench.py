@@ -76,7 +76,7 @@ class Bench:
         return Step(path, cost, lambda partial: partial.write_text(json.dumps(measure(), indent=1), "utf-8"))
 
     def measured(self, name: str):
-        return json.loads((self.output / "measured" / f"{name}.json").read_text())
+        return json.loads((self.output / "measured" / f"{name}.json").read_text(encoding="utf-8"))
 
     def sampling(
         self,
@@ -101,7 +101,7 @@ class Bench:
         n_samples = n_samples or self.size.n_samples
 
         def run(partial: Path) -> None:
-            n_done = len(partial.read_text().splitlines()) if partial.exists() else 0
+            n_done = len(partial.read_text(encoding="utf-8").splitlines()) if partial.exists() else 0
             processors, setting = method()
             n_prompts = max(1, _ROWS_AT_ONCE // n_samples)
             for start in range(n_done, len(prompts), n_prompts):
@@ -122,7 +122,9 @@ class Bench:
         return self.output / "answers" / f"{cell}.jsonl"
 
     def answers(self, cell: str, n_prompts: int | None = None) -> Answers:
-        return [json.loads(line)["answers"] for line in self.answers_path(cell).read_text().splitlines()][:n_prompts]
+        return [
+            json.loads(line)["answers"] for line in self.answers_path(cell).read_text(encoding="utf-8").splitlines()
+        ][:n_prompts]
 
     def chats(self, prompts: list[str]):
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]

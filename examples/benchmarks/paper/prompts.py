@@ -39,7 +39,7 @@ def brevity_pairs(n_pairs: int) -> Dataset:
 
 def dev_prompts(n_prompts: int) -> list[str]:
     """Of the topics of the dev split: settings are chosen on them."""
-    lines = (DATA / "dev.jsonl").read_text().splitlines()
+    lines = (DATA / "dev.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = list(dict.fromkeys(json.loads(line)["prompt"][0]["content"] for line in lines))
     return prompts[:n_prompts]
 
