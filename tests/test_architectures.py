@@ -1,6 +1,7 @@
 """Every causal LM that transformers can build tiny, as a reward model: a left-padded batch against each text alone."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 )
 from zoo import NAMES, tiny
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.decoding.lockstep import LockstepLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
@@ -176,6 +177,22 @@ def test_adapters_that_are_not_in_the_place_of_the_layers_of_the_base(options, t
     assert processor.engine == "shared"
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     assert_exact(alone.eval(), base, processor, WITH_INVOCATION, max_new_tokens=5)
+
+
+# --- tokenizers ---
+
+
+@pytest.mark.parametrize("name", ["biogpt", "xlm", "ctrl", "prophetnet"])
+def test_a_tokenizer_that_can_not_be_loaded_does_not_stop_the_model(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "sacremoses", None)  # not installed
+    tiny(name).save_pretrained(tmp_path)
+    if name in ("biogpt", "xlm"):
+        (tmp_path / "vocab.json").write_text('{"a": 0, "b</w>": 1, "<unk>": 2, "<s>": 3, "</s>": 4, "<pad>": 5}')
+        (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    arm = AutoregressiveRewardModel.from_pretrained(str(tmp_path))
+    assert arm.tokenizer is None
+    assert ("need to install sacremoses" in caplog.text) == (name in ("biogpt", "xlm"))
+    assert_exact(arm.model, tiny_llama(0, vocab_size=arm.model.config.vocab_size))
 
 
 # --- bases ---
