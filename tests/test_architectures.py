@@ -28,6 +28,7 @@ from zoo import NAMES, tiny
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.decoding.lockstep import LockstepLM
+from hf_genarm.hub.sharing import twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -107,6 +108,36 @@ def test_frequencies_that_depend_on_the_length(kind):
         with torch.no_grad():
             alone = rotating(kind)(input_ids=ids[row][mask[row] == 1][None], use_cache=False).logits[0, -1]
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=0)
+
+
+class RecomputeNew(Recompute):
+    """With a new model for each call."""
+
+    def __init__(self, make, inputs):
+        super().__init__([], [1.0], inputs["attention_mask"])
+        self.make = make
+
+    def __call__(self, input_ids, scores):
+        self.models = [self.make()]
+        return super().__call__(input_ids, scores)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_an_adapter_is_fused_as_long_as_the_frequencies_are_fixed(kind):
+    def adapter_on(base):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return get_peft_model(base, config).eval()
+
+    inputs, base = left_padded([6, 12]), rotating(kind)
+    processor = GenARMLogitsProcessor(adapter_on(twin(base)), base_model=base)
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
+    output = base.generate(**inputs, **options, logits_processor=[processor])
+    oracle = RecomputeNew(lambda: adapter_on(rotating(kind)), inputs)
+    expected = rotating(kind).generate(**inputs, **options, logits_processor=[oracle])
+    assert processor._rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart", "roberta", "gptj", "openai-gpt"])

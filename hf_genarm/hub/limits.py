@@ -66,8 +66,8 @@ def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int
     Raises:
         ValueError: if that may be so.
     """
-    n_known = network.get_input_embeddings().num_embeddings
     config, highest = network.config, int(input_ids.max())
+    n_known = len(network.get_input_embeddings().weight)
     n_positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", math.inf))
     if highest >= n_known or length + 2 > n_positions:  # some count positions from 1 or 2
         raise ValueError(
