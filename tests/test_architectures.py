@@ -1,6 +1,7 @@
 """Every causal LM that transformers can build tiny, as a reward model: a left-padded batch against each text alone."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from transformers import (
 )
 from zoo import NAMES, tiny
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.decoding.lockstep import LockstepLM
+from hf_genarm.hub.sharing import twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -108,6 +110,36 @@ def test_frequencies_that_depend_on_the_length(kind):
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=0)
 
 
+class RecomputeNew(Recompute):
+    """With a new model for each call."""
+
+    def __init__(self, make, inputs):
+        super().__init__([], [1.0], inputs["attention_mask"])
+        self.make = make
+
+    def __call__(self, input_ids, scores):
+        self.models = [self.make()]
+        return super().__call__(input_ids, scores)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_an_adapter_is_fused_as_long_as_the_frequencies_are_fixed(kind):
+    def adapter_on(base):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return get_peft_model(base, config).eval()
+
+    inputs, base = left_padded([6, 12]), rotating(kind)
+    processor = GenARMLogitsProcessor(adapter_on(twin(base)), base_model=base)
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
+    output = base.generate(**inputs, **options, logits_processor=[processor])
+    oracle = RecomputeNew(lambda: adapter_on(rotating(kind)), inputs)
+    expected = rotating(kind).generate(**inputs, **options, logits_processor=[oracle])
+    assert processor._rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart", "roberta", "gptj", "openai-gpt"])
 def test_what_can_not_be_read_is_named(name):
     reward_model = tiny(name)
@@ -176,6 +208,22 @@ def test_adapters_that_are_not_in_the_place_of_the_layers_of_the_base(options, t
     assert processor.engine == "shared"
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     assert_exact(alone.eval(), base, processor, WITH_INVOCATION, max_new_tokens=5)
+
+
+# --- tokenizers ---
+
+
+@pytest.mark.parametrize("name", ["biogpt", "xlm", "ctrl", "prophetnet"])
+def test_a_tokenizer_that_can_not_be_loaded_does_not_stop_the_model(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "sacremoses", None)  # not installed
+    tiny(name).save_pretrained(tmp_path)
+    if name in ("biogpt", "xlm"):
+        (tmp_path / "vocab.json").write_text('{"a": 0, "b</w>": 1, "<unk>": 2, "<s>": 3, "</s>": 4, "<pad>": 5}')
+        (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    arm = AutoregressiveRewardModel.from_pretrained(str(tmp_path))
+    assert arm.tokenizer is None
+    assert ("need to install sacremoses" in caplog.text) == (name in ("biogpt", "xlm"))
+    assert_exact(arm.model, tiny_llama(0, vocab_size=arm.model.config.vocab_size))
 
 
 # --- bases ---

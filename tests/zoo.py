@@ -62,7 +62,7 @@ MORE = {
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"]},
     "hrm_text": {"initializer_range": 0.1},  # with larger ones, its cycles make rounding errors large
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "longcat_flash": {"moe_topk": 2, "num_key_value_heads": 2},
+    "longcat_flash": {"moe_topk": 2, "num_key_value_heads": 2, "num_layers": 1, "expert_ffn_hidden_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1},
     "reformer": {

@@ -219,7 +219,10 @@ def find_tokenizer(
     for name_or_path in names_or_paths:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, ImportError):  # some tokenizers need packages of their own
+        except (OSError, ValueError, TypeError):  # a type error: no vocabulary, for a tokenizer written in Python
+            continue
+        except ImportError as error:
+            logger.warning("The tokenizer of `%s` can't be loaded: %s", name_or_path, error)
             continue
         # For a folder of weights alone, some architectures get one that knows nothing but its special tokens.
         if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):

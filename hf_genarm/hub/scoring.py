@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def token_rewards(
             chats can't be written as text, a text is too long, or a number is not positive.
     """
     for name, value in (("batch_size", batch_size), ("chunk_length", chunk_length)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"`{name}` is {value!r}, but it is a number of texts or tokens: give 1 or more.")
     prompts, responses = _listed("prompts", prompts), _listed("responses", responses)
     if len(prompts) != len(responses):
