@@ -186,7 +186,7 @@ ARCHITECTURES = [
         "GPT-2",
         "GPT2Config",
         GPT2 | {"vocab_size": VOCAB_SIZE, "bos_token_id": PAD, "eos_token_id": PAD, "pad_token_id": PAD},
-        "absolute positions; pad = bos, so a padded batch needs its mask",
+        "absolute positions; pad = bos",
     ),
     Architecture(
         "Mixtral",
@@ -281,7 +281,23 @@ OTHER_REWARD_MODELS = [
     ("a divergence that is held (`target_kl`)", "each text as it would be alone, also with beams and drafts"),
     ("int8 weights of base and reward model (torchao)", "exact for those weights"),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
-    ("encoder-decoder or classifier", "refused: not a causal LM"),
+    ("prompt-, prefix-, p-tuned, CPT and aLoRA adapters", "exact; read afresh for every token"),
+    ("adapters with `layer_replication`", "exact; fused if the layers stand as in the base"),
+    (
+        "dynamic-NTK and longrope rotary embeddings",
+        "exact; cached and fused below the original length, read afresh beyond",
+    ),
+    (
+        "decoders that take no `position_ids` (BART, Marian, MPT, Whisper, …), RoBERTa and its like as decoders",
+        "exact; read afresh, row by row",
+    ),
+    ("every other causal LM that transformers builds tiny: more than 150 types", "exact"),
+    (
+        "an adapter whose base was changed under the same name",
+        "exact, with weights of its own, if it has a fingerprint",
+    ),
+    ("encoder-decoder or classifier; `is_decoder=False`", "refused: not a causal LM"),
+    ("pickled, damaged, incomplete or infinite weights", "refused"),
 ]
 PROMPTS_AND_VOCABULARIES = [
     ("left padding, inferred or given; masks with holes", "exact"),
@@ -289,9 +305,17 @@ PROMPTS_AND_VOCABULARIES = [
     ("right padding", "refused"),
     ("base and reward model would see different padding", "refused"),
     ("a text that is only in the `past_key_values` of the base", "refused: pass the whole text as `input_ids`"),
-    ("encoder-decoder base; images in the prompt", "refused: the reward model can't see the prompt"),
+    (
+        "encoder-decoder base; images, audio or `encoder_hidden_states` in the prompt",
+        "refused: the reward model can't see the prompt",
+    ),
+    ("a base with prompt tuning", "refused with `base_model`; exact without, given the mask"),
+    ("longer than the positions of a reward model, or ids beyond its embeddings", "refused, the limit is named"),
     ("vision-language base, text prompt", "exact"),
-    ("ids in another order, other padded sizes, added tokens", "exact, aligned by the strings of the tokens"),
+    (
+        "ids in another order, other padded sizes, added tokens with or without logits",
+        "exact, aligned by the strings of the tokens",
+    ),
     ("other tokens", "refused"),
 ]
 
