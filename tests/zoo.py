@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SIZES = {
-    "vocab_size": VOCAB_SIZE,
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size"), VOCAB_SIZE),
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": EOS,

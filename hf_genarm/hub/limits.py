@@ -11,8 +11,9 @@ from .cache import CACHE, embeddings_of, network_of, new_cache
 
 # Their frequencies depend on the length of the text.
 _DYNAMIC_ROPES = ("dynamic", "longrope")
-# GIT looks for an image in its cache; the others are wrong with a cache or padding in transformers 5.16.
-_ODD_MASKS = ("git", "big_bird", "doge", "megatron-bert", "rembert")
+# GIT looks for an image in its cache, the loops of Dory add layers to theirs, XLM goes by the lengths of texts; the
+# others are wrong with a cache or padding in transformers 5.16.
+_ODD = ("git", "dory", "xlm", "big_bird", "doge", "megatron-bert", "rembert")
 
 
 def why_no_cache(model: PreTrainedModel | PeftModel) -> str | None:
@@ -35,7 +36,7 @@ def why_no_cache(model: PreTrainedModel | PeftModel) -> str | None:
         # RoBERTa and its like
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return "it counts positions from its pad token on, and leaves out pad tokens in the text"
-    return "its masks are not those of the text in all versions of transformers" if kind in _ODD_MASKS else None
+    return "its cache or its masks are not usual ones in all versions of transformers" if kind in _ODD else None
 
 
 def fixed_length(network: PreTrainedModel) -> float:
