@@ -16,6 +16,7 @@ from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from ..hub.sharing import shares_weights
 from .advice import Advice, refuse_encoder_decoder
+from .guided_tokens import GuidedTokens
 from .kl_control import KLControl
 from .padding import PromptMask
 from .reference import Reference
@@ -130,6 +131,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._base = None if base_model is None else network_of(base_model)
         if self._base is not None:
             refuse_encoder_decoder(self._base)
+        own = next((x.tokenizer for x in given if isinstance(x, AutoregressiveRewardModel)), None)
+        self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
         chat_ids = None if tokenizer is None else generation_prompt_ids(self._infos[0], tokenizer)
         self._advice = Advice(self._base, chat_ids)
@@ -266,11 +269,12 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @keeps_statistics.setter
     def keeps_statistics(self, keeps_statistics: bool) -> None:
-        self._statistics = Statistics(len(self._models)) if keeps_statistics else None
+        self._statistics = Statistics(len(self._models), self._tokenizer) if keeps_statistics else None
 
-    def statistics(self, sequences: Tensor) -> dict[str, list[Any]]:
+    def statistics(self, sequences: Tensor) -> GuidedTokens:
         """
-        What guidance did to each generated token, as columns for a `pandas.DataFrame`.
+        What guidance did to each generated token, as columns for a `pandas.DataFrame`. The table draws itself, in
+        notebooks, with `plot()` and with `to_ansi()`.
 
         `sequence`, `position` and `token` say which token it is. `base_log_prob`, `guided_log_prob` and for each reward
         model `reward_log_prob_0`, … are its log-probabilities (of the reward less the reference, if there is one);
