@@ -5,6 +5,7 @@ import sys
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
+    "demo": "open a page on which guidance is tried out",
 }
 _HELP = "usage: hf-genarm COMMAND [ARGUMENTS]\n\n" + "\n".join(f"  {x:<10} {y}" for x, y in _COMMANDS.items())
 
@@ -19,9 +20,9 @@ def main() -> None:
         sys.exit(f"hf-genarm: `{command}` is not a command.\n\n{_HELP}")
     from trl import TrlParser
 
-    from .scripts import evaluate, train
+    from .scripts import demo, evaluate, train
 
-    script = {"train": train, "evaluate": evaluate}[command]
+    script = {"train": train, "evaluate": evaluate, "demo": demo}[command]
     parser = TrlParser(script.ARGUMENTS, prog=f"hf-genarm {command}", description=script.__doc__)
     script.main(*parser.parse_args_and_config(rest))
 

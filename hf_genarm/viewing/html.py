@@ -10,14 +10,17 @@ _FULLEST = 0.6
 
 # What is known about a token appears in room that is kept free below the texts, so that it never covers any.
 _STYLE = """<style>
-.genarm { position: relative; font-size: 1rem; color: inherit; }
+.genarm { container-type: inline-size; font-size: 1rem; color: inherit; }
+.genarm-body { position: relative; }
 .genarm-texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17em, 100%), 1fr)); gap: 1.2em; }
 .genarm-title { font-weight: 600; margin-bottom: .3em; }
 .genarm-text { line-height: 1.8; white-space: pre-wrap; overflow-wrap: anywhere; }
 .genarm-token { border-radius: .2em; padding: .12em 0; cursor: default; outline-offset: 1px; }
 .genarm-token:hover, .genarm-token:focus { outline: 2px solid currentcolor; }
-.genarm-note { display: none; position: absolute; left: 0; right: 0; bottom: 0; font-size: .85em; line-height: 1.6;
-  font-weight: 400; grid-template-columns: max-content 1fr; column-gap: 1em; align-content: start; }
+.genarm-note { display: none; position: absolute; left: 0; right: 0; top: calc(100% + .4em); font-size: .85em;
+  line-height: 1.6; grid-template-columns: max-content 1fr; column-gap: 1em; }
+.genarm-room { height: calc(var(--notes) * 1.4em + .8em); }
+@container (max-width: 32em) { .genarm-room { height: calc(var(--notes) * 2.4em + .8em); } }
 .genarm-token:hover .genarm-note, .genarm-token:focus .genarm-note { display: grid; }
 .genarm:has(.genarm-token:hover) .genarm-token:focus:not(:hover) .genarm-note { display: none; }
 .genarm-key { opacity: .75; }
@@ -38,10 +41,11 @@ def to_html(texts: Sequence[TokenText], limit: float | None = None) -> str:
     """
     limit = limit or scale_limit(texts)
     n_notes = max((len(token.notes) for text in texts for token in text.tokens), default=0)
-    room = f' style="padding-bottom: {1.36 * n_notes + 0.8:.1f}em"' if n_notes else ""
+    room = f'<div class="genarm-room" style="--notes: {n_notes}"></div>' if n_notes else ""
     body = "".join(_text(text, limit) for text in texts)
+    legend = _legend(texts, limit, n_notes > 0)
     return (
-        f'{_STYLE}<div class="genarm"{room}>{_legend(texts, limit, n_notes > 0)}<div class="genarm-texts">{body}</div>'
+        f'{_STYLE}<div class="genarm"><div class="genarm-body">{legend}<div class="genarm-texts">{body}</div></div>{room}'
         "</div>"
     )
 
