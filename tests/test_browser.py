@@ -1,4 +1,4 @@
-"""The playground in a real browser, as visitors use it. Screenshots are left in `screenshots/`, which is not committed."""
+"""The playground in a real browser, as visitors use it. Screenshots are left in `screenshots/`."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm
 SIZES = {"wide": (1280, 1500), "narrow": (390, 2600)}
 ALONE = ["#prompt", "#run", "#stop", "#unguided", "#guided", "#facts", "#strength-0", "#strength-1", "#strength-2"]
 ALONE += ["#temperature", "#seed", "#tokens", "#measure", "#picture", "#code", "#own"]
-TIMEOUT = 240  # seconds; the machine may have other things to do
+TIMEOUT = 180  # seconds; the machine may have other things to do
 
 
 def free_port():
@@ -78,6 +78,9 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(f"{address}/?__theme={theme}")
         wait_for(lambda: self.all("#strength-0 input[type=range]") and self.all("#run"))
+        for accordion in self.all("button.label-wrap"):
+            accordion.click()
+        wait_for(lambda: self.all("#code") and self.all("#load"))
         time.sleep(1)  # until the session has begun
 
     def all(self, selector):
@@ -160,8 +163,7 @@ def test_two_answers_stream_and_a_slider_acts_from_then_on(open_page):
     still, moved = page.run(PROMPT, 1, move)
     assert still == unguided
     assert moved != guided
-    shared = len(os.path.commonprefix([moved, guided]))
-    assert shared >= 15
+    assert moved[:15] == guided[:15]
     assert "if step >=" in page.text("#code")
     assert page.errors() == []
 
@@ -214,10 +216,6 @@ def test_two_visitors_at_once(open_page):
 def test_another_adapter(open_page, tmp_path):
     page = open_page()
     folder = shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-brevity", tmp_path / "my-arm")
-    for accordion in page.all("button.label-wrap"):
-        if "Another adapter" in accordion.text:
-            accordion.click()
-    wait_for(lambda: page.all("#load")[0].is_displayed())
     page.write("#own", str(folder))
     page.press("#load")
     wait_for(lambda: "my-arm" in page.text("#about"))
@@ -228,7 +226,7 @@ def test_another_adapter(open_page, tmp_path):
     wait_for(lambda: "Pickled weights" in page.text("body"))
 
 
-@pytest.mark.parametrize(("size", "theme"), itertools.product(SIZES, ["light", "dark"]))
+@pytest.mark.parametrize(("size", "theme"), [*itertools.product(SIZES, ["light", "dark"])])
 def test_nothing_overlaps(open_page, size, theme):
     page = open_page(size, theme)
     page.run(PROMPT, 1)
@@ -240,7 +238,7 @@ def test_nothing_overlaps(open_page, size, theme):
         for element in page.all(selector)[:1]:
             if element.is_displayed():
                 boxes[selector] = element.rect
-    assert len(boxes) >= len(ALONE) - 2  # two are folded away
+    assert len(boxes) == len(ALONE)
     for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
         apart = (
             a["x"] + a["width"] <= b["x"] + 1

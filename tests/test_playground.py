@@ -1,18 +1,30 @@
 """The playground without its page: what it writes is what `generate` writes, settings act when they are said to."""
 
+import importlib.util
+import shutil
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from tiny import save_adapter, tiny_llama, tiny_tokenizer
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import GenARMLogitsProcessor, cli
+from hf_genarm.demo import DEMO_MODEL_ID
 from hf_genarm.playground.answers import Answer, Settings
 from hf_genarm.playground.chart import chart
 from hf_genarm.playground.models import MAX_PROMPT_TOKENS, Models
 from hf_genarm.playground.script import script_of
+from hf_genarm.playground.space import write_space
+from hf_genarm.scripts.demo import serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
+
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="gradio is not installed: pip install -e '.[demo]'"
+)
 
 PROMPT = "How was the train?"
 
@@ -187,3 +199,60 @@ def test_chart():
     assert drawn.count("<rect") == 4
     assert "mean 0.50, highest 1.50" in drawn
     assert "<b>" not in drawn
+
+
+# --- the Space ---
+
+
+@needs_gradio
+def test_a_space_is_written(folders, tmp_path):
+    _, adapters, _ = folders
+    target = tmp_path / "space"
+    write_space(str(target), None, [adapters[0], "user/my-arm"])
+    assert sorted(path.name for path in target.iterdir()) == ["README.md", "adapters", "app.py", "requirements.txt"]
+    assert "serve(None, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\"" in (target / "app.py").read_text()
+    compile((target / "app.py").read_text(), "app.py", "exec")
+    assert (target / "adapters" / "arm-1" / "adapter_model.safetensors").exists()
+    card = RepoCard.load(target / "README.md", repo_type="space")
+    assert card.data["sdk"] == "gradio"
+    assert card.data["app_file"] == "app.py"
+    assert card.data["models"] == [DEMO_MODEL_ID, "user/my-arm"]
+    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo]>=")
+
+
+@needs_gradio
+def test_a_space_that_can_not_be_written(folders, tmp_path):
+    base, adapters, _ = folders
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        write_space(str(tmp_path / "full"), None, adapters)
+    with pytest.raises(ValueError, match="is a folder, but a Space loads its base"):
+        write_space(str(tmp_path / "space"), base, adapters)
+    with pytest.raises(ValueError, match="have the same name"):
+        write_space(str(tmp_path / "space"), None, [adapters[0], str(shutil.copytree(adapters[0], tmp_path / "arm-1"))])
+
+
+# --- the command ---
+
+
+@needs_gradio
+def test_the_command(folders, tmp_path, monkeypatch, capsys):
+    _, adapters, _ = folders
+    target = str(tmp_path / "space")
+    monkeypatch.setattr(
+        sys, "argv", ["hf-genarm", "demo", "--arm", adapters[0], "--arm", adapters[1], "--export", target]
+    )
+    cli.main()
+    assert "hf upload USER/NAME" in capsys.readouterr().out
+    assert "['adapters/arm-1', 'adapters/arm-2']" in Path(target, "app.py").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hf-genarm", "demo"])
+    with pytest.raises(ValueError, match="No reward model is given"):
+        cli.main()
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"pip install hf_genarm\[demo\]"):
+        serve("base", ["arm"])

@@ -70,7 +70,7 @@ def build_page(models: Models) -> gr.Blocks:
     ) -> Iterator[tuple]:
         set_live(visitor, *live)
         settings = visitor.settings
-        settings.seed, settings.max_new_tokens, settings.reference = int(seed), int(n_tokens), reference
+        settings.seed, settings.max_new_tokens, settings.reference = int(seed or 0), int(n_tokens), reference
         try:
             done = visitor.answer = Answer(models, prompt, settings)
             drawn = gr.skip()
@@ -153,7 +153,9 @@ def build_page(models: Models) -> gr.Blocks:
                     0, 2, 0.0, step=0.05, label="target KL", info="nats per token; 0: strengths act as they are"
                 )
                 with gr.Row():
-                    seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=90, elem_id="seed")
+                    seed = gr.Number(
+                        0, label="seed", precision=0, minimum=0, maximum=2**31, min_width=90, elem_id="seed"
+                    )
                     n_tokens = gr.Slider(8, MAX_NEW_TOKENS, 64, step=8, label="tokens", min_width=160, elem_id="tokens")
                 reference = gr.Radio(
                     [("as it is", "none"), ("less the base’s", "base")],

@@ -48,28 +48,45 @@ def main(args: DemoArguments) -> None:
             "folder."
         )
     if args.export is not None:
+        _check_gradio()
         from ..playground.space import write_space
 
-        write_space(args.export, args.base or DEMO_MODEL_ID, arms)
-        print(f"The Space is in {args.export}. Publish it with `hf upload USER/NAME {args.export} --repo-type=space`.")
+        write_space(args.export, args.base, arms)
+        print(f"The Space is in {args.export}. This publishes it:")
+        print("hf repos create USER/NAME --type space --sdk gradio")
+        print(f"hf upload USER/NAME {args.export} . --type space")
         return
-    serve(args.base or demo_model(), arms, args.host, args.port, args.share)
+    serve(args.base, arms, args.host, args.port, args.share)
 
 
-def serve(base: str, arms: list[str], host: str = LOOPBACK, port: int | None = None, share: bool = False) -> None:
-    """Loads the models, and serves the page until it is interrupted."""
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ImportError("The playground needs gradio: `pip install hf_genarm[demo]`.") from error
+def serve(
+    base: str | None, arms: list[str], host: str = LOOPBACK, port: int | None = None, share: bool = False
+) -> None:
+    """
+    Loads the models, and serves the page until it is interrupted. Arguments as for the command.
+
+    Raises:
+        ImportError: if gradio is not installed.
+    """
+    _check_gradio()
+    import gradio as gr
+
     from ..playground.models import Models
     from ..playground.page import CSS, build_page
 
     is_private = host in (LOOPBACK, "localhost", "::1") and not share
     if not is_private:
         print("Whoever can reach this page can use this machine to write text, and load adapters from the Hub.")
+    base = base or demo_model()
     print(f"Loading `{base}` and {len(arms)} reward model{'s' * (len(arms) > 1)} …", flush=True)
     models = Models(base, arms, takes_folders=is_private)
     # A font of the system, since a page that is served to this machine alone asks nobody else for one
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     build_page(models).launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
+
+
+def _check_gradio() -> None:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ImportError("The playground needs gradio: `pip install hf_genarm[demo]`.") from error

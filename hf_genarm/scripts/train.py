@@ -18,6 +18,7 @@ from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_training
+from .samples import SampleArguments, SamplesCallback, sample_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -35,10 +36,15 @@ class ModelArguments(ModelConfig):
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The task type of the adapter."})
 
 
-ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments)
+ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments, SampleArguments)
 
 
-def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, model_args: ModelArguments) -> None:
+def main(
+    pair_args: PairArguments,
+    training_args: AutoregressiveRewardConfig,
+    model_args: ModelArguments,
+    sample_args: SampleArguments,
+) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("No model is given. Name one with `--model`: the Hub id or folder of a causal LM.")
     train_pairs = load_pairs(pair_args, pair_args.dataset_train_split)
@@ -66,6 +72,9 @@ def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, mo
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if sample_args.log_samples:
+        prompts = sample_prompts(test_pairs, sample_args.log_samples)
+        trainer.add_callback(SamplesCallback(trainer, prompts, sample_args.samples_max_new_tokens))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if test_pairs is not None:
         metrics = trainer.evaluate()

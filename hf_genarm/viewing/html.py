@@ -44,10 +44,8 @@ def to_html(texts: Sequence[TokenText], limit: float | None = None) -> str:
     room = f'<div class="genarm-room" style="--notes: {n_notes}"></div>' if n_notes else ""
     body = "".join(_text(text, limit) for text in texts)
     legend = _legend(texts, limit, n_notes > 0)
-    return (
-        f'{_STYLE}<div class="genarm"><div class="genarm-body">{legend}<div class="genarm-texts">{body}</div></div>{room}'
-        "</div>"
-    )
+    picture = f'<div class="genarm-body">{legend}<div class="genarm-texts">{body}</div></div>'
+    return f'{_STYLE}<div class="genarm">{picture}{room}</div>'
 
 
 def _text(text: TokenText, limit: float) -> str:
