@@ -122,6 +122,15 @@ def test_a_strength_that_is_moved_acts_from_then_on(models):
     assert f"processor.alpha = lambda step: [-2.0, 0.0] if step >= {step} else [0.5, 0.0]" in script
 
 
+def test_a_reward_model_that_was_replaced_meanwhile_is_off(models):
+    def replace(n, answer):
+        if n == 4:
+            answer.settings.strengths = {models.adapters[0]: 0.5, "another": 2.0}
+
+    answer, _ = written(models, settings_of(models, 0.5, 1.0), replace)
+    assert [strengths for _, strengths in answer.strengths_at] == [[0.5, 1.0], [0.5, 0.0]]
+
+
 def test_the_script_writes_the_same(models, capsys):
     settings = settings_of(models, 1.0, -0.4, temperature=0.8)
     answer, frame = written(models, settings)

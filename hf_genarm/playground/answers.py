@@ -132,7 +132,8 @@ class Answer:
     def _strengths(self, step: int) -> Tensor:
         """Of the token that is about to be written: the first row is unguided."""
         settings = self.settings
-        now = [float(settings.strengths[name]) for name in self.names]
+        # A reward model that its visitor has replaced by another meanwhile is off.
+        now = [settings.strengths.get(name, 0.0) for name in self.names]
         if not self.strengths_at or self.strengths_at[-1][1] != now:
             self.strengths_at.append((step, now))
         first = (self.first_target_kl, self.first_temperature)
