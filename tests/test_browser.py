@@ -1,5 +1,6 @@
 """The playground in a real browser, as visitors use it. Screenshots are left in `screenshots/`."""
 
+import base64
 import itertools
 import os
 import re
@@ -120,6 +121,12 @@ class Page:
     def answers(self):
         return [self.text(f"#{side} .answer span") for side in ("unguided", "guided")]
 
+    def picture(self, path):
+        """Of the whole page."""
+        size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        options = {"captureBeyondViewport": True, "clip": {**size, "scale": 1}}
+        path.write_bytes(base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
+
     def errors(self):
         return [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
@@ -232,7 +239,7 @@ def test_nothing_overlaps(open_page, size, theme):
     page.run(PROMPT, 1)
     page.press("#picture .genarm-token[tabindex]:nth-last-child(4)")
     SCREENSHOTS.mkdir(exist_ok=True)
-    page.driver.save_screenshot(str(SCREENSHOTS / f"playground-{size}-{theme}.png"))
+    page.picture(SCREENSHOTS / f"playground-{size}-{theme}.png")
     boxes = {}
     for selector in ALONE:
         for element in page.all(selector)[:1]:

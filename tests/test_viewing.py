@@ -4,8 +4,11 @@ import copy
 import json
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import pandas
@@ -25,6 +28,8 @@ from hf_genarm.viewing.tokens import Token, TokenText, cells, scale_limit, token
 matplotlib.use("Agg")
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
+
+ROOT = Path(__file__).parent.parent
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -219,3 +224,14 @@ def test_plot(guided, tmp_path):
     ax.figure.savefig(tmp_path / "tokens.pdf")
     assert table.plot(ax) is ax
     matplotlib.pyplot.close("all")
+
+
+# --- with the real model ---
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme(tmp_path):
+    command = [sys.executable, "examples/tokens.py", "--output", str(tmp_path / "tokens.png")]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "48;2;" in printed
+    assert (tmp_path / "tokens.png").read_bytes()[:4] == b"\x89PNG"

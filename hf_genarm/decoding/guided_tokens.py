@@ -56,9 +56,8 @@ class GuidedTokens(Drawing, dict):
         texts: dict[int, list[Token]] = {}
         for (sequence, _), token in self.tokens(measure).items():
             texts.setdefault(sequence, []).append(token)
-        name = "guided less base log-probability, nats" if measure == "change" else measure
         titles = {index: f"sequence {index}" if len(texts) > 1 else "" for index in texts}
-        return Picture([TokenText(tokens, name, titles[index]) for index, tokens in texts.items()])
+        return Picture([TokenText(tokens, name_of(measure), titles[index]) for index, tokens in texts.items()])
 
     def tokens(self, measure: str = "change") -> dict[tuple[int, int], Token]:
         """The tokens of the picture that [`GuidedTokens.by`] draws, by sequence and position."""
@@ -77,7 +76,7 @@ class GuidedTokens(Drawing, dict):
 
     def _notes(self, row: int) -> tuple[tuple[str, str], ...]:
         base, guided = (math.exp(self[f"{name}_log_prob"][row]) for name in ("base", "guided"))
-        notes = [("probability", f"{base:.3f} of the base, {guided:.3f} guided")]
+        notes = [("probability", f"{base:.2g} of the base, {guided:.2g} guided")]
         n_rewards = sum(name.startswith("alpha_") for name in self)
         for index in range(n_rewards):
             reward, alpha = self[f"reward_log_prob_{index}"][row], self[f"alpha_{index}"][row]
@@ -86,6 +85,14 @@ class GuidedTokens(Drawing, dict):
         before, after = self._likeliest[row]
         notes += [("KL", f"{self['kl'][row]:.3f} nats"), ("likeliest before", _listed(before))]
         return (*notes, ("likeliest after", _listed(after)))
+
+
+def name_of(measure: str) -> str:
+    """What stands beside the scale of a picture."""
+    names = {"change": "guided less base log-probability, nats", "kl": "divergence from the base, nats"}
+    if measure.startswith("reward_log_prob_"):
+        return f"reward {measure.removeprefix('reward_log_prob_')}, nats"
+    return names.get(measure, measure)
 
 
 def _listed(tokens: Likeliest) -> str:

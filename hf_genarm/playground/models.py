@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..demo import demo_model
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
 
@@ -22,14 +23,16 @@ class Models:
     A base model, the reward models that the playground began with, and a few that visitors have asked for.
 
     Args:
-        base (`str`):
-            Hub id or folder of the model to be steered.
+        base (`str`, *optional*):
+            Hub id or folder of the model to be steered. Defaults to the one that the examples run on.
         adapters (list of `str`):
             Hub ids or folders of reward models.
         takes_folders (`bool`, *optional*, defaults to `True`):
             Whether visitors may name folders of this machine.
 
     Attributes:
+        is_demo_model (`bool`):
+            Whether the base is the one that the examples run on.
         unguided_speed (`float`):
             Tokens a second that the base writes when it writes one text, unguided.
 
@@ -40,7 +43,8 @@ class Models:
     # Adapters that visitors have loaded; the one that was not used for the longest time is dropped.
     KEPT = 4
 
-    def __init__(self, base: str, adapters: Sequence[str], takes_folders: bool = True):
+    def __init__(self, base: str | None, adapters: Sequence[str], takes_folders: bool = True):
+        self.is_demo_model, base = base is None, base or demo_model()
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         if self.tokenizer.chat_template is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..decoding.guided_tokens import GuidedTokens
+from ..decoding.guided_tokens import GuidedTokens, name_of
 from ..viewing.html import to_html
 from ..viewing.tokens import Token, TokenText, token_texts, visible
 from .answers import Answer, Frame, Settings
@@ -31,7 +31,8 @@ CSS = """
   background: var(--background-fill-secondary); white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
 .answer b { display: block; font-size: .85em; opacity: .75; margin-bottom: .3em; }
 .facts { border-collapse: collapse; font-size: .9em; }
-.facts td, .facts th { padding: .2em 1em .2em 0; text-align: left; font-weight: 400; overflow-wrap: anywhere; }
+.facts tr, .facts td, .facts th { border: none !important; }
+.facts td, .facts th { padding: .2em 1em .2em 0 !important; text-align: left; font-weight: 400; }
 .facts td + td { white-space: nowrap; }
 .facts th { opacity: .75; }
 """
@@ -214,8 +215,7 @@ def colored(models: Models, answer: Answer, frame: Frame, table: GuidedTokens, m
     texts = []
     for row, (side, ids) in enumerate(zip(SIDES, frame.ids, strict=True)):
         plain = enumerate(token_texts(models.tokenizer, ids), start=answer.prompt_length)
-        name = "guided less base log-probability, nats" if measure == "change" else f"{measure}, nats"
-        texts.append(TokenText([known.get((row, place), Token(text)) for place, text in plain], name, side))
+        texts.append(TokenText([known.get((row, place), Token(text)) for place, text in plain], name_of(measure), side))
     return texts
 
 

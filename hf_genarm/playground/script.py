@@ -7,8 +7,8 @@ _SCRIPT = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_genarm import GenARMLogitsProcessor
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained({base!r}), AutoTokenizer.from_pretrained({base!r})
+{imports}
+model, tokenizer = AutoModelForCausalLM.from_pretrained({base}), AutoTokenizer.from_pretrained({base})
 inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 processor = GenARMLogitsProcessor.from_pretrained({names!r}, base_model=model{options})
 processor.alpha = {alpha}
@@ -31,7 +31,8 @@ def script_of(models: Models, answer: Answer) -> str:
     options = f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""
     options += ', reference="base"' if settings.reference == "base" else ""
     script = _SCRIPT.format(
-        base=models.base,
+        base="demo_model()" if models.is_demo_model else repr(models.base),
+        imports="from hf_genarm.demo import demo_model\n" if models.is_demo_model else "",
         chat=[{"role": "user", "content": answer.prompt}],
         names=answer.names,
         options=options,

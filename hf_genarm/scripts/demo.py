@@ -10,7 +10,7 @@ Without `--arm`, it shows the reward models in the folder `model_cards`. It is s
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..demo import DEMO_MODEL_ID, demo_model
+from ..demo import DEMO_MODEL_ID
 
 LOOPBACK = "127.0.0.1"
 
@@ -77,8 +77,7 @@ def serve(
     is_private = host in (LOOPBACK, "localhost", "::1") and not share
     if not is_private:
         print("Whoever can reach this page can use this machine to write text, and load adapters from the Hub.")
-    base = base or demo_model()
-    print(f"Loading `{base}` and {len(arms)} reward model{'s' * (len(arms) > 1)} …", flush=True)
+    print(f"Loading `{base or DEMO_MODEL_ID}` and {len(arms)} reward model{'s' * (len(arms) > 1)} …", flush=True)
     models = Models(base, arms, takes_folders=is_private)
     # A font of the system, since a page that is served to this machine alone asks nobody else for one
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .tokens import TokenText, cells, scale_limit, shade, visible, wrap
+from .tokens import TokenText, cells, scale_ends, scale_limit, shade, visible, wrap
 
 _COLUMN, _GAP = 52, 4  # characters
 _FONT, _CELL, _LINE = 9, 0.602, 1.7  # points; width of a character and height of a line, in font sizes
@@ -50,7 +50,8 @@ def draw(texts: Sequence[TokenText], ax: Any = None) -> Any:
                 x += cells(part)
     x = 0
     measure = ", ".join(dict.fromkeys(text.measure for text in texts if text.measure))
-    for label, value in ((f"{measure}  ", float("nan")), (f" {-limit:+.2g} ", -limit), (f" {limit:+.2g} ", limit)):
+    ends = [(f" {x:+.2g} ", x) for x in scale_ends(texts, limit)]
+    for label, value in ((f"{measure}  ", float("nan")), *ends):
         write(x, n_lines - 0.5, label, value)
         x += cells(label)
     return ax

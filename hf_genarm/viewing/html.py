@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from .tokens import BLUE, ORANGE, Token, TokenText, scale_limit, shade, visible
+from .tokens import Token, TokenText, scale_ends, scale_limit, shade, visible
 
 # Over any background; text stays readable on black and on white.
 _FULLEST = 0.6
@@ -69,12 +69,11 @@ def _token(token: Token, limit: float) -> str:
 
 
 def _legend(texts: Sequence[TokenText], limit: float, has_notes: bool) -> str:
-    values = [token.value for text in texts for token in text.tokens]
-    low = "rgba({},{},{},{})".format(*ORANGE, _FULLEST)
-    high = "rgba({},{},{},{})".format(*BLUE, _FULLEST)
-    stops = [(f"−{limit:.2g}", low)] if any(value < 0 for value in values) else []
-    stops += [("0", "transparent")]
-    stops += [(f"+{limit:.2g}", high)] if any(value > 0 for value in values) else []
+    stops = [("0", "transparent")]
+    for end in scale_ends(texts, limit):
+        (red, green, blue), _ = shade(end, limit)
+        stop = (f"{end:+.2g}".replace("-", "−"), f"rgba({red},{green},{blue},{_FULLEST})")
+        stops = [stop, *stops] if end < 0 else [*stops, stop]
     hint = '<span class="genarm-hint">Point at a token, or tap it, for more.</span>' if has_notes else ""
     measure = escape(", ".join(dict.fromkeys(text.measure for text in texts if text.measure)))
     bar = ""

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 
-from .tokens import Token, TokenText, cells, scale_limit, shade, visible, wrap
+from .tokens import Token, TokenText, cells, scale_ends, scale_limit, shade, visible, wrap
 
 _GAP = "   "
 
@@ -31,8 +31,8 @@ def to_ansi(texts: Sequence[TokenText], width: int | None = None) -> str:
     padded = [lines + [" " * column] * (n_lines - len(lines)) for lines in columns]
     rows = [_GAP.join(row).rstrip(" ") for row in zip(*padded, strict=True)]
     measure = ", ".join(dict.fromkeys(text.measure for text in texts if text.measure))
-    low, high = (_colored(f" {x:+.2g} ", Token("", x), limit) for x in (-limit, limit))
-    return "\n".join([*([f"{measure}: {low} {high}"] if measure else []), *rows])
+    ends = " ".join(_colored(f" {x:+.2g} ", Token("", x), limit) for x in scale_ends(texts, limit))
+    return "\n".join([*([f"{measure}  {ends}"] if measure else []), *rows])
 
 
 def _colored(text: str, token: Token, limit: float) -> str:

@@ -99,6 +99,13 @@ def scale_limit(texts: Iterable[TokenText]) -> float:
     return max(values[math.ceil(0.95 * len(values)) - 1], 1e-6) if values else 1.0
 
 
+def scale_ends(texts: Iterable[TokenText], limit: float) -> tuple[float, ...]:
+    """The ends of the scale that values lie on, from 0: the lower, the upper, or both."""
+    values = [x.value for text in texts for x in text.tokens]
+    low, high = any(x < 0 for x in values), any(x > 0 for x in values)
+    return (-limit,) * low + (limit,) * high
+
+
 def shade(value: float, limit: float) -> tuple[tuple[int, int, int], float]:
     """The colour of a value, and how full it is, from 0 to 1."""
     share = 0.0 if math.isnan(value) else min(abs(value) / limit, 1.0)
