@@ -1,6 +1,7 @@
 """The playground in a real browser, as visitors use it. Screenshots are left in `screenshots/`."""
 
 import base64
+import contextlib
 import itertools
 import os
 import re
@@ -49,14 +50,15 @@ def wait_for(what, timeout=TIMEOUT):
     raise AssertionError(f"Nothing happened in {timeout} s.")
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
+@contextlib.contextmanager
+def serving(command, folder, log):
+    """The address of a server that runs meanwhile."""
     demo.demo_model()
-    port, log = free_port(), tmp_path_factory.mktemp("demo") / "log"
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    port = free_port()
+    environment = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
-        command = [sys.executable, "-m", "hf_genarm.cli", "demo", "--port", str(port)]
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        command = [sys.executable, *command]
+        server = subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=file, stderr=file)
     try:
         wait_for(lambda: server.poll() is not None or "Running on local URL" in log.read_text())
         assert server.poll() is None, log.read_text()
@@ -64,6 +66,12 @@ def address(tmp_path_factory):
     finally:
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with serving(["-m", "hf_genarm.cli", "demo"], ROOT, tmp_path_factory.mktemp("demo") / "log") as address:
+        yield address
 
 
 class Page:
@@ -265,3 +273,21 @@ def test_nothing_overlaps(open_page, size, theme):
         assert rect["x"] >= 0
         assert rect["x"] + rect["width"] <= SIZES[size][0]
     assert page.errors() == []
+
+
+def test_an_exported_space_answers(tmp_path):
+    """Where nothing of the repository is but the package."""
+    space = tmp_path / "space"
+    command = ["-m", "hf_genarm.cli", "demo", "--arm", "model_cards/arm-smollm2-135m-sentiment", "--export", str(space)]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    with serving(["app.py"], space, tmp_path / "log") as address:
+        page = Page(address, tmp_path / "profile")
+        try:
+            page.write("#own", str(ROOT / "model_cards" / "arm-smollm2-135m-brevity"))
+            page.press("#load")
+            wait_for(lambda: "folder of the machine" in page.text("body"))
+            unguided, guided = page.run(PROMPT, 1)
+            assert unguided != guided
+            assert "adapters/arm-smollm2-135m-sentiment" in page.text("#code")
+        finally:
+            page.driver.quit()

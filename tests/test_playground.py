@@ -219,7 +219,7 @@ def test_a_space_is_written(folders, tmp_path):
     target = tmp_path / "space"
     write_space(str(target), None, [adapters[0], "user/my-arm"])
     assert sorted(path.name for path in target.iterdir()) == ["README.md", "adapters", "app.py", "requirements.txt"]
-    assert "serve(None, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\"" in (target / "app.py").read_text()
+    assert "serve(None, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\")" in (target / "app.py").read_text()
     compile((target / "app.py").read_text(), "app.py", "exec")
     assert (target / "adapters" / "arm-1" / "adapter_model.safetensors").exists()
     card = RepoCard.load(target / "README.md", repo_type="space")
@@ -265,3 +265,12 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"pip install hf_genarm\[demo\]"):
         serve("base", ["arm"])
+
+
+@needs_gradio
+def test_the_page_is_built_for_any_reward_models(models):
+    from hf_genarm.playground.page import build_page
+
+    page = build_page(models)
+    labels = [component["props"].get("label") for component in page.get_config_file()["components"]]
+    assert {"arm-1", "arm-2", "temperature", "target KL", "Prompt"} <= set(labels)

@@ -30,7 +30,7 @@ CSS = """
 .answer { min-height: 9em; padding: .8em 1em; border: 1px solid var(--border-color-primary); border-radius: 8px;
   background: var(--background-fill-secondary); white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
 .answer b { display: block; font-size: .85em; opacity: .75; margin-bottom: .3em; }
-.facts { border-collapse: collapse; font-size: .9em; }
+.facts { border-collapse: collapse; font-size: .9em; border: none !important; }
 .facts tr, .facts td, .facts th { border: none !important; }
 .facts td, .facts th { padding: .2em 1em .2em 0 !important; text-align: left; font-weight: 400; }
 .facts td + td { white-space: nowrap; }

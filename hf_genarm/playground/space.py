@@ -12,7 +12,7 @@ from ..demo import DEMO_MODEL_ID
 _APP = """\
 from hf_genarm.scripts.demo import serve
 
-serve({base!r}, {arms!r}, host="0.0.0.0", port=7860)
+serve({base!r}, {arms!r}, host="0.0.0.0")
 """
 _ABOUT = """\
 # {title}
