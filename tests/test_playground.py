@@ -182,16 +182,23 @@ def test_adapters_of_visitors(folders, tmp_path):
     base, adapters, other = folders
     models = Models(base, adapters[:1])
     assert models.reward_model(adapters[1]) is models.reward_model(adapters[1])
-    with pytest.raises(ValueError, match="no adapter on the weights of"):
+    with pytest.raises(ValueError, match="is no adapter: it has no"):
         models.reward_model(other)
+    with pytest.raises(ValueError, match=r"because it was trained on `.*other`"):
+        models.reward_model(save_adapter(other, str(tmp_path / "of-another")))
     with pytest.raises(ValueError, match="neither a Hub id"):
         models.reward_model("../../etc/passwd; rm")
-    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    pickled = Path(shutil.copytree(adapters[1], tmp_path / "pickled"))
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     with pytest.raises(ValueError, match="Pickled weights"):
-        models.reward_model(str(tmp_path))
+        models.reward_model(str(pickled))
+    biased = save_adapter(base, str(tmp_path / "biased"), modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="because it does more than add to them"):
+        models.reward_model(biased)
     closed = Models(base, adapters[:1], takes_folders=False)
-    with pytest.raises(ValueError, match="folder of the machine"):
-        closed.reward_model(adapters[1])
+    for name in (adapters[1], "/no/such/folder"):
+        with pytest.raises(ValueError, match="no folder of the machine"):
+            closed.reward_model(name)
     for seed in range(Models.KEPT + 2):
         models.reward_model(save_adapter(base, str(tmp_path / f"guest-{seed}"), seed))
     assert len(models._guests) == Models.KEPT

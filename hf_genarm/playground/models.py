@@ -5,12 +5,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..demo import demo_model
+from ..demo import DEMO_MODEL_ID, demo_model
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
 
@@ -44,12 +45,15 @@ class Models:
     KEPT = 4
 
     def __init__(self, base: str | None, adapters: Sequence[str], takes_folders: bool = True):
-        self.is_demo_model, base = base is None, base or demo_model()
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.is_demo_model, self.base = base is None, base or DEMO_MODEL_ID
+        path = base or demo_model()
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
         if self.tokenizer.chat_template is None:
-            raise ValueError(f"`{base}` has no chat template, and the playground asks questions. Use a chat model.")
-        self.base, self.adapters = base, list(adapters)
+            raise ValueError(
+                f"`{self.base}` has no chat template, and the playground asks questions. Use a chat model."
+            )
+        self.adapters = list(adapters)
         self.takes_folders = takes_folders
         self._own = {name: AutoregressiveRewardModel.from_pretrained(name, self.model) for name in adapters}
         self._guests: OrderedDict[str, AutoregressiveRewardModel] = OrderedDict()
@@ -72,11 +76,14 @@ class Models:
         """
         if name in self._own:
             return self._own[name]
-        if Path(name).exists() and not self.takes_folders:
+        is_hub_id = _HUB_ID.fullmatch(name) is not None
+        if not self.takes_folders and (Path(name).exists() or not is_hub_id):
+            # The same for all, so that nobody learns which folders there are.
             raise ValueError(
-                f"`{name}` is a folder of the machine that serves this page. Give the Hub id of an adapter."
+                f"`{name}` is not the Hub id of an adapter (`user/my-arm`), and no folder of the machine that serves "
+                "this page is taken."
             )
-        if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+        if not Path(name).is_dir() and not is_hub_id:
             raise ValueError(f"`{name}` is neither a Hub id (`user/my-arm`) nor a folder.")
         with self._lock:
             if name not in self._guests:
@@ -87,14 +94,23 @@ class Models:
             return self._guests[name]
 
     def _load(self, name: str) -> AutoregressiveRewardModel:
+        try:
+            trained_on = PeftConfig.from_pretrained(name).base_model_name_or_path
+        except ValueError as error:
+            raise ValueError(f"`{name}` is no adapter: it has no `adapter_config.json`.") from error
+        # Known before anything large is loaded, and once more when it is: some adapters need weights of their own.
+        if PurePath(trained_on).name != PurePath(self.base).name:
+            raise ValueError(self._refusal(name, f"it was trained on `{trained_on}`"))
         arm = AutoregressiveRewardModel.from_pretrained(name, self.model)
         if not shares_weights(arm.model, self.model):
-            trained_on = arm.model.config.name_or_path
-            raise ValueError(
-                f"`{name}` is no adapter on the weights of `{self.base}` (it was trained on `{trained_on}`), and the "
-                "playground loads no second model. Start it with the base of that adapter: `hf-genarm demo --base …`."
-            )
+            raise ValueError(self._refusal(name, "it does more than add to them"))
         return arm
+
+    def _refusal(self, name: str, why: str) -> str:
+        return (
+            f"`{name}` is no adapter on the weights of `{self.base}`, because {why}, and the playground loads no "
+            "second model. Start it with the base of that adapter: `hf-genarm demo --base …`."
+        )
 
     def question(self, prompt: str) -> Any:
         """
