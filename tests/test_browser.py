@@ -245,7 +245,7 @@ def test_another_adapter(open_page, tmp_path):
 def test_nothing_overlaps(open_page, size, theme):
     page = open_page(size, theme)
     page.run(PROMPT, 1)
-    page.press("#picture .genarm-token[tabindex]:nth-last-child(4)")
+    page.press("#picture .genarm-texts > div:nth-child(2) .genarm-token[tabindex]:nth-child(4)")
     SCREENSHOTS.mkdir(exist_ok=True)
     page.picture(SCREENSHOTS / f"playground-{size}-{theme}.png")
     boxes = {}
