@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
+    "demo": "open a page on which guidance is tried out",
 }
 _HELP = (
     "usage: hf-genarm [--debug] COMMAND [ARGUMENTS]\n\n"
@@ -63,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    from .scripts import evaluate, train
+    from .scripts import demo, evaluate, train
 
-    script = {"train": train, "evaluate": evaluate}[command]
+    script = {"train": train, "evaluate": evaluate, "demo": demo}[command]
     script.main(*parse(script, f"hf-genarm {command}", arguments))
 
 

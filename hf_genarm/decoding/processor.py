@@ -14,6 +14,7 @@ from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from .advice import Advice, refuse_hidden_text
+from .guided_tokens import GuidedTokens
 from .kl_control import KLControl
 from .padding import PromptMask, pad_token_id_of
 from .reference import Reference
@@ -61,15 +62,12 @@ class GenARMLogitsProcessor(LogitsProcessor):
             A model that the reward models are contrasted with: rewards are then $\log\pi_r - \log\pi_\text{ref}$. So
             any DPO or SFT adapter steers by what it has learned (with the base as reference, as in
             [DeRa](https://hf.co/papers/2402.02992)), and a small pair of tuned and untuned model steers a large one
-            ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base model. `"base"` is the
-            base model, whose own passes are used.
+            ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base, which is `"base"`.
         pad_token_id (`int`, *optional*):
-            The token that pads prompts. A text that starts with it is asked about where the mask of the base is not
-            known. Defaults to the pad token (or, as in `generate`, the eos token) of `tokenizer`, or else of the first
-            reward model.
+            The token that pads prompts: where the mask is not known, a text that starts with it is asked about.
+            Defaults to the pad (or, as in `generate`, eos) token of `tokenizer`, or else of the first reward model.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
-            The mask of the prompts, needed only where that of the base is not known (you are told). Can be set between
-            calls: `processor.attention_mask = inputs["attention_mask"]`.
+            The mask of the prompts, needed only where that of the base is not known. Can be set between calls.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the base model, needed only if that of a reward model is another one.
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
@@ -79,8 +77,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
     Raises:
         TypeError: if a reward model is not a decoder-only causal LM.
         ValueError: if `alpha` does not fit the reward models, the tokenizers can't be aligned, or the base model is an
-            encoder-decoder; on a call, if the vocabularies differ, if a reward model returns NaN, if the padding can't
-            be told from the text, if the base has read more than the text, or if no token is left.
+            encoder-decoder; on a call, if the vocabularies differ, a reward model returns NaN, the padding can't be
+            told from the text, the base has read more than the text, or no token is left.
 
     Example:
 
@@ -124,6 +122,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._base = None if base_model is None else network_of(base_model)
         if base_model is not None:
             refuse_hidden_text(base_model)
+        own = [x.tokenizer for x in given if isinstance(x, AutoregressiveRewardModel)]
+        self._tokenizer = next(iter(own), None) if tokenizer is None else tokenizer  # to show tokens as text
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
         chat_ids = None if tokenizer is None else generation_prompt_ids(self._infos[0], tokenizer)
         self._advice = Advice(self._base, chat_ids)
@@ -239,15 +239,15 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @keeps_statistics.setter
     def keeps_statistics(self, keeps_statistics: bool) -> None:
-        self._statistics = Statistics(len(self._models)) if keeps_statistics else None
+        self._statistics = Statistics(len(self._models), self._tokenizer) if keeps_statistics else None
 
-    def statistics(self, sequences: Tensor) -> dict[str, list[Any]]:
+    def statistics(self, sequences: Tensor) -> GuidedTokens:
         """
         What guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position` and
         `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (less that of
         the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
         drawn from `kl`, the divergence from the base, `log_z`, the logarithm of the sum that normalises Eq. 7,
-        `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k.
+        `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k. It draws itself.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):

@@ -1,5 +1,7 @@
 """What guidance did at each token, kept by the tokens of a text and read off for finished sequences."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..functional import kl_divergence, weighted
+from ..viewing.tokens import token_texts
+from .guided_tokens import GuidedTokens
 from .step import Run
 from .texts import Text, text_keys
 
@@ -23,13 +27,18 @@ class Statistics:
     Args:
         n_rewards (`int`):
             Number of reward models.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of the base model, for the tokens as text.
     """
 
+    # Likeliest tokens that are kept of each distribution
+    N_LIKELIEST = 3
     # Texts of earlier runs that are kept until they are read off, counted in tokens
     KEPT_TOKENS = 16_384
 
-    def __init__(self, n_rewards: int):
-        self._n_rewards = n_rewards
+    def __init__(self, n_rewards: int, tokenizer: Any = None):
+        self._n_rewards, self._tokenizer = n_rewards, tokenizer
+        self._names: dict[int, str] = {}  # tokens as text
         self._runs: dict[Run, _OfRun] = {}
         self._has_forgotten = False
 
@@ -76,11 +85,13 @@ class Statistics:
             log_probs[f"reward_log_prob_{index}"] = reward
             product = product + weighted(reward, alpha)
         values["log_z"] = product.logsumexp(dim=-1)
+        for name, distribution in (("likeliest_before", base), ("likeliest_after", guided)):
+            values[name] = torch.stack(distribution.topk(self.N_LIKELIEST), dim=-1)
         of_run.note(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs)
 
-    def of(self, sequences: Tensor) -> dict[str, list[Any]]:
+    def of(self, sequences: Tensor) -> GuidedTokens:
         """
-        One row for each token that was guided, as columns for a `pandas.DataFrame`.
+        One row for each token that was guided, as columns for a `pandas.DataFrame` that draw themselves.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
@@ -93,6 +104,8 @@ class Statistics:
         names += [f"{what}_{index}" for index in range(self._n_rewards) for what in ("reward_log_prob", "alpha")]
         names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed"]
         columns: dict[str, list[Any]] = {name: [] for name in names}
+        texts: list[str | None] = []
+        likeliest = []
         runs = list(reversed(self._runs.values()))
         by_run = [run.of(sequences) for run in runs]
         for index in range(len(sequences)):
@@ -103,11 +116,29 @@ class Statistics:
                     f"Nothing is kept about sequence {index}. Of earlier `generate` calls, {self.KEPT_TOKENS} tokens "
                     "are kept: ask for the statistics of a call before more text is generated."
                 )
+            ids = sequences[index].tolist()
+            as_text = token_texts(self._tokenizer, ids, rows[0]["position"]) if rows else []
+            end = len(ids) - self._n_after_the_end(ids)
             for row in rows:
+                texts.append(as_text[row["position"] - rows[0]["position"]] if row["position"] < end else None)
+                likeliest.append((self._named(row["likeliest_before"]), self._named(row["likeliest_after"])))
                 for name, column in columns.items():
                     default = 0.0 if name.startswith("alpha_") else float("nan")
                     column.append(({"sequence": index} | row).get(name, default))
-        return columns
+        return GuidedTokens(columns, texts, likeliest)
+
+    def _n_after_the_end(self, ids: list[int]) -> int:
+        """`generate` goes on with pads where a text has ended before the others: the last token, repeated."""
+        if self._tokenizer is None or ids[-1] not in self._tokenizer.all_special_ids:
+            return 0
+        return next((n for n, (x, y) in enumerate(itertools.pairwise(reversed(ids))) if x != y), len(ids) - 1)
+
+    def _named(self, likeliest: list[list[float]]) -> list[tuple[str, float]]:
+        """Tokens as text and their probabilities, of pairs of log-probability and id."""
+        for _, token in likeliest:
+            if token not in self._names:
+                self._names[int(token)] = token_texts(self._tokenizer, [int(token)])[0]
+        return [(self._names[int(token)], math.exp(x)) for x, token in likeliest]
 
 
 class _OfRun:

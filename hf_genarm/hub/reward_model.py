@@ -14,7 +14,7 @@ from transformers.utils import PushToHubMixin
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .loading import download, load_adapter, load_causal_lm
-from .scoring import Texts, TokenRewards, token_rewards
+from .scoring import ScoredTexts, Texts, token_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +195,11 @@ class AutoregressiveRewardModel(PushToHubMixin):
         batch_size: int = 8,
         chunk_length: int = 128,
         show_progress: bool = False,
-    ) -> list[TokenRewards]:
-        """The reward of each token of each response, with its place in the text. Arguments as for `score`."""
+    ) -> ScoredTexts:
+        """
+        The reward of each token of each response, with its place in the text: a list of [`TokenRewards`] that draws
+        itself in notebooks. Arguments as for `score`.
+        """
         if self.tokenizer is None:
             raise ValueError(
                 "This reward model has no tokenizer, so it can't score text. Pass `tokenizer` to the class."

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import token_log_probs
+from ..viewing.picture import Drawing
+from ..viewing.tokens import Token, TokenText
 from .cache import CACHE, network_of, new_cache
 from .end_of_turn import end_token_ids, length_to_end
 from .limits import fixed_length, refuse_out_of_range, why_no_cache
@@ -22,9 +24,10 @@ Texts = Sequence[str] | Sequence[Messages]
 
 
 @dataclass
-class TokenRewards:
+class TokenRewards(Drawing):
     r"""
-    The rewards $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of one response, and where they stand in its text.
+    The rewards $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of one response, and where they stand in its text. It
+    draws itself in notebooks, with `plot()` and with `to_ansi()`; [`TokenRewards.beside`] compares it with others.
 
     Parameters:
         text (`str`):
@@ -41,6 +44,22 @@ class TokenRewards:
     input_ids: Tensor
     offsets: list[tuple[int, int]]
     rewards: Tensor
+
+    def token_texts(self) -> list[TokenText]:
+        tokens, last = [], 0
+        for (start, end), reward in zip(self.offsets, self.rewards.tolist(), strict=True):
+            # With what some tokenizers leave out between tokens; the end of the text has no characters of its own.
+            text = self.text[last:end] if end > start else "∎"
+            tokens.append(Token(text, reward, (("reward", f"{reward:.2f} nats"),)))
+            last = max(last, end)
+        return [TokenText(tokens, "reward, nats")]
+
+
+class ScoredTexts(Drawing, list[TokenRewards]):
+    """The [`TokenRewards`] of several responses: a plain `list` that draws them side by side, on one scale."""
+
+    def token_texts(self) -> list[TokenText]:
+        return [text for row in self for text in row.token_texts()]
 
 
 @dataclass
@@ -59,7 +78,7 @@ def token_rewards(
     batch_size: int,
     chunk_length: int,
     show_progress: bool,
-) -> list[TokenRewards]:
+) -> ScoredTexts:
     """
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -78,7 +97,7 @@ def token_rewards(
             Whether to show a progress bar.
 
     Returns:
-        list of [`TokenRewards`], in the order of the responses.
+        [`ScoredTexts`], a list of [`TokenRewards`] in the order of the responses.
 
     Raises:
         TypeError: if a prompt or a response is neither text nor a chat.
@@ -105,7 +124,7 @@ def token_rewards(
                 rewards = row[example.start - 1 : len(example.input_ids) - 1]
                 results[index] = TokenRewards(example.text, ids, example.offsets, rewards)
             progress.update(len(indices))
-    return [result for result in results if result is not None]
+    return ScoredTexts(result for result in results if result is not None)
 
 
 def _listed(name: str, texts: Any) -> list:

@@ -21,6 +21,7 @@ from ..training.trainer import AutoregressiveRewardTrainer
 from .output import make_output_dir
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_training
+from .samples import SampleArguments, SamplesCallback, sample_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -36,10 +37,15 @@ class ModelArguments(ModelConfig):
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The task type of the adapter."})
 
 
-ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments)
+ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments, SampleArguments)
 
 
-def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, model_args: ModelArguments) -> None:
+def main(
+    pair_args: PairArguments,
+    training_args: AutoregressiveRewardConfig,
+    model_args: ModelArguments,
+    sample_args: SampleArguments,
+) -> None:
     output_dir = str(training_args.output_dir)
     make_output_dir(output_dir)
     checkpoint = training_args.resume_from_checkpoint
@@ -72,6 +78,9 @@ def main(pair_args: PairArguments, training_args: AutoregressiveRewardConfig, mo
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if sample_args.log_samples:
+        prompts = sample_prompts(test_pairs, sample_args.log_samples)
+        trainer.add_callback(SamplesCallback(trainer, prompts, sample_args.samples_max_new_tokens))
     trainer.train(resume_from_checkpoint=checkpoint)
     if test_pairs is not None:
         metrics = trainer.evaluate()

@@ -73,7 +73,7 @@ class Bench:
 
     def measuring(self, name: str, cost: float, measure: Callable[[], object]) -> Step:
         path = self.output / "measured" / f"{name}.json"
-        return Step(path, cost, lambda partial: partial.write_text(json.dumps(measure(), indent=1), "utf-8"))
+        return Step(path, cost, lambda partial: partial.write_text(json.dumps(measure(), indent=1), encoding="utf-8"))
 
     def measured(self, name: str):
         return json.loads((self.output / "measured" / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,99 @@
+"""The table of what guidance did to each token, which draws itself."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..viewing.picture import Drawing, Picture
+from ..viewing.tokens import Token, TokenText
+
+# The likeliest next tokens and their probabilities
+Likeliest = list[tuple[str, float]]
+
+
+class GuidedTokens(Drawing, dict):
+    r"""
+    What guidance did to each token: a plain `dict` of columns, for a `pandas.DataFrame`, that draws itself.
+
+    It is coloured by `change`, $\log\pi - \log\pi_\text{base}$ of the token that was taken: blue was made likelier,
+    orange less likely. [`GuidedTokens.by`] colours it by a column.
+
+    Args:
+        columns (`dict[str, list]`):
+            The table, a row for each token.
+        texts (list of `str`):
+            What each token adds to its text; `None` for what comes after the end of a text, and is not drawn.
+        likeliest (list of `tuple`):
+            For each token, the three likeliest before and after guidance.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, list[Any]],
+        texts: Sequence[str | None],
+        likeliest: Sequence[tuple[Likeliest, Likeliest]],
+    ):
+        super().__init__(columns)
+        self._texts, self._likeliest = list(texts), list(likeliest)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self), self._texts, self._likeliest)
+
+    def token_texts(self) -> list[TokenText]:
+        return self.by("change").token_texts()
+
+    def by(self, measure: str) -> Picture:
+        """
+        The same picture, coloured by a column such as `"kl"` or `"reward_log_prob_0"`.
+
+        Args:
+            measure (`str`):
+                Name of a column, or `"change"`.
+
+        Raises:
+            ValueError: if there is no such column.
+        """
+        texts: dict[int, list[Token]] = {}
+        for (sequence, _), token in self.tokens(measure).items():
+            texts.setdefault(sequence, []).append(token)
+        titles = {index: f"sequence {index}" if len(texts) > 1 else "" for index in texts}
+        return Picture([TokenText(tokens, name_of(measure), titles[index]) for index, tokens in texts.items()])
+
+    def tokens(self, measure: str = "change") -> dict[tuple[int, int], Token]:
+        """The tokens of the picture that [`GuidedTokens.by`] draws, by sequence and position."""
+        if measure == "change":
+            values = [x - y for x, y in zip(self["guided_log_prob"], self["base_log_prob"], strict=True)]
+        elif measure in self:
+            values = [float(x) for x in self[measure]]
+        else:
+            raise ValueError(f"`measure` is {measure!r}, but must be 'change' or one of {', '.join(self)}.")
+        places = zip(self["sequence"], self["position"], strict=True)
+        return {
+            place: Token(text, values[row], self._notes(row))
+            for row, (place, text) in enumerate(zip(places, self._texts, strict=True))
+            if text is not None
+        }
+
+    def _notes(self, row: int) -> tuple[tuple[str, str], ...]:
+        base, guided = (math.exp(self[f"{name}_log_prob"][row]) for name in ("base", "guided"))
+        notes = [("probability", f"{base:.2g} of the base, {guided:.2g} guided")]
+        n_rewards = sum(name.startswith("alpha_") for name in self)
+        for index in range(n_rewards):
+            reward, alpha = self[f"reward_log_prob_{index}"][row], self[f"alpha_{index}"][row]
+            if not math.isnan(reward):
+                notes.append((f"reward {index}", f"{reward:.2f} nats, with strength {alpha:.2f}"))
+        before, after = self._likeliest[row]
+        notes += [("KL", f"{self['kl'][row]:.3f} nats"), ("likeliest before", _listed(before))]
+        return (*notes, ("likeliest after", _listed(after)))
+
+
+def name_of(measure: str) -> str:
+    """What stands beside the scale of a picture."""
+    names = {"change": "guided less base log-probability, nats", "kl": "divergence from the base, nats"}
+    if measure.startswith("reward_log_prob_"):
+        return f"reward {measure.removeprefix('reward_log_prob_')}, nats"
+    return names.get(measure, measure)
+
+
+def _listed(tokens: Likeliest) -> str:
+    return ", ".join(f"“{text}” {probability:.2f}".replace("\n", "⏎") for text, probability in tokens)

@@ -1,0 +1,221 @@
+"""One question, answered twice at once: with guidance and without, by the same randomness."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+
+from ..decoding.guided_tokens import GuidedTokens
+from ..decoding.processor import GenARMLogitsProcessor
+from ..hub.reward_model import AutoregressiveRewardModel
+from .models import Models, chat_of
+
+
+@dataclass
+class Settings:
+    """
+    What a visitor has set. Those marked as live act from the next token on.
+
+    Parameters:
+        strengths (`dict[str, float]`):
+            Of each reward model, by its name; live.
+        temperature (`float`):
+            Live.
+        target_kl (`float`):
+            In nats per token, 0 for none; live.
+        reference (`str`):
+            `"none"` or `"base"`.
+        seed (`int`):
+            Of both answers.
+        max_new_tokens (`int`):
+            Of each answer.
+    """
+
+    strengths: dict[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+    target_kl: float = 0.0
+    reference: str = "none"
+    seed: int = 0
+    max_new_tokens: int = 64
+
+
+@dataclass
+class Frame:
+    """
+    What can be seen of two answers at one time, unguided first.
+
+    Parameters:
+        ids (list of list of `int`):
+            The tokens of both.
+        seconds (`float`):
+            Since the first token.
+        table ([`GuidedTokens`], *optional*):
+            What guidance did so far; not every frame has one.
+    """
+
+    ids: list[list[int]]
+    seconds: float
+    table: GuidedTokens | None = None
+
+
+class Answer:
+    """
+    Both answers to a question, as they are written, in one batch of two rows whose strengths differ.
+
+    Args:
+        models ([`Models`]):
+            That write and judge.
+        prompt (`str`):
+            The question.
+        settings ([`Settings`]):
+            May be changed while the answers are written.
+
+    Attributes:
+        strengths_at (list of `tuple[int, list[float]]`):
+            The strengths that were in force, from which token on.
+        prompt_length (`int`):
+            Number of tokens of the question.
+
+    Raises:
+        ValueError: if the prompt is empty or too long.
+    """
+
+    TABLE_EVERY = 1.0  # seconds
+
+    def __init__(self, models: Models, prompt: str, settings: Settings):
+        self.prompt, self.settings, self.names = prompt, settings, list(settings.strengths)
+        self._models = models
+        self._inputs = models.question(prompt)
+        self.prompt_length = self._inputs["input_ids"].shape[1]
+        self.strengths_at: list[tuple[int, list[float]]] = []
+        self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
+        self.changed_otherwise = False
+        self._frames: queue.SimpleQueue[Frame | Exception | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._started, self._last_table = 0.0, 0.0
+
+    def stop(self) -> None:
+        """No further token is written, by the next one at the latest."""
+        self._stopped.set()
+
+    def frames(self) -> Iterator[Frame]:
+        """One for each token, and a last one with all that is known; whoever stops looking stops the answers."""
+        thread = threading.Thread(target=self._write, daemon=True)
+        thread.start()
+        try:
+            while (frame := self._frames.get()) is not None:
+                if isinstance(frame, Exception):
+                    raise frame
+                yield frame
+        finally:
+            self.stop()
+            thread.join()
+
+    def scores(self, frame: Frame) -> dict[str, list[float]]:
+        r"""$\log\pi_r - \log\pi_\text{base}$ of both answers by each reward model, in nats."""
+        model, tokenizer = self._models.model, self._models.tokenizer
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
+        chats = [chat_of(self.prompt)] * len(texts)
+        base = AutoregressiveRewardModel(model, tokenizer).score(chats, texts)
+        arms = {name: self._models.reward_model(name) for name in self.names}
+        rewards = {
+            name: AutoregressiveRewardModel(arm.model, tokenizer).score(chats, texts) for name, arm in arms.items()
+        }
+        return {name: (reward - base).tolist() for name, reward in rewards.items()}
+
+    def _strengths(self, step: int) -> Tensor:
+        """Of the token that is about to be written: the first row is unguided."""
+        settings = self.settings
+        # A reward model that its visitor has replaced by another meanwhile is off.
+        now = [settings.strengths.get(name, 0.0) for name in self.names]
+        if not self.strengths_at or self.strengths_at[-1][1] != now:
+            self.strengths_at.append((step, now))
+        first = (self.first_target_kl, self.first_temperature)
+        self.changed_otherwise |= (settings.target_kl, settings.temperature) != first
+        return torch.tensor([[0.0] * len(now), now])
+
+    def _write(self) -> None:
+        rows = {name: value.repeat(2, 1) for name, value in self._inputs.items()}
+        settings, models = self.settings, self._models
+        try:
+            # Nothing but this call holds it, so that the base is as it was when it returns.
+            processor = GenARMLogitsProcessor(
+                [models.reward_model(name) for name in self.names],
+                self._strengths,
+                base_model=models.model,
+                target_kl=self.first_target_kl or None,
+                reference=None if settings.reference == "none" else "base",
+                tokenizer=models.tokenizer,
+            )
+            processor.keeps_statistics = True
+            model: Any = models.model  # `generate` is a tensor or a module for mypy
+            output = model.generate(
+                **rows,
+                logits_processor=[processor, SameDraw(settings, models.model.device)],
+                stopping_criteria=StoppingCriteriaList([_AfterEachToken(self, processor)]),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=False,
+            )
+            self._frames.put(self._frame(output, processor.statistics(output)))
+            self._frames.put(None)
+        except Exception as error:
+            self._frames.put(error)
+
+    def _after_a_token(self, processor: GenARMLogitsProcessor, input_ids: Tensor) -> bool:
+        now = time.monotonic()
+        self._started = self._started or now
+        table = None
+        if now - self._last_table > self.TABLE_EVERY:
+            self._last_table, table = now, processor.statistics(input_ids)
+        self._frames.put(self._frame(input_ids, table))
+        if (self.settings.target_kl or None) != processor.target_kl:
+            processor.target_kl = self.settings.target_kl or None
+        return self._stopped.is_set()
+
+    def _frame(self, input_ids: Tensor, table: GuidedTokens | None) -> Frame:
+        ends = self._models.model.generation_config.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
+        ids = []
+        for row in input_ids[:, self.prompt_length :].tolist():
+            end = next((index for index, token in enumerate(row) if token in ends), len(row))
+            ids.append(row[: end + 1])
+        return Frame(ids, time.monotonic() - self._started, table)
+
+
+class SameDraw(LogitsProcessor):
+    """
+    Draws the next token of all rows by one and the same random numbers, so that texts part only where their
+    distributions do. They are those of `torch.manual_seed(seed)` and `generate(do_sample=True)` with a batch of one.
+
+    Args:
+        settings ([`Settings`]):
+            Its temperature may change at any time.
+        device (`torch.device`):
+            Of the scores.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device):
+        self._settings = settings
+        self._generator = torch.Generator(device).manual_seed(settings.seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = (scores / self._settings.temperature).softmax(dim=-1)
+        # As `torch.multinomial` draws one of a row: the first to arrive, at rates of these probabilities
+        arrivals = torch.empty_like(probabilities[:1]).exponential_(generator=self._generator)
+        token = (probabilities / arrivals).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class _AfterEachToken(StoppingCriteria):
+    def __init__(self, answer: Answer, processor: GenARMLogitsProcessor):
+        self._answer, self._processor = answer, processor
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        stops = self._answer._after_a_token(self._processor, input_ids)
+        return torch.full((len(input_ids),), stops, device=input_ids.device, dtype=torch.bool)

@@ -1,0 +1,139 @@
+"""The models that all visitors of the playground share."""
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..demo import DEMO_MODEL_ID, demo_model
+from ..hub.reward_model import AutoregressiveRewardModel
+from ..hub.sharing import shares_weights
+
+MAX_PROMPT_TOKENS = 512
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Models:
+    """
+    A base model, the reward models that the playground began with, and a few that visitors have asked for.
+
+    Args:
+        base (`str`, *optional*):
+            Hub id or folder of the model to be steered. Defaults to the one that the examples run on.
+        adapters (list of `str`):
+            Hub ids or folders of reward models.
+        takes_folders (`bool`, *optional*, defaults to `True`):
+            Whether visitors may name folders of this machine.
+
+    Attributes:
+        is_demo_model (`bool`):
+            Whether the base is the one that the examples run on.
+        unguided_speed (`float`):
+            Tokens a second that the base writes when it writes one text, unguided.
+
+    Raises:
+        ValueError: if the base has no chat template.
+    """
+
+    # Adapters that visitors have loaded; the one that was not used for the longest time is dropped.
+    KEPT = 4
+
+    def __init__(self, base: str | None, adapters: Sequence[str], takes_folders: bool = True):
+        self.is_demo_model, self.base = base is None, base or DEMO_MODEL_ID
+        path = base or demo_model()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"`{self.base}` has no chat template, and the playground asks questions. Use a chat model."
+            )
+        self.adapters = list(adapters)
+        self.takes_folders = takes_folders
+        self._own = {name: AutoregressiveRewardModel.from_pretrained(name, self.model) for name in adapters}
+        self._guests: OrderedDict[str, AutoregressiveRewardModel] = OrderedDict()
+        self._lock = threading.Lock()
+        self.unguided_speed = self._measure()
+
+    def _measure(self) -> float:
+        """Tokens a second of the base alone; what is slow the first time is then done."""
+        inputs, n_tokens = self.question("Hello"), 16
+        for _ in range(2):
+            start = time.monotonic()
+            self.model.generate(**inputs, do_sample=False, max_new_tokens=n_tokens, min_new_tokens=n_tokens)
+        return n_tokens / (time.monotonic() - start)
+
+    def reward_model(self, name: str) -> AutoregressiveRewardModel:
+        """
+        Raises:
+            ValueError: if it is no adapter on the base, or not allowed.
+            OSError: if it can't be found.
+        """
+        if name in self._own:
+            return self._own[name]
+        is_hub_id = _HUB_ID.fullmatch(name) is not None
+        if not self.takes_folders and (Path(name).exists() or not is_hub_id):
+            # The same for all, so that nobody learns which folders there are.
+            raise ValueError(
+                f"`{name}` is not the Hub id of an adapter (`user/my-arm`), and no folder of the machine that serves "
+                "this page is taken."
+            )
+        if not Path(name).is_dir() and not is_hub_id:
+            raise ValueError(f"`{name}` is neither a Hub id (`user/my-arm`) nor a folder.")
+        with self._lock:
+            if name not in self._guests:
+                self._guests[name] = self._load(name)
+            self._guests.move_to_end(name)
+            while len(self._guests) > self.KEPT:
+                self._guests.popitem(last=False)
+            return self._guests[name]
+
+    def _load(self, name: str) -> AutoregressiveRewardModel:
+        try:
+            trained_on = PeftConfig.from_pretrained(name).base_model_name_or_path
+        except ValueError as error:
+            raise ValueError(f"`{name}` is no adapter: it has no `adapter_config.json`.") from error
+        # Known before anything large is loaded, and once more when it is: some adapters need weights of their own.
+        if PurePath(trained_on).name != PurePath(self.base).name:
+            raise ValueError(self._refusal(name, f"it was trained on `{trained_on}`"))
+        arm = AutoregressiveRewardModel.from_pretrained(name, self.model)
+        if not shares_weights(arm.model, self.model):
+            raise ValueError(self._refusal(name, "it does more than add to them"))
+        return arm
+
+    def _refusal(self, name: str, why: str) -> str:
+        return (
+            f"`{name}` is no adapter on the weights of `{self.base}`, because {why}, and the playground loads no "
+            "second model. Start it with the base of that adapter: `hf-genarm demo --base …`."
+        )
+
+    def question(self, prompt: str) -> Any:
+        """
+        The tokens of a question, ready for `generate`.
+
+        Raises:
+            ValueError: if it is empty or too long.
+        """
+        if not prompt.strip():
+            raise ValueError("The prompt is empty. Ask something.")
+        inputs: Any = self.tokenizer.apply_chat_template(
+            chat_of(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        length = inputs["input_ids"].shape[1]
+        if length > MAX_PROMPT_TOKENS:
+            raise ValueError(f"The prompt has {length} tokens, but at most {MAX_PROMPT_TOKENS} are taken. Shorten it.")
+        return inputs.to(self.model.device)
+
+
+def chat_of(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def title_of(name: str, arm: AutoregressiveRewardModel) -> str:
+    """A few words for a slider: what it says it rewards, or else its name."""
+    return arm.info.objective or Path(name).name

@@ -1,0 +1,59 @@
+"""The guided answer of the playground as a script of ten lines that needs no playground."""
+
+from .answers import Answer
+from .models import Models
+
+_SCRIPT = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hf_genarm import GenARMLogitsProcessor
+{imports}
+model, tokenizer = AutoModelForCausalLM.from_pretrained({base}), AutoTokenizer.from_pretrained({base})
+inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+processor = GenARMLogitsProcessor.from_pretrained({names!r}, base_model=model{options})
+processor.alpha = {alpha}
+torch.manual_seed({seed})
+output = model.generate(**inputs, logits_processor=[processor], do_sample=True, top_k=0, temperature={temperature!r}, \
+max_new_tokens={max_new_tokens})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def script_of(models: Models, answer: Answer) -> str:
+    """
+    Args:
+        models ([`Models`]):
+            That have answered.
+        answer ([`Answer`]):
+            When it is written.
+    """
+    settings = answer.settings
+    options = f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""
+    options += ', reference="base"' if settings.reference == "base" else ""
+    script = _SCRIPT.format(
+        base="demo_model()" if models.is_demo_model else repr(models.base),
+        imports="from hf_genarm.demo import demo_model\n" if models.is_demo_model else "",
+        chat=[{"role": "user", "content": answer.prompt}],
+        names=answer.names,
+        options=options,
+        alpha=_schedule(answer.strengths_at),
+        seed=settings.seed,
+        temperature=answer.first_temperature,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    if answer.changed_otherwise:
+        script = (
+            "# Temperature or target KL were changed while the answer was written, which this does not do.\n" + script
+        )
+    return script
+
+
+def _schedule(strengths_at: list[tuple[int, list[float]]]) -> str:
+    """The strengths, or if they were changed a function of the step."""
+    (_, strengths), *later = strengths_at
+    if not later:
+        return repr(strengths)
+    expression = repr(strengths)
+    for step, now in later:
+        expression = f"{now!r} if step >= {step} else {expression}"
+    return f"lambda step: {expression}"

@@ -1,0 +1,64 @@
+"""The playground as a Hugging Face Space: three small files and the adapters."""
+
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import SpaceCard, SpaceCardData
+
+from ..demo import DEMO_MODEL_ID
+
+_APP = """\
+from hf_genarm.scripts.demo import serve
+
+serve({base!r}, {arms!r}, host="0.0.0.0")
+"""
+_ABOUT = """\
+# {title}
+
+The same model answers twice, by the same random numbers: as it is, and guided by autoregressive reward models
+([GenARM](https://huggingface.co/papers/2410.08193)). Sliders that are moved while it writes act from the next token on.
+"""
+
+
+def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
+    """
+    Writes `app.py`, `requirements.txt` and `README.md`, and copies adapters that are folders.
+
+    Args:
+        folder (`str`):
+            A new or an empty folder.
+        base (`str`, *optional*):
+            Hub id of a chat model. Defaults to the model that the examples run on.
+        arms (list of `str`):
+            Hub ids or folders of reward models.
+
+    Raises:
+        ValueError: if the folder has files in it, the base is a folder, or two adapters have one name.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"`{folder}` is not empty. Name a new folder for the Space.")
+    if base is not None and Path(base).is_dir():
+        raise ValueError(f"`{base}` is a folder, but a Space loads its base from the Hub. Give the id of a model.")
+    copied = {arm: f"adapters/{Path(arm).name}" for arm in arms if Path(arm).is_dir()}
+    if len(set(copied.values())) < len(copied):
+        raise ValueError(f"Two of the folders {', '.join(copied)} have the same name. Rename one of them.")
+    for arm, copy in copied.items():
+        shutil.copytree(arm, target / copy)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "app.py").write_text(_APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms]))
+    (target / "requirements.txt").write_text(f"hf_genarm[demo]>={version('hf_genarm')}\n")
+    title = "Steer while it writes"
+    data = SpaceCardData(
+        title=title,
+        sdk="gradio",
+        sdk_version=version("gradio"),
+        python_version="3.11",
+        app_file="app.py",
+        license="apache-2.0",
+        models=[base or DEMO_MODEL_ID, *(arm for arm in arms if arm not in copied)],
+        tags=["genarm"],
+    )
+    SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{_ABOUT.format(title=title)}").save(target / "README.md")

@@ -1,0 +1,139 @@
+"""A look at what is being trained: a few prompts, answered with and without guidance at each evaluation."""
+
+import copy
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
+
+from ..decoding.processor import GenARMLogitsProcessor
+from ..hub.cache import network_of
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class SampleArguments:
+    """What to look at while training."""
+
+    log_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Number of held-out prompts that are answered with and without guidance at each evaluation, and "
+            "logged as a table to TensorBoard, trackio or Weights & Biases. It takes time, which is printed."
+        },
+    )
+    samples_max_new_tokens: int = field(default=48, metadata={"help": "Length of their answers."})
+
+
+class SamplesCallback(TrainerCallback):
+    r"""
+    A [`~transformers.TrainerCallback`] that logs answers with guidance at $\alpha = 1$ and without, found greedily, in
+    a table named `samples`. It grows with each evaluation, so that one sees when guidance starts to work, and when it
+    breaks. As TRL's [`~trl.LogCompletionsCallback`] it is added to a trainer that is there.
+
+    Args:
+        trainer ([`AutoregressiveRewardTrainer`]):
+            It trains an adapter, since without one there is no base to steer.
+        prompts (list of `str` or of messages):
+            The prompts.
+        max_new_tokens (`int`, *optional*, defaults to 48):
+            Length of the answers.
+
+    Raises:
+        ValueError: if no adapter is trained, or the weights are spread over processes.
+    """
+
+    def __init__(self, trainer: Any, prompts: list, max_new_tokens: int = 48):
+        if not isinstance(trainer.model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                f"`log_samples` is {len(prompts)}, but samples take an adapter, on a base that each process holds "
+                "whole. Train with `--use_peft`, without FSDP and DeepSpeed, or leave `log_samples` at 0."
+            )
+        self._trainer, self._prompts, self._max_new_tokens = trainer, prompts, max_new_tokens
+        self.rows: list[tuple] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or state.global_step in {row[0] for row in self.rows}:
+            return
+        start = time.monotonic()
+        model = self._trainer.model
+        was_training, _ = model.training, model.eval()
+        try:
+            self._answer(model, state.global_step)
+        finally:
+            model.train(was_training)
+        table = pd.DataFrame(self.rows, columns=["step", "prompt", "unguided", "guided"])
+        self._log(args.report_to, table, state.global_step)
+        print(f"Samples of step {state.global_step} took {time.monotonic() - start:.1f} s.")
+
+    @torch.no_grad()
+    def _answer(self, model: PeftModel, step: int) -> None:
+        # Other modules around the same storage, in which the adapter is off. PEFT freezes the adapters that it switches
+        # off, so these are parameters of their own.
+        aliases = {id(x): nn.Parameter(x.detach(), requires_grad=False) for x in model.parameters()}
+        base = copy.deepcopy(model, memo=aliases | {id(x): x for x in model.buffers()})
+        base.disable_adapter_layers()
+        network: Any = network_of(base)
+        tokenizer: Any = self._trainer.processing_class
+        processor = GenARMLogitsProcessor(model, base_model=network)
+        for prompt in self._prompts:
+            if isinstance(prompt, str):
+                inputs = tokenizer(prompt, return_tensors="pt")
+            else:
+                inputs = tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+            inputs = {name: inputs[name].to(network.device) for name in ("input_ids", "attention_mask")}
+            options = {"do_sample": False, "max_new_tokens": self._max_new_tokens}
+            answers = [
+                network.generate(**inputs, logits_processor=processors, **options)[0, inputs["input_ids"].shape[1] :]
+                for processors in ([], [processor])
+            ]
+            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            self.rows.append((step, question, *(tokenizer.decode(x, skip_special_tokens=True) for x in answers)))
+
+    def _log(self, report_to: list[str], table: pd.DataFrame, step: int) -> None:
+        if "wandb" in report_to:
+            import wandb
+
+            wandb.log({"samples": wandb.Table(dataframe=table)})
+        if "trackio" in report_to:
+            import trackio
+
+            trackio.log({"samples": trackio.Table(dataframe=table)})
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("samples", _markdown(table[table["step"] == step]), step)
+
+
+def sample_prompts(pairs: Dataset | None, n_prompts: int) -> list:
+    """
+    The first different prompts of held-out pairs.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if pairs is None or "prompt" not in pairs.column_names:
+        raise ValueError(
+            f"`log_samples` is {n_prompts}, but there are no held-out pairs with a column `prompt` to take them from. "
+            "Leave `test_size` at its default, or name a `dataset_test_split`."
+        )
+    different = {json.dumps(prompt): prompt for prompt in pairs["prompt"]}
+    return list(different.values())[:n_prompts]
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table that texts can't break out of."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

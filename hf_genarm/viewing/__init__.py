@@ -1,0 +1,1 @@
+"""Pictures of tokens: pure drawing of text and numbers, for notebooks, terminals and papers."""

@@ -1,0 +1,293 @@
+"""The playground in a real browser, as visitors use it. Screenshots are left in `screenshots/`."""
+
+import base64
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_genarm import demo
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver"),
+]
+
+ROOT = Path(__file__).parent.parent
+SCREENSHOTS = ROOT / "screenshots"
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+SIZES = {"wide": (1280, 1500), "narrow": (390, 2600)}
+ALONE = ["#prompt", "#run", "#stop", "#unguided", "#guided", "#facts", "#strength-0", "#strength-1", "#strength-2"]
+ALONE += ["#temperature", "#seed", "#tokens", "#measure", "#picture", "#code", "#own"]
+TIMEOUT = 180  # seconds; the machine may have other things to do
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(what, timeout=TIMEOUT):
+    """What it returns once it is true."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"Nothing happened in {timeout} s.")
+
+
+@contextlib.contextmanager
+def serving(command, folder, log):
+    """The address of a server that runs meanwhile."""
+    demo.demo_model()
+    port = free_port()
+    environment = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        command = [sys.executable, *command]
+        server = subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: server.poll() is not None or "Running on local URL" in log.read_text())
+        assert server.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with serving(["-m", "hf_genarm.cli", "demo"], ROOT, tmp_path_factory.mktemp("demo") / "log") as address:
+        yield address
+
+
+class Page:
+    def __init__(self, address, profile, size="wide", theme="light"):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        width, height = SIZES[size]
+        for argument in [*ARGUMENTS, f"--user-data-dir={profile}", f"--window-size={width},{height}"]:
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "narrow"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(f"{address}/?__theme={theme}")
+        wait_for(lambda: self.all("#strength-0 input[type=range]") and self.all("#run"))
+        for accordion in self.all("button.label-wrap"):
+            accordion.click()
+        wait_for(lambda: self.all("#code") and self.all("#load"))
+        time.sleep(1)  # until the session has begun
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector):
+        """As it is written, also what is folded away."""
+        read = "return document.querySelector(arguments[0])?.textContent ?? ''"
+        return self.driver.execute_script(read, selector)
+
+    def write(self, selector, text):
+        (field,) = self.all(f"{selector} textarea, {selector} input")[:1]
+        field.send_keys(webdriver.Keys.CONTROL, "a")
+        field.send_keys(text)
+
+    def press(self, selector):
+        element = self.all(selector)[0]
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def to_the_end(self, index):
+        """Moves a slider to its lowest value, with the keyboard."""
+        self.all(f"#strength-{index} input[type=range]")[0].send_keys(webdriver.Keys.HOME)
+
+    def run(self, prompt, seed=0, while_it_writes=None):
+        """Both answers, and the script of the guided one."""
+        self.write("#prompt", prompt)
+        self.write("#seed", str(seed))
+        before = self.text("#facts")
+        self.press("#run")
+        if while_it_writes is not None:
+            while_it_writes()
+        wait_for(lambda: "sentiment" in self.text("#facts") and self.text("#facts") != before)
+        wait_for(lambda: "GenARMLogitsProcessor" in self.text("#code"))
+        return self.answers()
+
+    def answers(self):
+        return [self.text(f"#{side} .answer span") for side in ("unguided", "guided")]
+
+    def picture(self, path):
+        """Of the whole page."""
+        size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        options = {"captureBeyondViewport": True, "clip": {**size, "scale": 1}}
+        path.write_bytes(base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
+
+    def errors(self):
+        return [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.fixture
+def open_page(address, tmp_path):
+    pages = []
+
+    def open_one(*args):
+        pages.append(Page(address, tmp_path / str(len(pages)), *args))
+        return pages[-1]
+
+    yield open_one
+    for page in pages:
+        page.driver.quit()
+
+
+PROMPT = "What did you think of the hotel? Answer in two sentences."
+
+
+def test_two_answers_stream_and_a_slider_acts_from_then_on(open_page):
+    page, seen = open_page(), []
+
+    def watch():
+        for _ in range(3):
+            last = page.answers()
+            wait_for(lambda: page.answers() != last)  # noqa: B023
+            seen.append(page.answers())
+
+    unguided, guided = page.run(PROMPT, 1, watch)
+    assert len({tuple(answers) for answers in seen}) == 3
+    assert all(unguided.startswith(left) and guided.startswith(right) for left, right in seen[1:])
+    assert unguided != guided
+    assert page.all("#picture .genarm-token[tabindex]")
+    assert page.all("#picture svg")
+
+    def move():
+        wait_for(lambda: 15 < len(page.answers()[1]) < len(guided) - 20 and guided.startswith(page.answers()[1]))
+        page.to_the_end(0)
+
+    still, moved = page.run(PROMPT, 1, move)
+    assert still == unguided
+    assert moved != guided
+    assert moved[:15] == guided[:15]
+    assert "if step >=" in page.text("#code")
+    assert page.errors() == []
+
+
+def test_stop(open_page):
+    page = open_page()
+
+    def stop():
+        wait_for(lambda: len(page.answers()[1]) > 15)
+        page.press("#stop")
+        seen.append(page.answers()[1])
+
+    seen = []
+    _, guided = page.run("Tell me a long story about a train.", 0, stop)
+    assert guided.startswith(seen[0])
+    assert len(guided.removeprefix(seen[0]).split()) <= 4
+
+
+def test_html_stays_text_and_limits_are_said(open_page):
+    page = open_page()
+    page.run("<img src=x onerror=document.title='hit'><b id=bold>Hi</b> {{7*7}}")
+    assert "<img src=x" in page.text("#code")
+    assert not page.all("#bold, img[src=x]")
+    assert page.driver.title != "hit"
+    page.driver.execute_script(
+        "const field = document.querySelector('#prompt textarea'); field.value = 'train '.repeat(900);"
+        "field.dispatchEvent(new Event('input'))"
+    )
+    page.press("#run")
+    wait_for(lambda: "at most 512 are taken" in page.text("body"))
+    assert page.errors() == []
+
+
+def test_two_visitors_at_once(open_page):
+    pages = [open_page(), open_page()]
+    pages[0].to_the_end(0)
+    pages[1].to_the_end(1)
+    time.sleep(1)
+    for page in pages:
+        page.write("#prompt", PROMPT)
+        page.press("#run")
+    for page in pages:
+        wait_for(lambda: "processor.alpha" in page.text("#code"))  # noqa: B023
+    strengths = [re.search(r"processor.alpha = (\[.*?\])", page.text("#code")).group(1) for page in pages]
+    assert strengths == ["[-3.0, 0.0, 0.0]", "[1.0, -3.0, 0.0]"]
+    assert pages[0].answers()[0] == pages[1].answers()[0]  # the same seed
+    assert pages[0].answers()[1] != pages[1].answers()[1]
+
+
+def test_another_adapter(open_page, tmp_path):
+    page = open_page()
+    folder = shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-brevity", tmp_path / "my-arm")
+    page.write("#own", str(folder))
+    page.press("#load")
+    wait_for(lambda: "my-arm" in page.text("#about"))
+    wait_for(lambda: page.all("#strength-own input[type=range]"))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    page.write("#own", f"{folder}/")
+    page.press("#load")
+    wait_for(lambda: "Pickled weights" in page.text("body"))
+
+
+@pytest.mark.parametrize(("size", "theme"), [*itertools.product(SIZES, ["light", "dark"])])
+def test_nothing_overlaps(open_page, size, theme):
+    page = open_page(size, theme)
+    page.run(PROMPT, 1)
+    page.press("#picture .genarm-texts > div:nth-child(2) .genarm-token[tabindex]:nth-child(4)")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.picture(SCREENSHOTS / f"playground-{size}-{theme}.png")
+    boxes = {}
+    for selector in ALONE:
+        for element in page.all(selector)[:1]:
+            if element.is_displayed():
+                boxes[selector] = element.rect
+    assert len(boxes) == len(ALONE)
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        apart = (
+            a["x"] + a["width"] <= b["x"] + 1
+            or b["x"] + b["width"] <= a["x"] + 1
+            or a["y"] + a["height"] <= b["y"] + 1
+            or b["y"] + b["height"] <= a["y"] + 1
+        )
+        assert apart, (one, other)
+    (note,) = [x for x in page.all(".genarm-note") if x.is_displayed()]
+    bottom, chart = note.rect["y"] + note.rect["height"], page.all("#picture svg")[0].rect
+    assert bottom <= chart["y"]
+    width = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
+    for index in range(3):
+        rect = page.all(f"#strength-{index} input[type=range]")[0].rect
+        assert rect["width"] > 80
+        assert rect["x"] >= 0
+        assert rect["x"] + rect["width"] <= SIZES[size][0]
+    assert page.errors() == []
+
+
+def test_an_exported_space_answers(tmp_path):
+    """Where nothing of the repository is but the package."""
+    space = tmp_path / "space"
+    command = ["-m", "hf_genarm.cli", "demo", "--arm", "model_cards/arm-smollm2-135m-sentiment", "--export", str(space)]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    with serving(["app.py"], space, tmp_path / "log") as address:
+        page = Page(address, tmp_path / "profile")
+        try:
+            page.write("#own", str(ROOT / "model_cards" / "arm-smollm2-135m-brevity"))
+            page.press("#load")
+            wait_for(lambda: "folder of the machine" in page.text("body"))
+            unguided, guided = page.run(PROMPT, 1)
+            assert unguided != guided
+            assert "adapters/arm-smollm2-135m-sentiment" in page.text("#code")
+        finally:
+            page.driver.quit()
