@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .cache import embeddings_of
+from .sharing import saved_shapes
 
 
 def n_added_tokens(network: PreTrainedModel, config: PeftConfig, folder: str | Path) -> int:
@@ -24,12 +23,11 @@ def n_added_tokens(network: PreTrainedModel, config: PeftConfig, folder: str | P
     """
     embeddings = (network.get_input_embeddings(), network.get_output_embeddings())
     names = [f"base_model.model.{name}." for name, module in network.named_modules() if module in embeddings]
-    with safe_open(Path(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        whole = [
-            file.get_slice(key).get_shape()[0]
-            for key in file.keys()  # noqa: SIM118
-            if key.startswith(tuple(names)) and key.endswith(".weight") and "lora_" not in key
-        ]
+    whole = [
+        shape[0]
+        for key, shape in saved_shapes(folder).items()
+        if key.startswith(tuple(names)) and key.endswith(".weight") and "lora_" not in key
+    ]
     values = [getattr(config, name, None) or [] for name in ("trainable_token_indices", "token_indices")]
     lists = [part for value in values for part in (value.values() if isinstance(value, dict) else [value])]
     trained = [index + 1 for tokens in lists for index in tokens]

@@ -131,6 +131,21 @@ def adapter_tensors(model: PeftModel, with_embeddings: bool = False) -> dict[str
     return get_peft_model_state_dict(model, state, save_embedding_layers=with_embeddings)
 
 
+def saved_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """
+    The shapes of the tensors in the folder of an adapter, by their names.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is damaged ({error}). Download or write it again.") from error
+
+
 def check_tensors(model: PeftModel, folder: str | Path) -> dict[str, Tensor]:
     """
     Compares names and shapes of the tensors in the folder of an adapter with those of the adapter in a model.
@@ -141,12 +156,7 @@ def check_tensors(model: PeftModel, folder: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is damaged, or the two differ.
     """
-    path, expected = Path(folder, SAFETENSORS_WEIGHTS_NAME), adapter_tensors(model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"`{path}` is damaged ({error}). Download or write it again.") from error
+    path, expected, shapes = Path(folder, SAFETENSORS_WEIGHTS_NAME), adapter_tensors(model), saved_shapes(folder)
     if shapes.keys() - expected.keys():  # of a vocabulary that was extended
         embeddings = adapter_tensors(model, with_embeddings=True)
         expected |= {name: x for name, x in embeddings.items() if name in shapes}

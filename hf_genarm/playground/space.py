@@ -48,8 +48,10 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
     for arm, copy in copied.items():
         shutil.copytree(arm, target / copy)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "app.py").write_text(_APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms]))
-    (target / "requirements.txt").write_text(f"hf_genarm[demo]>={version('hf_genarm')}\n")
+    (target / "app.py").write_text(
+        _APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms]), encoding="utf-8"
+    )
+    (target / "requirements.txt").write_text(f"hf_genarm[demo]>={version('hf_genarm')}\n", encoding="utf-8")
     title = "Steer while it writes"
     data = SpaceCardData(
         title=title,
