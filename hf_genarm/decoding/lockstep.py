@@ -144,7 +144,7 @@ class LockstepLM:
 
     def _new_state(self, input_ids: Tensor) -> "State":
         empty = input_ids[:, :0]
-        cache = new_cache(self._network)
+        cache = new_cache(self._network) if self.has_cache else None
         return State(empty, empty, DynamicCache() if cache is None else cache)
 
     def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
