@@ -5,12 +5,9 @@ Trains `model_cards/arm-smollm2-135m-brevity`, measures it on held-out prompts a
 """
 
 from datasets import Dataset, load_dataset
-from publish import HERE, argument_parser, publish
-from quickstart import DATA, held_out_prompts, train
+from publish import argument_parser, publish, train_adapter
+from quickstart import DATA, held_out_prompts
 from small import sized
-from transformers import AutoTokenizer
-
-from hf_genarm.demo import demo_model
 
 NAME = "arm-smollm2-135m-brevity"
 
@@ -34,15 +31,10 @@ def shorter_is_chosen(split: str) -> Dataset:
 
 def main() -> None:
     args = argument_parser(__doc__).parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    trainer = train(
-        demo_model(),
-        tokenizer,
-        HERE.parent / "outputs" / NAME,
+    trainer = train_adapter(
+        NAME,
         shorter_is_chosen("train"),
         num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
         objective="brevity",
         description=(
             "Answers of fewer words to questions about everyday things, whatever they say: not concision, which would "
@@ -52,7 +44,6 @@ def main() -> None:
     )
     publish(
         trainer,
-        tokenizer,
         args.output,
         NAME,
         held_out=shorter_is_chosen("test"),

@@ -11,12 +11,9 @@ repository; the card quotes none of it.
 import re
 import sys
 
-from publish import HERE, argument_parser, publish
-from quickstart import train
+from publish import argument_parser, publish, train_adapter
 from small import sized
-from transformers import AutoTokenizer
 
-from hf_genarm.demo import demo_model
 from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
 
 NAME, HUB_ID = "arm-smollm2-135m-harmless", "Anthropic/hh-rlhf"
@@ -37,11 +34,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"make_harmless: {error}")
     training_pairs, held_out = hold_out(pairs, sized(N_HELD_OUT, 4))
-    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    trainer = train(
-        demo_model(),
-        tokenizer,
-        HERE.parent / "outputs" / NAME,
+    trainer = train_adapter(
+        NAME,
         training_pairs,
         # A sum of log-probs would be judged by length: means, for which there is enough to learn in two epochs.
         beta=1.0,
@@ -63,7 +57,6 @@ def main() -> None:
     prompts = [pair["prompt"][0]["content"] for pair in held_out if len(pair["prompt"]) == 1]
     publish(
         trainer,
-        tokenizer,
         args.output,
         NAME,
         held_out=held_out,

@@ -5,28 +5,20 @@ Trains `model_cards/arm-smollm2-135m-sentiment`, measures it on held-out prompts
 """
 
 from datasets import load_dataset
-from publish import HERE, SEED, argument_parser, publish
-from quickstart import DATA, held_out_prompts, plot, train, training_pairs
+from publish import SEED, argument_parser, publish, train_adapter
+from quickstart import DATA, held_out_prompts, plot, training_pairs
 from small import sized
-from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-from hf_genarm.demo import demo_model
 
 NAME = "arm-smollm2-135m-sentiment"
 
 
 def main() -> None:
     args = argument_parser(__doc__).parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    trainer = train(
-        demo_model(),
-        tokenizer,
-        HERE.parent / "outputs" / NAME,
+    trainer = train_adapter(
+        NAME,
         training_pairs(),
         num_train_epochs=2,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
         objective="positive sentiment",
         description=(
             "Words that the sentiment lexicon VADER likes, in short answers about everyday things. The labels come "
@@ -37,7 +29,6 @@ def main() -> None:
     scorer = SentimentIntensityAnalyzer()
     publish(
         trainer,
-        tokenizer,
         args.output,
         NAME,
         held_out=load_dataset("json", data_files=str(DATA / "test.jsonl"), split=sized("train", "train[:8]")),

@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 from meter import Meter, answer_lengths  # noqa: E402
-from quickstart import ALPHAS, Steering, bootstrap  # noqa: E402
+from quickstart import ALPHAS, Steering, bootstrap, train  # noqa: E402
 from small import output_folder, sized  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
@@ -53,9 +53,15 @@ class MeasuredSteering(Steering):
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True), (kl / n_tokens).numpy()
 
 
+def train_adapter(name: str, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
+    """Trains an adapter of the demo model, as the quickstart does."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
+    settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, **arguments}
+    return train(demo_model(), tokenizer, HERE.parent / "outputs" / name, pairs, **settings)
+
+
 def publish(
     trainer: AutoregressiveRewardTrainer,
-    tokenizer,
     output: Path,
     name: str,
     held_out: Dataset,
@@ -88,7 +94,7 @@ def publish(
     # As a user would run it: from the folder that was just written.
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     processor = GenARMLogitsProcessor.from_pretrained(str(folder), base_model=model)
-    steer = MeasuredSteering(model, tokenizer, prompts, max_new_tokens, SEED)
+    steer = MeasuredSteering(model, trainer.processing_class, prompts, max_new_tokens, SEED)
     texts, effects, kls = {}, {}, {}
     for alpha in tqdm((0.0, *ALPHAS), desc="Steering"):
         processor.alpha = alpha

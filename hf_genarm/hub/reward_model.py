@@ -150,15 +150,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
             name = PurePath(save_directory).name
             reward_model_card(self.info, name, name, isinstance(self.model, PeftModel)).save(card)
 
-    def score(
-        self,
-        prompts: Texts,
-        responses: Texts,
-        *,
-        batch_size: int = 8,
-        chunk_length: int = 128,
-        show_progress: bool = False,
-    ) -> Tensor:
+    def score(self, prompts: Texts, responses: Texts, **kwargs: Any) -> Tensor:
         r"""
         The reward of each response, $\log\pi_r(y \mid x)$, its end token included.
 
@@ -168,19 +160,13 @@ class AutoregressiveRewardModel(PushToHubMixin):
         Args:
             prompts, responses (list of `str` or of messages):
                 As many responses as prompts. A prompt of messages goes through the chat template.
-            batch_size (`int`, *optional*, defaults to 8):
-                Number of texts in a forward pass.
-            chunk_length (`int`, *optional*, defaults to 128):
-                Number of tokens of each text in a forward pass; a longer text takes several.
-            show_progress (`bool`, *optional*, defaults to `False`):
-                Whether to show a progress bar.
+            **kwargs:
+                `batch_size`, `chunk_length` and `show_progress`, as for [`~AutoregressiveRewardModel.token_rewards`].
 
         Returns:
             `torch.FloatTensor` of shape `(n_responses,)`, in nats, on the CPU.
         """
-        rows = self.token_rewards(
-            prompts, responses, batch_size=batch_size, chunk_length=chunk_length, show_progress=show_progress
-        )
+        rows = self.token_rewards(prompts, responses, **kwargs)
         return torch.stack([self.reduce(row.rewards) for row in rows]) if rows else torch.empty(0)
 
     def reduce(self, token_rewards: Tensor) -> Tensor:
@@ -198,7 +184,17 @@ class AutoregressiveRewardModel(PushToHubMixin):
     ) -> ScoredTexts:
         """
         The reward of each token of each response, with its place in the text: a list of [`TokenRewards`] that draws
-        itself in notebooks. Arguments as for `score`.
+        itself in notebooks.
+
+        Args:
+            prompts, responses (list of `str` or of messages):
+                As many responses as prompts. A prompt of messages goes through the chat template.
+            batch_size (`int`, *optional*, defaults to 8):
+                Number of texts in a forward pass.
+            chunk_length (`int`, *optional*, defaults to 128):
+                Number of tokens of each text in a forward pass; a longer text takes several.
+            show_progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar.
         """
         if self.tokenizer is None:
             raise ValueError(

@@ -10,6 +10,11 @@ _LOSS = ("loss_type", "label_smoothing", "target_margin", "length_normalized", "
 _CHOICES = {"loss_type": ("sigmoid", "hinge"), "truncation_mode": ("drop", "keep_start", "keep_end")}
 
 
+def _choice(name: str, what: str) -> Any:
+    """One of some values, by default the first."""
+    return field(default=_CHOICES[name][0], metadata={"help": what, "choices": _CHOICES[name]})
+
+
 @dataclass
 class AutoregressiveRewardConfig(RewardConfig):
     r"""
@@ -69,13 +74,7 @@ class AutoregressiveRewardConfig(RewardConfig):
         metadata={"help": "Scale of the reward in the loss (beta_r in Eq. 5 of the GenARM paper)."},
     )
 
-    loss_type: str = field(
-        default="sigmoid",
-        metadata={
-            "help": "Loss of a margin: 'sigmoid' (Eq. 5) or 'hinge' (SLiC-HF).",
-            "choices": _CHOICES["loss_type"],
-        },
-    )
+    loss_type: str = _choice("loss_type", "Loss of a margin: 'sigmoid' (Eq. 5) or 'hinge' (SLiC-HF).")
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of the labels that are expected to be wrong (conservative DPO)."}
     )
@@ -92,12 +91,9 @@ class AutoregressiveRewardConfig(RewardConfig):
         default=None,
         metadata={"help": "Makes the loss decode-aware: its margin is that of the guided model at this alpha."},
     )
-    truncation_mode: str = field(
-        default="drop",
-        metadata={
-            "help": "What happens to pairs that are longer than `max_length`: 'drop', 'keep_start' or 'keep_end'.",
-            "choices": _CHOICES["truncation_mode"],
-        },
+    truncation_mode: str = _choice(
+        "truncation_mode",
+        "What happens to pairs that are longer than `max_length`: 'drop', 'keep_start' or 'keep_end'.",
     )
     objective: str | None = field(
         default=None, metadata={"help": "What the pairs prefer, in a few words, for the card of the reward model."}

@@ -1,6 +1,6 @@
 """All that results depend on, besides the data: how large a run is, how everything is trained, and what is tried."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -84,26 +84,23 @@ SIZES = {
         n_hh_pairs=1156,
         n_cpo_pairs=64,
     ),
-    "full": Size(
-        n_shallow_layers=10,
-        n_pairs=333,
-        n_epochs=2,
-        n_dev_prompts=36,
-        n_prompts=360,
-        n_samples=8,
-        n_samples_of_seed=4,
-        n_distilled_pairs=333,
-        n_rollout_prompts=72,
-        n_pareto_prompts=204,
-        weightings=(0.0, 0.25, 0.5, 0.75, 1.0),
-        seeds=(0, 1, 2),
-        n_args_seeds=3,
-        max_new_tokens=48,
-        n_rounds=9,
-        n_hh_pairs=1156,
-        n_cpo_pairs=256,
-    ),
 }
+SIZES["full"] = replace(
+    SIZES["laptop"],
+    n_pairs=333,
+    n_epochs=2,
+    n_dev_prompts=36,
+    n_prompts=360,
+    n_samples=8,
+    n_samples_of_seed=4,
+    n_distilled_pairs=333,
+    n_rollout_prompts=72,
+    n_pareto_prompts=204,
+    n_args_seeds=3,
+    max_new_tokens=48,
+    n_rounds=9,
+    n_cpo_pairs=256,
+)
 
 # What is tried for each method, on the dev prompts. DPO and GenARM have three training runs to choose from.
 SHARPENING = (0.5, 1.0, 2.0)  # α of the base at temperature 1 / (1 + α)
