@@ -5,9 +5,9 @@ Draws what guidance did to each token of an answer, in the terminal and as `exam
 """
 
 import argparse
-from pathlib import Path
 
 import torch
+from small import fitting_adapter, output_file, sized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import GenARMLogitsProcessor
@@ -20,7 +20,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="What did you think of the hotel? Answer in two sentences.")
     parser.add_argument("--alpha", type=float, default=1.0, help="strength of guidance")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", default="examples/plots/tokens.png")
+    picture_file = sized("examples/plots/tokens.png", "outputs/tokens.png")
+    parser.add_argument("--output", type=output_file, default=picture_file)
     args = parser.parse_args()
 
     path = demo_model()
@@ -29,16 +30,17 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(
         [chat] * 2, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
-    processor = GenARMLogitsProcessor.from_pretrained(args.adapter, base_model=model, reference="base")
+    processor = GenARMLogitsProcessor.from_pretrained(fitting_adapter(args.adapter), base_model=model, reference="base")
     processor.alpha = torch.tensor([[0.0], [args.alpha]])  # one row for each request
     processor.keeps_statistics = True
     torch.manual_seed(args.seed)
-    output = model.generate(**inputs, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=64)
+    output = model.generate(
+        **inputs, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=sized(64, 4)
+    )
 
     # Coloured by what the reward model has learned, in the base's own text and in the guided one
     picture = processor.statistics(output).by("reward_log_prob_0").beside(titles=["unguided", "guided"])
     print(picture.to_ansi())
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     picture.plot().figure.savefig(args.output, dpi=150)
     print(f"The picture is in {args.output}.")
 
