@@ -21,6 +21,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.flaky(reruns=2),  # a browser on a busy machine may be late (pytest-rerunfailures)
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver"),
 ]
 
