@@ -228,7 +228,10 @@ class StepWatch:
         is_first, last = bool(kwargs.get("is_first_iteration")), self.step
         is_rest = is_first and cache is not None and kwargs.get("next_sequence_length") is None
         n_before = _n_read(cache) if is_rest else 0  # tokens that come before `input_ids`, if those are not all
-        is_chunk = last is not None and last.is_first and last.run.uses(cache) and last.input_ids.shape[1] == n_before
+        mask = kwargs.get("attention_mask")
+        if not is_first and mask is not None and mask.ndim == 2 and mask.shape[1] > input_ids.shape[1]:
+            n_before = mask.shape[1] - input_ids.shape[1]  # of a prompt that older versions read in parts
+        is_chunk = last is not None and last.run.uses(cache) and last.input_ids.shape[1] == n_before
         if n_before and is_chunk and last is not None:
             run = last.run
             input_ids = run.reads_chunk(input_ids)
