@@ -201,7 +201,7 @@ def test_the_quick_start_of_a_card_runs_as_printed(folder):
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_as_printed(tmp_path):
-    (commands,) = re.findall(r"```bash\n(hf-genarm .*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(hf-genarm train .*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     lines = (PAIRS / "train.jsonl").read_text().splitlines()
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines[:12]))
     (tmp_path / "other-pairs.jsonl").write_text("\n".join(lines[12:16]))
