@@ -37,7 +37,7 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
         folder (`str`):
             The folder of an adapter for which [`why_it_changes`] is `None`.
     """
-    network, originals = _frozen_twin(base_model)
+    network, originals = frozen_twin(base_model)
     model = PeftModel.from_pretrained(network, folder)
     for module in model.modules():
         own = {name: x for name, x in module._parameters.items() if x is not None}
@@ -54,7 +54,7 @@ def _refuse_to_merge(name: str, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _frozen_twin(base_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[nn.Parameter, nn.Parameter]]:
+def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]:
     """
     A twin that PEFT may freeze: whether a weight is frozen shows in the last bits of a forward pass. With the
     parameters of the model by those that stand for them.
@@ -108,7 +108,7 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
     if unusual:
         return f"`{unusual[0]}={getattr(config, unusual[0])!r}` may change the weights of the base"
     # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads.
-    network, _ = _frozen_twin(base_model)
+    network, _ = frozen_twin(base_model)
     shared = {id(x) for x in [*network.parameters(), *network.buffers()]}
     with torch.device("meta"):  # no memory, and no random numbers
         adapter = PeftModel(network, copy.copy(config))

@@ -1,6 +1,5 @@
 """A look at what is being trained: a few prompts, answered with and without guidance at each evaluation."""
 
-import copy
 import json
 import time
 from dataclasses import dataclass, field
@@ -10,13 +9,13 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from ..decoding.processor import GenARMLogitsProcessor
 from ..hub.cache import network_of
+from ..hub.sharing import frozen_twin
 
 logger = logging.get_logger(__name__)
 
@@ -80,8 +79,7 @@ class SamplesCallback(TrainerCallback):
     def _answer(self, model: PeftModel, step: int) -> None:
         # Other modules around the same storage, in which the adapter is off. PEFT freezes the adapters that it switches
         # off, so these are parameters of their own.
-        aliases = {id(x): nn.Parameter(x.detach(), requires_grad=False) for x in model.parameters()}
-        base = copy.deepcopy(model, memo=aliases | {id(x): x for x in model.buffers()})
+        base, _ = frozen_twin(model)
         base.disable_adapter_layers()
         network: Any = network_of(base)
         tokenizer: Any = self._trainer.processing_class
