@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
+    "generate": "answer a file of prompts with guidance",
+    "show": "print an answer with and without guidance, its tokens coloured",
     "demo": "open a page on which guidance is tried out",
 }
 _HELP = (
@@ -64,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    from .scripts import demo, evaluate, train
+    from .scripts import demo, evaluate, generate, show, train
 
-    script = {"train": train, "evaluate": evaluate, "demo": demo}[command]
+    scripts = {"train": train, "evaluate": evaluate, "generate": generate, "show": show, "demo": demo}
+    script = scripts[command]
     script.main(*parse(script, f"hf-genarm {command}", arguments))
 
 

@@ -33,6 +33,11 @@ FILES = {
     "unlabelled.jsonl": json.dumps({**LABELLED, "better": None}),
     "share.jsonl": json.dumps({**LABELLED, "better": 0.7}),
     "pairs.txt": "How was it?",
+    "prompts.jsonl": json.dumps({"prompt": "How was it?"}) + "\n\n" + json.dumps({"prompt": "Why?"}),
+    "chats.jsonl": json.dumps({"prompt": [{"role": "user", "text": "How was it?"}]}),
+    "answered.jsonl": json.dumps({"prompt": "How was it?", "completion": "Fine."}),
+    "nothing.jsonl": json.dumps({"prompt": ""}),
+    "there.jsonl": "",
     "unknown.yaml": "learning_rat: 0.1",
     "text.yaml": "beta: much",
     "null.yaml": "beta: null",
@@ -118,6 +123,41 @@ EVALUATE = [
     ([], 1, "`no/model` can't be loaded.*reward model: `--model`"),
     (["--model", "pairs.jsonl"], 1, "`pairs.jsonl` can't be loaded.*`--model`"),
 ]
+GUIDED = [
+    (["--alpha", "much"], 2, "--alpha.*'much'"),
+    (["--alpha", "nan"], 2, "`alpha` is.*nan.*finite"),
+    (["--alpha", "1", "2"], 2, "`alpha` is.*2 values.*1 reward models"),
+    (["--target_kl", "-1"], 2, "`target_kl` is -1.0.*positive"),
+    (["--dtype", "float8"], 2, "--dtype.*'float8'"),
+    (["--max_new_tokens", "0"], 2, "`max_new_tokens` is 0.*at least 1"),
+    ([], 1, "`no/model` can't be loaded.*causal LM: `--base`"),
+]
+GENERATE = [
+    *GUIDED,
+    (["--batch_size", "0"], 2, "`batch_size` is 0.*at least 1"),
+    (["--temperature", "0"], 2, "`temperature` is 0.0.*Leave out `--do_sample`"),
+    (["--top_p", "1.5"], 2, "`top_p` is 1.5.*at most 1"),
+    (["--top_k", "-1"], 2, "`top_k` is -1.*at least 0"),
+    (["--output", "there.jsonl"], 1, "`there.jsonl` is there already.*`--output`"),
+    (["--output", "."], 1, "`.` is a folder"),
+    (["--output", "there.jsonl/answers.jsonl"], 1, "`there.jsonl/answers.jsonl.partial` can't be made.*`--output`"),
+    (["--prompts", "no.jsonl"], 1, "`no.jsonl` can't be read: No such file.*`--prompts`"),
+    (["--prompts", "binary.jsonl"], 1, "`binary.jsonl` can't be read: it is no text"),
+    (["--prompts", "blank.jsonl"], 1, "`blank.jsonl` is empty"),
+    (["--prompts", "broken.jsonl"], 1, "Line 1 of `broken.jsonl` is no JSON.*one object in each line"),
+    (["--prompts", "list.jsonl"], 1, r"Line 1 of `list.jsonl` is \[1, 2\].*object"),
+    (["--prompt_column", "question"], 1, r"Line 1 of `prompts.jsonl` has \['prompt'\].*`--prompt_column`"),
+    (["--prompts", "chats.jsonl"], 1, "`prompt` in line 1 of `chats.jsonl`.*messages with `role` and `content`"),
+    (["--prompts", "nothing.jsonl"], 1, '`prompt` in line 1 of `nothing.jsonl` is "".*not empty'),
+    (["--prompts", "answered.jsonl"], 1, "Line 1 of `answered.jsonl` has a `completion`.*Rename"),
+]
+SHOW = [
+    *GUIDED,
+    (["--alpha", "0"], 1, r"`alpha` is \[0.0\].*nothing is guided"),
+    (["--prompt", " "], 2, "`prompt` is empty"),
+    (["--temperature", "-1"], 2, "`temperature` is -1.0"),
+    (["--width", "0"], 2, "`width` is 0.*at least 1"),
+]
 OTHERS = [
     (["tran"], 2, "hf-genarm tran: `tran` is not a command.*train, evaluate"),
     (["--help-me"], 2, "`--help-me` is not a command"),
@@ -129,6 +169,14 @@ CALLS = [
     *(
         ([command, "--model", "no/model", "--dataset", "pairs.jsonl", *rest], code, line)
         for command, calls in (("train", TRAIN), ("evaluate", EVALUATE))
+        for rest, code, line in calls
+    ),
+    *(
+        ([command, "--base", "no/model", "--arm", "no/arm", *given, *rest], code, line)
+        for command, given, calls in (
+            ("generate", ["--prompts", "prompts.jsonl", "--output", "answers.jsonl"], GENERATE),
+            ("show", ["--prompt", "How was it?"], SHOW),
+        )
         for rest, code, line in calls
     ),
 ]

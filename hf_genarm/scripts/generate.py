@@ -1,0 +1,111 @@
+"""
+Answers prompts with guidance, in batches of similar lengths.
+
+    hf-genarm generate --arm model_cards/arm-smollm2-135m-sentiment --prompts prompts.jsonl --output answers.jsonl
+
+Each line of `--prompts` is an object with a `prompt`, text or messages; what else it has is carried over. `--output`
+has the same lines in the same order, with a `completion`. A run that was killed goes on where it was when it is started
+again. `torchrun --nproc_per_node 2 -m hf_genarm generate …` splits the prompts over processes; answers are the same.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import set_seed
+
+from .guidance import GuidanceArguments, load_guided
+from .prompts import completion_of, load_prompts, token_ids
+from .shards import Shards, digest
+
+
+@dataclass
+class GenerateArguments:
+    """What is answered, how, and where the answers go."""
+
+    prompts: str = field(metadata={"help": "JSONL file of prompts."})
+    output: str = field(metadata={"help": "JSONL file of answers, which must not be there yet."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts in a forward pass."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers."})
+    do_sample: bool = field(default=False, metadata={"help": "Whether to sample. By default, answers are greedy."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_k: int = field(default=0, metadata={"help": "Of sampling. 0 cuts nothing off."})
+    seed: int = field(default=0, metadata={"help": "Of sampling. Each batch has random numbers of its own."})
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` is {self.temperature}, but must be positive. Leave out `--do_sample`.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p}, but must be above 0, and at most 1.")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` is {self.top_k}, but must be at least 0, which cuts nothing off.")
+
+
+ARGUMENTS = (GuidanceArguments, GenerateArguments)
+
+
+def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
+    rows = load_prompts(args.prompts, args.prompt_column)
+    # Who is done first waits for the others.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=52))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise RuntimeError(f"{started} processes were started, but {state.num_processes} work together.")
+    settings = asdict(guidance_args) | {name: value for name, value in asdict(args).items() if name != "output"}
+    shards = Shards(args.output, settings | {"prompts": digest(rows)}, state.process_index)
+    state.wait_for_everyone()
+
+    model, tokenizer, processor = load_guided(guidance_args, state.device)
+    prompts = [row[args.prompt_column] for row in rows]
+    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+    done = shards.done()
+    if state.is_main_process:
+        print(f"Prompts: {len(rows)}, answered before: {len(done)}, processes: {state.num_processes}", flush=True)
+    own = list(batches_by_length(ids, args.batch_size))[state.process_index :: state.num_processes]
+    progress = tqdm(total=sum(map(len, own)), unit="answer", disable=not state.is_main_process)
+    options: dict[str, Any] = {"do_sample": args.do_sample, "max_new_tokens": args.max_new_tokens}
+    if args.do_sample:
+        options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    for numbers in own:
+        if not done.issuperset(numbers):
+            set_seed(args.seed + numbers[0])  # so that a batch is answered alike by whichever process, and whenever
+            texts = answer(model, tokenizer, [ids[number] for number in numbers], processor, options)
+            new = {n: completion_of(prompts[n], text) for n, text in zip(numbers, texts, strict=True) if n not in done}
+            shards.add(new)
+        progress.update(len(numbers))
+    progress.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shards.merge(rows)
+        print(f"The answers are in {args.output}.")
+    state.destroy_process_group()
+
+
+def batches_by_length(ids: list[list[int]], size: int) -> Iterator[list[int]]:
+    """The numbers of prompts in batches of similar lengths, the longest first, so that memory runs out at once."""
+    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def answer(model: Any, tokenizer: Any, ids: list[list[int]], processor: Any, options: dict[str, Any]) -> list[str]:
+    """The guided answers to the tokens of prompts, without special tokens."""
+    width = max(map(len, ids))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    inputs = torch.tensor([[pad or 0] * (width - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    output = model.generate(
+        input_ids=inputs, attention_mask=mask, logits_processor=[processor], pad_token_id=pad, **options
+    )
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -1,0 +1,80 @@
+"""Prompts from a JSONL file, each row as it stands there, and how a base reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+COMPLETION = "completion"
+
+
+def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
+    """
+    Reads rows with a text or a list of messages in one column; what else they have is kept as it is.
+
+    Raises:
+        ValueError: if the file can't be read, or a row is no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(f"`{path}` can't be read: {reason}. Name a JSONL file: `--prompts`.") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"Line {number} of `{path}` is no JSON: {error}. Write one object in each line."
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"Line {number} of `{path}` is {line[:80]}, but must be an object with a `{column}`.")
+        if column not in row:
+            raise ValueError(
+                f"Line {number} of `{path}` has {sorted(row)}, but no `{column}`. Name the column of the prompts with "
+                "`--prompt_column`."
+            )
+        _check(row[column], f"`{column}` in line {number} of `{path}`")
+        if COMPLETION in row:
+            raise ValueError(
+                f"Line {number} of `{path}` has a `{COMPLETION}`, which is where the answer goes. Rename the column."
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"`{path}` is empty, but prompts are to be read from it.")
+    return rows
+
+
+def _check(prompt: Any, what: str) -> None:
+    is_chat = isinstance(prompt, list) and all(
+        isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str) for x in prompt
+    )
+    if not prompt or not (is_chat or isinstance(prompt, str)):
+        shown = json.dumps(prompt, ensure_ascii=False)[:80]
+        raise ValueError(
+            f"{what} is {shown}, but must be a text or a list of messages with `role` and `content`, and not empty."
+        )
+
+
+def token_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """
+    The tokens of a prompt. Messages go through the chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: if there are messages, but no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"The tokenizer of `{tokenizer.name_or_path}` has no chat template, but prompts are messages. Use a chat "
+            "model as `--base`, or write prompts as text."
+        )
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def completion_of(prompt: str | list[dict[str, str]], text: str) -> str | list[dict[str, str]]:
+    """An answer in the form of its prompt, so that the two are a prompt-completion dataset of TRL."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

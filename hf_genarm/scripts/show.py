@@ -1,0 +1,83 @@
+"""
+Prints an answer without guidance beside one with it, each token coloured by what the reward models have learned.
+
+    hf-genarm show --arm model_cards/arm-smollm2-135m-sentiment --prompt "What did you think of the hotel?" --alpha 1.5
+
+Both answers are on one scale: blue tokens are likelier under the reward model than under the base, orange ones less
+likely. The score of an answer is the sum over its tokens. `--alpha` takes one strength for all reward models, or one
+for each.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from .guidance import GuidanceArguments, load_guided
+
+_LEARNED = "{} less base, nats"
+
+
+@dataclass
+class ShowArguments:
+    """What is asked, and how it is answered."""
+
+    prompt: str = field(metadata={"help": "A question, or if the base has no chat template, the beginning of a text."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers."})
+    temperature: float = field(default=1.0, metadata={"help": "Of both; 0 takes the likeliest token."})
+    seed: int = field(default=0, metadata={"help": "Of the random numbers."})
+    width: int | None = field(default=None, metadata={"help": "Columns. Defaults to those of the terminal."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")
+        if not self.prompt.strip():
+            raise ValueError("`prompt` is empty. Ask something.")
+
+
+ARGUMENTS = (GuidanceArguments, ShowArguments)
+
+
+def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
+    strengths = guidance_args.alpha
+    if not any(strengths):
+        raise ValueError(f"`alpha` is {strengths}, at which nothing is guided. Give a strength other than 0.")
+    model, tokenizer, processor = load_guided(guidance_args, PartialState().device)
+    if tokenizer.chat_template is None:
+        inputs = tokenizer(args.prompt, return_tensors="pt")
+    else:
+        chat = [{"role": "user", "content": args.prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    rows = {name: inputs[name].repeat(2, 1).to(model.device) for name in ("input_ids", "attention_mask")}
+    processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
+    processor.keeps_statistics = True
+    set_seed(args.seed)
+    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
+    output = model.generate(
+        **rows,
+        **sampling,
+        logits_processor=[processor],
+        do_sample=args.temperature > 0,
+        max_new_tokens=args.max_new_tokens,
+    )
+    table: Any = processor.statistics(output)
+    for index, (name, strength) in enumerate(zip(guidance_args.arm, strengths, strict=True)):
+        if strength == 0:
+            continue  # it was not run
+        learned = table[f"reward_log_prob_{index}"]
+        if guidance_args.reference is None:
+            learned = [reward - base for reward, base in zip(learned, table["base_log_prob"], strict=True)]
+        measure = _LEARNED.format(name)
+        table[measure] = learned
+        scores = [0.0, 0.0]
+        for (sequence, _), token in table.tokens(measure).items():
+            scores[sequence] += 0.0 if math.isnan(token.value) else token.value  # a token that it doesn't know
+        titles = [f"unguided: {scores[0]:+.1f}", f"guided, alpha {strength:g}: {scores[1]:+.1f}"]
+        print(table.by(measure).beside(titles=titles).to_ansi(args.width))
