@@ -13,6 +13,7 @@ _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
     "generate": "answer a file of prompts with guidance",
+    "lm-eval": "score a guided model with the Language Model Evaluation Harness",
     "show": "print an answer with and without guidance, its tokens coloured",
     "demo": "open a page on which guidance is tried out",
 }
@@ -66,8 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    from .scripts import demo, evaluate, generate, show, train
+    from .scripts import demo, evaluate, generate, lm_eval, show, train
 
+    if command == "lm-eval":  # whose arguments are those of another program
+        lm_eval.main(arguments)
+        return
     scripts = {"train": train, "evaluate": evaluate, "generate": generate, "show": show, "demo": demo}
     script = scripts[command]
     script.main(*parse(script, f"hf-genarm {command}", arguments))

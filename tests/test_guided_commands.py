@@ -156,7 +156,7 @@ def test_a_run_goes_on_without_losing_or_repeating_a_line(folders, tmp_path, mon
     (shard,) = (tmp_path / "answers.jsonl.partial").glob("rank-*")
     lines = shard.read_text(encoding="utf-8").splitlines(keepends=True)
     assert len(lines) == 4
-    # There were two processes, and one was killed while it wrote: that answer is found again, the other of its batch kept.
+    # There were two processes, and one was killed while it wrote an answer; the other one of its batch is kept.
     shard.with_name("rank-1.jsonl").write_text(lines[0], encoding="utf-8")
     shard.write_text("".join(lines[1:3]) + lines[3][:20], encoding="utf-8")
 

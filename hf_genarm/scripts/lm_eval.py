@@ -1,0 +1,29 @@
+"""
+Scores a guided model on the tasks of the Language Model Evaluation Harness.
+
+    hf-genarm lm-eval --model hf-genarm --model_args pretrained=…,arm=…,alpha=1 --tasks hellaswag
+
+This is the harness's own command, which knows one more model. `--model_args` takes what `hf` takes, and `arm`, `alpha`
+and `reference`; several reward models are a list, `arm=["a","b"],alpha=[1,0.5]`.
+"""
+
+import sys
+
+
+def main(arguments: list[str]) -> None:
+    """
+    Args:
+        arguments (list of `str`):
+            Those of `lm-eval`.
+
+    Raises:
+        ImportError: if the harness is not installed.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise ImportError("This needs the Language Model Evaluation Harness: `pip install hf_genarm[eval]`.") from error
+    from .. import lm_eval  # noqa: F401  registers the model
+
+    sys.argv = ["lm-eval", *arguments]  # the harness reads them nowhere else
+    cli_evaluate()
