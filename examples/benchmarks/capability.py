@@ -1,0 +1,116 @@
+"""
+What guidance costs in knowledge: SmolLM2-135M-Instruct on 239 questions of common knowledge and grammar, by strength.
+
+    python examples/benchmarks/capability.py         # about 10 minutes on 2 cores
+
+The task is `examples/data/common_knowledge`, scored by the Language Model Evaluation Harness (`pip install
+hf_genarm[eval]`): an answer is right if the guided distribution gives it the most probability. The sentiment adapter
+knows nothing of the questions; what changes is its side effect. Accuracy with 95 % bootstrap intervals over questions,
+and its change from the unguided model, paired.
+"""
+
+import argparse
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hf_genarm.demo import demo_model
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from quickstart import bootstrap  # noqa: E402
+from small import fitting_adapter, output_file, sized  # noqa: E402
+
+TASK = ROOT / "examples" / "data" / "common_knowledge" / "common_knowledge.yaml"
+
+
+def load_task() -> dict[str, Any]:
+    """The task, with its file by its whole path."""
+    task = yaml.safe_load(TASK.read_text(encoding="utf-8"))
+    files = task["dataset_kwargs"]["data_files"]
+    task["dataset_kwargs"]["data_files"] = {split: str(ROOT / path) for split, path in files.items()}
+    return task
+
+
+def score(arm: str, alpha: float, reference: str | None, n_questions: int | None) -> list[dict[str, Any]]:
+    """The questions, each with `acc`, which is 1 if it was answered right."""
+    from lm_eval import simple_evaluate
+
+    import hf_genarm.lm_eval  # noqa: F401  registers the model
+
+    results = simple_evaluate(
+        model="hf-genarm",
+        model_args={"pretrained": demo_model(), "arm": arm, "alpha": alpha, "reference": reference},
+        tasks=[load_task()],
+        batch_size=16,
+        device="cpu",
+        limit=n_questions,
+        bootstrap_iters=0,
+    )
+    (samples,) = results["samples"].values()
+    return sorted(samples, key=lambda sample: sample["doc_id"])
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    lines = ["| reference | α | accuracy | less unguided, paired |", "|---|---|---|---|"]
+    for row in report["rows"]:
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])]
+        cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["change"]) if row["alpha"] else "")
+        lines.append(f"| {row['reference'] or 'none'} | {row['alpha']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", default="model_cards/arm-smollm2-135m-sentiment", help="Hub id or folder")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0], help="besides 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--output",
+        type=output_file,
+        default=sized("examples/benchmarks/capability.json", "outputs/capability.json"),
+        help="JSON file",
+    )
+    args = parser.parse_args()
+    arm = fitting_adapter(args.arm)
+    n_questions = sized(None, 8)
+    settings = [(0.0, None), *((alpha, reference) for reference in (None, "base") for alpha in args.alphas)]
+    rows: list[dict[str, Any]] = []
+    right_before = np.empty(0)
+    for alpha, reference in settings:
+        samples = score(arm, alpha, reference, n_questions)
+        right = np.array([sample["acc"] for sample in samples], dtype=float)
+        right_before = right if alpha == 0 else right_before
+        by_kind: dict[str, list[float]] = {}
+        for sample in samples:
+            by_kind.setdefault(sample["doc"]["kind"], []).append(sample["acc"])
+        rows.append(
+            {
+                "alpha": alpha,
+                "reference": reference,
+                "accuracy": bootstrap(right, args.seed),
+                "change": bootstrap(right - right_before, args.seed),
+                "by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items()},
+            }
+        )
+    report = {
+        "arm": args.arm,
+        "n_questions": len(right_before),
+        "chance": float(np.mean([1 / len(sample["doc"]["choices"]) for sample in samples])),
+        "rows": rows,
+        "versions": {name: version(name) for name in ("hf_genarm", "lm_eval", "torch", "transformers")},
+    }
+    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"{report['n_questions']} questions; by chance, {report['chance']:.3f} would be right.\n\n{table(report)}")
+    print(f"\nThe report is in {args.output}.")
+
+
+if __name__ == "__main__":
+    main()
