@@ -269,7 +269,7 @@ CALLERS = [
     ("after an exception or an interruption in the middle of a text", "exact, fused"),
     ("for a prompt that goes on from an earlier text, or begins like it", "exact, fused"),
     ("after a reward model or the base was changed", "exact for them as they are at the beginning of the text"),
-    ("with a base that `torch.compile(model)` wraps", "exact, fused"),
+    ("with a base that `torch.compile(model)` wraps (torch after 2.6)", "exact, fused"),
     ("with a base whose `forward` is compiled or has hooks", "exact, in passes of their own"),
     ("as a copy or a pickle, alone or with the base", "exact, fused"),
 ]
