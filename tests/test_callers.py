@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from oracle import Recompute
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from support import ARM, ASSISTANT, BASE, BATCH, ONE
 from test_fusion import (
@@ -22,6 +21,7 @@ from test_fusion import (
     guided_until,
     joint_passes,
     models,
+    needs_compile,
     raises,
     separate,
 )
@@ -288,10 +288,7 @@ def test_strength_that_begins_in_the_middle(base, adapters, models):
     assert_same(generate(base, [Begin(), processor]), generate(base, [Begin(), oracle]))
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"),
-    reason="torch 2.6 can't compile a forward pass of transformers that is handed a cache (NameError)",
-)
+@needs_compile
 def test_a_compiled_base_and_reward_model(base, adapters, models):
     compiled = torch.compile(base, backend="eager")
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=compiled)
