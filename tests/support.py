@@ -1,7 +1,7 @@
 """
-What works with what: one list, from which the tests and the table in the README are made.
+What works with what: one list, from which the tests and the table in `docs/support.md` are made.
 
-    python tests/support.py        # writes the table into README.md
+    python tests/support.py        # writes the table into docs/support.md
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 START, END = "<!-- support: begin -->", "<!-- support: end -->"
 
 EXACT, REFUSED = "exact", "refused"
@@ -269,7 +269,7 @@ CALLERS = [
     ("after an exception or an interruption in the middle of a text", "exact, fused"),
     ("for a prompt that goes on from an earlier text, or begins like it", "exact, fused"),
     ("after a reward model or the base was changed", "exact for them as they are at the beginning of the text"),
-    ("with a base that `torch.compile(model)` wraps", "exact, fused"),
+    ("with a base that `torch.compile(model)` wraps (torch after 2.6)", "exact, fused"),
     ("with a base whose `forward` is compiled or has hooks", "exact, in passes of their own"),
     ("as a copy or a pickle, alone or with the base", "exact, fused"),
 ]
@@ -321,9 +321,9 @@ PROMPTS_AND_VOCABULARIES = [
 
 
 def main() -> None:
-    text = README.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(START)
-    README.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from test_fusion import (
     guided_until,
     joint_passes,
     models,
+    needs_compile,
     raises,
     separate,
 )
@@ -287,6 +288,7 @@ def test_strength_that_begins_in_the_middle(base, adapters, models):
     assert_same(generate(base, [Begin(), processor]), generate(base, [Begin(), oracle]))
 
 
+@needs_compile
 def test_a_compiled_base_and_reward_model(base, adapters, models):
     compiled = torch.compile(base, backend="eager")
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=compiled)

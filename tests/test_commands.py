@@ -41,11 +41,11 @@ def short(command):
 
 
 OF_SCRIPTS = {command for script in SCRIPTS for command in commands_of(script)}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-OF_README = {command for script in SCRIPTS for command in printed(README, script)} - OF_SCRIPTS
+PAGES = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+OF_PAGES = {command for script in SCRIPTS for command in printed(PAGES, script)} - OF_SCRIPTS
 COMMANDS = [
-    pytest.param(command, marks=pytest.mark.slow if command in OF_README or short(command) in SLOW else [])
-    for command in sorted(OF_SCRIPTS | OF_README)
+    pytest.param(command, marks=pytest.mark.slow if command in OF_PAGES or short(command) in SLOW else [])
+    for command in sorted(OF_SCRIPTS | OF_PAGES)
 ]
 
 

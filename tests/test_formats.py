@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from pairs import STANDARD, conversational, implicit, message
@@ -179,6 +179,8 @@ limits = {
 @given(rows=chats(), template=st.sampled_from(list(TEMPLATES)), **limits)
 def test_any_chat(trainer, with_template, rows, template, mode, max_length):
     """Arbitrary characters and special tokens, empty turns, several turns, system prompts, tools, odd templates."""
+    # A content that is an end token ends the response, where the template writes none itself.
+    assume(template != "no end tokens" or "<eos>" not in json.dumps(rows))
     tokenizer = with_template(template)
     expected = [chat_oracle(tokenizer, TEMPLATES[template][1], row, mode, max_length) for row in rows]
     arguments = {"truncation_mode": mode, "max_length": max_length}

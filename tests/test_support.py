@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
-from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, README, REFUSED, START, Ban, table
+from support import ARCHITECTURES, ARM, BASE, BATCH, END, EXACT, MODES, ONE, PAGE, REFUSED, START, Ban, table
 from tiny import EOS, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import (
     CLIPVisionConfig,
@@ -66,8 +66,8 @@ def test_refused(mode):
         generate([GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
 
 
-def test_the_table_in_the_readme_is_this_list():
-    assert README.read_text().split(START)[1].split(END)[0].strip() == table()
+def test_the_table_on_the_page_is_this_list():
+    assert PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0].strip() == table()
 
 
 # --- one instance in any order ---

@@ -115,7 +115,8 @@ def reward_model_card(
     )
     return ModelCard.from_template(
         card_data,
-        template_path=str(Path(__file__).parent / "templates" / "model_card.md"),
+        # As text: older versions of huggingface_hub read the file in the encoding of the locale.
+        template_str=(Path(__file__).parent / "templates" / "model_card.md").read_text(encoding="utf-8"),
         info=info,
         metrics=info.metrics,
         is_measured=is_measured,

@@ -1,0 +1,126 @@
+"""
+Writes the tables of measured numbers in README.md and `docs/`, from the files that the measurements left.
+
+    python docs/.build/numbers.py
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+SENTIMENT = "arm-smollm2-135m-sentiment"
+BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def spread(values: list[float]) -> str:
+    """A median with its range, or a mean with its interval."""
+    middle, low, high = values
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def runs(name: str) -> list[dict]:
+    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def decode_cost() -> str:
+    engines = ("fused", "shared", "separate", "rows")
+    rows = {}  # later runs had more rounds
+    for run in runs("decode_cost"):
+        for result in run["results"]:
+            key = ("--targets all" in run["command"], result["batch_size"], result["adapters"])
+            rows[key] = [spread(result["time"][engine]) if engine in result["time"] else "" for engine in engines]
+    return table(
+        ["batch", "reward models", "fused", "shared", "separate", "unguided, with as many rows"],
+        [
+            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *cells]
+            for (of_all, batch_size, adapters), cells in sorted(rows.items())
+        ],
+    )
+
+
+def train_cost() -> str:
+    (run,) = runs("train_cost")
+    return table(
+        ["tokens, prompt + response", "speed", "peak memory"],
+        [
+            [
+                result["shape"].replace("+", " + "),
+                spread(result["speed"]["one row"]),
+                f"{result['memory_mb']['one row'] / result['memory_mb']['naive']:.2f}",
+            ]
+            for result in run["results"]
+        ],
+    )
+
+
+def effects(name: str) -> dict[str, str]:
+    """What an adapter does to generated text, by the strength, as its card says."""
+    card = (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| (unguided|α = [\d.]+) \| (\S+ \[.*?\]) \|", card, re.MULTILINE))
+
+
+def headline() -> str:
+    of_card = (ROOT / "model_cards" / SENTIMENT / "README.md").read_text(encoding="utf-8")
+    effect = effects(SENTIMENT)
+    control = re.search(r"only sharpens the base: (\S+ \[.*?\])", of_card)[1]
+    pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
+    learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
+    cost = next(x for run in runs("decode_cost") for x in run["results"] if x["batch_size"] == x["adapters"] == 1)
+    train = runs("train_cost")[0]["results"][0]
+    make = f"`python model_cards/make_sentiment.py` ([card](model_cards/{SENTIMENT}/README.md))"
+    return table(
+        ["", "", "command"],
+        [
+            [
+                "sentiment (VADER, −1 to 1) of answers on topics that the reward model never saw",
+                f"unguided {effect['unguided']}, guided at α = 1 {effect['α = 1.0']}, "
+                f"control (guided by an untrained adapter) {control}",
+                make,
+            ],
+            [
+                "held-out pairs told apart by what was learned",
+                f"{learned}; by length alone {pairs['shorter_accuracy']:.2f}",
+                "the same",
+            ],
+            [
+                "time per token over unguided, batch 1, LoRA reward model",
+                f"{spread(cost['time']['fused'])}; two unguided rows {spread(cost['time']['rows'])} "
+                "([why below 1](docs/speed.md#what-it-costs))",
+                "`python examples/benchmarks/decode_cost.py`",
+            ],
+            [
+                f"training step, over TRL's `CPOTrainer` ({train['shape'].replace('+', ' + ')} tokens)",
+                f"{spread(train['speed']['one row'])} times as fast, "
+                f"{train['memory_mb']['one row'] / train['memory_mb']['naive']:.2f} of the memory",
+                "`python examples/benchmarks/train_cost.py`",
+            ],
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"decode_cost": decode_cost, "train_cost": train_cost, "headline": headline}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the files have them."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    for page in pages():
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What this site asks of mkdocs: formulas as MathML, which needs no script; links to the repository and libraries."""
+
+import html
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent.parent
+REPOSITORY = "https://github.com/hf-genarm/hf_genarm/blob/main"
+HUGGING_FACE = "https://huggingface.co/docs"
+TYPES = {
+    "datasets.Dataset": f"{HUGGING_FACE}/datasets/package_reference/main_classes",
+    "datasets.IterableDataset": f"{HUGGING_FACE}/datasets/package_reference/main_classes",
+    "huggingface_hub.ModelCard": f"{HUGGING_FACE}/huggingface_hub/package_reference/cards",
+    "matplotlib.axes.Axes": "https://matplotlib.org/stable/api/_as_gen/matplotlib.axes.Axes.html",
+    "peft.PeftConfig": f"{HUGGING_FACE}/peft/package_reference/config",
+    "peft.PeftModel": f"{HUGGING_FACE}/peft/package_reference/peft_model",
+    "torch.Tensor": "https://docs.pytorch.org/docs/stable/tensors.html",
+    "torch.nn.Module": "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html",
+    "transformers.EvalPrediction": f"{HUGGING_FACE}/transformers/internal/trainer_utils",
+    "transformers.LogitsProcessor": f"{HUGGING_FACE}/transformers/internal/generation_utils",
+    "transformers.PreTrainedModel": f"{HUGGING_FACE}/transformers/main_classes/model",
+    "transformers.PreTrainedTokenizerBase": f"{HUGGING_FACE}/transformers/main_classes/tokenizer",
+    "transformers.Trainer": f"{HUGGING_FACE}/transformers/main_classes/trainer",
+    "transformers.TrainerCallback": f"{HUGGING_FACE}/transformers/main_classes/callback",
+    "transformers.TrainingArguments": f"{HUGGING_FACE}/transformers/main_classes/trainer",
+    "trl.GRPOTrainer": f"{HUGGING_FACE}/trl/grpo_trainer",
+    "trl.LogCompletionsCallback": f"{HUGGING_FACE}/trl/callbacks",
+    "trl.RewardConfig": f"{HUGGING_FACE}/trl/reward_trainer",
+    "trl.RewardTrainer": f"{HUGGING_FACE}/trl/reward_trainer",
+}
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+TO_REPOSITORY = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_pre_build(config) -> None:
+    for name, url in TYPES.items():
+        config.plugins["autorefs"].register_url(name, f"{url}#{name}")
+
+
+def on_files(files, config):
+    for source, name in (("README.md", "index.md"), ("CONTRIBUTING.md", "contributing.md")):
+        text = re.sub(r'(\]\(|src="|srcset=")(?!\w+:)', r"\1../", (ROOT / source).read_text(encoding="utf-8"))
+        text = text.replace("../docs/", "").replace("../CONTRIBUTING.md", "contributing.md")
+        files.append(File.generated(config, name, content=text))
+    for folder in ("examples", "model_cards"):
+        for path in sorted((ROOT / folder).rglob("*.png")):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, f"repository/{name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page, **kwargs) -> str:
+    """Links out of `docs/`, which work as they are on GitHub: pictures are copied, the rest is linked where it is."""
+
+    def link(match: re.Match) -> str:
+        if not (ROOT / match[1]).exists():
+            raise PluginError(f"{page.file.src_path} links to `../{match[1]}`, which isn't there.")
+        return (
+            f"](repository/{match[1]})" if match[1].endswith(".png") else f"]({REPOSITORY}/{match[1]}{match[2] or ''})"
+        )
+
+    return TO_REPOSITORY.sub(link, markdown)
+
+
+def on_page_content(content: str, **kwargs) -> str:
+    def draw(match: re.Match) -> str:
+        return convert(html.unescape(match[3]), display="inline" if match[2] == "(" else "block")
+
+    return FORMULA.sub(draw, content)

@@ -1,0 +1,175 @@
+"""README, docs and cards: each block and command runs as printed, each table is that of its file, the site builds."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import run_command
+
+from hf_genarm import demo
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+PAIRS = ROOT / "examples" / "data" / "sentiment"
+QUICKSTART = ROOT / "docs" / "quickstart.md"
+# What is run elsewhere than here and in test_commands.py
+ELSEWHERE = {
+    "hf-genarm demo": "tests/test_browser.py",
+    "hf-genarm demo --export FOLDER": "tests/test_playground.py",
+    "hf-genarm COMMAND --help": "tests/test_command_line.py",
+}
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\b[^\n]*\n(.*?)^```", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def session(page):
+    """The Python of a page, top to bottom; after that of the quickstart, if the page says that it goes on from it."""
+    goes_on = "on from\nthe [quickstart]" in text_of(page) or "on from the [quickstart]" in text_of(page)
+    return "\n".join([*(blocks(QUICKSTART, "python") if goes_on else []), *blocks(page, "python")])
+
+
+def commands(page):
+    """Command lines of `hf-genarm`, in blocks and in the text."""
+    return [
+        " ".join(command.split()) for command in re.findall(r"(?<![\w.-])hf-genarm [a-zA-Z][^`#\n|]*", text_of(page))
+    ]
+
+
+OURS = list(dict.fromkeys(command for page in PAGES for command in commands(page) if command not in ELSEWHERE))
+
+
+def load(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / ".build" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+# --- without the model ---
+
+
+def test_the_readme_fits_two_screens():
+    assert len(text_of(README).splitlines()) <= 150
+
+
+def test_tables_of_numbers_are_those_of_the_files():
+    numbers = load("numbers")
+    assert {page.name for page in numbers.pages() if numbers.BLOCK.search(text_of(page))} >= {"README.md", "speed.md"}
+    for page in numbers.pages():
+        assert numbers.filled(text_of(page)) == text_of(page), "Run `python docs/.build/numbers.py`."
+
+
+def test_the_diagram_is_as_it_is_drawn():
+    diagram = load("diagram")
+    for name, ink in diagram.INKS.items():
+        assert text_of(diagram.IMAGES / f"lockstep-{name}.svg") == diagram.draw(ink), (
+            "Run `python docs/.build/diagram.py`."
+        )
+
+
+def test_the_two_lines_are_the_same_everywhere():
+    assert blocks(README, "python")[0] == blocks(QUICKSTART, "python")[0]
+
+
+def test_every_printed_command_is_run_by_a_test():
+    """Those of `hf-genarm` below, scripts by test_commands.py; what sets up an environment by `.ci`."""
+    known = {"hf-genarm", "python", "torchrun", "pip", "git", "source", "pre-commit", "pytest", "ruff", "bash", "curl"}
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+            for line in (line for line in lines if line.strip() and not line.startswith(("#", "export "))):
+                assert line.split()[0] in known, f"{page.name}: no test runs `{line}`."
+
+
+def test_links_to_files_lead_somewhere():
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", text_of(page)):
+            assert (page.parent / target).exists(), f"{page.name}: `{target}`"
+
+
+# --- with it ---
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory):
+    """The demo model in a cache of the Hub, under the id that is printed."""
+    folder = tmp_path_factory.mktemp("hub") / f"models--{demo.DEMO_MODEL_ID.replace('/', '--')}"
+    revision = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / revision).symlink_to(demo.demo_model())
+    return str(folder.parent)
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """What a reader has: a clone, and files of pairs and prompts."""
+    for name in ("model_cards", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    lines = text_of(PAIRS / "train.jsonl").splitlines()
+    for name, part in (("pairs", lines[:12]), ("other-pairs", lines[12:16]), ("prompts", lines[16:22])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs_as_printed(page, workspace, hub_cache):
+    shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-sentiment", workspace / "my-arm")
+    run_command(sys.executable, "-c", session(page), cwd=workspace, HF_HUB_CACHE=hub_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_the_quick_start_of_a_card_runs_as_printed(card, workspace, hub_cache):
+    (script,) = blocks(card, "python")
+    assert len(run_command(sys.executable, "-c", script, cwd=workspace, HF_HUB_CACHE=hub_cache).strip()) > 3
+
+
+@pytest.mark.slow
+def test_commands_run_as_printed(workspace, hub_cache):
+    scripts = Path(sys.executable).parent  # where `hf-genarm` is
+    for command in OURS:
+        run_command(
+            *command.split(),
+            cwd=workspace,
+            HF_HUB_CACHE=hub_cache,
+            HF_HUB_OFFLINE="1",
+            PATH=f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        )
+    assert (workspace / "my-arm" / "training.png").exists()
+    assert (workspace / "evaluation" / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:  # a reader's browser asks no other server
+        assert not re.findall(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//', text_of(page)), page
+        assert not re.findall(r'<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="(?:https?:)?//', text_of(page)), (
+            page
+        )
