@@ -19,7 +19,8 @@ FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT 
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 # They start processes of their own, or are as long as what is not slow.
 SLOW = ("decode_cost.py", "train_cost.py", "train_cost.py --heads", "run.py", "run.py --only speed")
-SLOW += ("run.py --size smoke", "token_law.py", "target_kl.py")
+SLOW += ("run.py --size smoke", "token_law.py", "target_kl.py", "capability.py")
+NEEDS_HARNESS = ("capability.py",)
 NEEDS_HUB = ("make_harmless.py", "run.py", "run.py --size smoke")  # for data that this repository doesn't have
 
 
@@ -90,6 +91,8 @@ def contents(folder):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run_as_printed(clone, tmp_path, command):
+    if short(command) in NEEDS_HARNESS:
+        pytest.importorskip("lm_eval", reason="needs the harness, of the extra `eval`")
     before = contents(clone)
     environment = os.environ | {
         "HF_GENARM_SMOKE": "1",

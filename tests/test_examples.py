@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -77,6 +78,26 @@ def test_splits_share_no_prompt():
         prompts[split] = {row["prompt"][0]["content"] for row in rows}
         assert all(row["chosen_score"] - row["rejected_score"] >= 0.3 for row in rows)
     assert len(set.union(*prompts.values())) == sum(map(len, prompts.values())) > 250
+
+
+def test_the_questions_are_those_that_are_made_and_described(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "data"))
+    folder = ROOT / "examples" / "data" / "common_knowledge"
+    rows = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == importlib.import_module("make_common_knowledge").items(seed=0)
+    assert all(len(set(row["choices"])) == len(row["choices"]) for row in rows)
+    assert len({row["question"] for row in rows}) == len(rows)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{len(rows)} questions" in text
+    assert f"{sum(1 / len(row['choices']) for row in rows) / len(rows):.3f} of them" in text
+    described = re.findall(r"^\| (.+?) \| (\d+) \| (\d) \| (.+?): (.+?) \|$", text, re.MULTILINE)
+    assert len(described) == len({row["kind"] for row in rows})
+    for kind, n_rows, n_choices, question, choices in described:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        assert (len(of_kind), {len(row["choices"]) for row in of_kind}) == (int(n_rows), {int(n_choices)})
+        (row,) = [row for row in of_kind if row["question"] == question]
+        assert [x.strip("*") for x in choices.split(", ")] == row["choices"]
+        assert f"**{row['choices'][row['answer']]}**" in choices
 
 
 def test_the_bootstrap_interval_is_that_of_the_mean(quickstart):

@@ -105,7 +105,23 @@ def headline() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"decode_cost": decode_cost, "train_cost": train_cost, "headline": headline}
+def capability() -> str:
+    report = json.loads((BENCHMARKS / "capability.json").read_text(encoding="utf-8"))
+    rows = [["", "chance", f"{report['chance']:.3f}", ""]]
+    for row in report["rows"]:
+        change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["change"]) if row["alpha"] else ""
+        accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])
+        form = "ratio to the base" if row["reference"] else "Eq. 7"
+        rows.append([f"{row['alpha']:g}", form if row["alpha"] else "unguided", accuracy, change])
+    return table(["α", "steered by", "accuracy", "less unguided, paired"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "capability": capability,
+    "decode_cost": decode_cost,
+    "train_cost": train_cost,
+    "headline": headline,
+}
 
 
 def pages() -> list[Path]:

@@ -57,16 +57,6 @@ def score(arm: str, alpha: float, reference: str | None, n_questions: int | None
     return sorted(samples, key=lambda sample: sample["doc_id"])
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
-    lines = ["| reference | α | accuracy | less unguided, paired |", "|---|---|---|---|"]
-    for row in report["rows"]:
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])]
-        cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["change"]) if row["alpha"] else "")
-        lines.append(f"| {row['reference'] or 'none'} | {row['alpha']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", default="model_cards/arm-smollm2-135m-sentiment", help="Hub id or folder")
@@ -108,8 +98,12 @@ def main() -> None:
         "versions": {name: version(name) for name in ("hf_genarm", "lm_eval", "torch", "transformers")},
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{report['n_questions']} questions; by chance, {report['chance']:.3f} would be right.\n\n{table(report)}")
-    print(f"\nThe report is in {args.output}.")
+    print(f"{report['n_questions']} questions, of which {report['chance']:.3f} are right by chance")
+    print("reference      α   accuracy               less unguided, paired")
+    for row in rows:
+        cells = "{:.3f} [{:.3f}, {:.3f}]   {:+.3f} [{:+.3f}, {:+.3f}]".format(*row["accuracy"], *row["change"])
+        print(f"{row['reference'] or 'none':<10} {row['alpha']:5g}   {cells}")
+    print(f"The report is in {args.output}.")
 
 
 if __name__ == "__main__":
