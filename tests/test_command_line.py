@@ -36,6 +36,7 @@ FILES = {
     "prompts.jsonl": json.dumps({"prompt": "How was it?"}) + "\n\n" + json.dumps({"prompt": "Why?"}),
     "chats.jsonl": json.dumps({"prompt": [{"role": "user", "text": "How was it?"}]}),
     "answered.jsonl": json.dumps({"prompt": "How was it?", "completion": "Fine."}),
+    "half.jsonl": json.dumps({"prompt": "How was it? \ud83d"}),
     "nothing.jsonl": json.dumps({"prompt": ""}),
     "there.jsonl": "",
     "unknown.yaml": "learning_rat: 0.1",
@@ -149,6 +150,7 @@ GENERATE = [
     (["--prompt_column", "question"], 1, r"Line 1 of `prompts.jsonl` has \['prompt'\].*`--prompt_column`"),
     (["--prompts", "chats.jsonl"], 1, "`prompt` in line 1 of `chats.jsonl`.*messages with `role` and `content`"),
     (["--prompts", "nothing.jsonl"], 1, '`prompt` in line 1 of `nothing.jsonl` is "".*not empty'),
+    (["--prompts", "half.jsonl"], 1, "Line 1 of `half.jsonl` has half a character"),
     (["--prompts", "answered.jsonl"], 1, "Line 1 of `answered.jsonl` has a `completion`.*Rename"),
 ]
 SHOW = [

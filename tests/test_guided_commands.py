@@ -45,17 +45,18 @@ def prompts(n=7):
     for index in range(n):
         text = "The train was late, " * (index * 3 % 7) + "the view was"
         prompt = text if index % 2 else [{"role": "user", "content": text}]
-        yield {"prompt": prompt, "id": f"№ {index}", "nested": {"none": None, "list": [1.0, 2]}}
+        yield {"prompt": prompt, "id": f"№\u2028{index}", "nested": {"none": None, "list": [1.0, 2]}}
 
 
 def written(folder, rows, name="prompts.jsonl"):
     path = Path(folder, name)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines, encoding="utf-8")
     return path
 
 
 def read(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def encoded(base, prompt):

@@ -15,7 +15,8 @@ def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
         ValueError: if the file can't be read, or a row is no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which also splits within texts, at characters that separate paragraphs
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ValueError(f"`{path}` can't be read: {reason}. Name a JSONL file: `--prompts`.") from error
@@ -29,6 +30,8 @@ def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
             raise ValueError(
                 f"Line {number} of `{path}` is no JSON: {error}. Write one object in each line."
             ) from error
+        if not _is_unicode(row):
+            raise ValueError(f"Line {number} of `{path}` has half a character, which can't be written. Mend its text.")
         if not isinstance(row, dict):
             raise ValueError(f"Line {number} of `{path}` is {line[:80]}, but must be an object with a `{column}`.")
         if column not in row:
@@ -45,6 +48,15 @@ def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"`{path}` is empty, but prompts are to be read from it.")
     return rows
+
+
+def _is_unicode(row: Any) -> bool:
+    """Whether no half of a surrogate pair stands alone, as in texts that were cut in the middle of an emoji."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check(prompt: Any, what: str) -> None:
