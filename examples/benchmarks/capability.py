@@ -41,6 +41,7 @@ def load_task() -> dict[str, Any]:
 def score(arm: str, alpha: float, reference: str | None, n_questions: int | None) -> list[dict[str, Any]]:
     """The questions, each with `acc`, which is 1 if it was answered right."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     import hf_genarm.lm_eval  # noqa: F401  registers the model
 
@@ -48,6 +49,7 @@ def score(arm: str, alpha: float, reference: str | None, n_questions: int | None
         model="hf-genarm",
         model_args={"pretrained": demo_model(), "arm": arm, "alpha": alpha, "reference": reference},
         tasks=[load_task()],
+        task_manager=TaskManager(include_defaults=False),  # the harness's own tasks take seconds to list
         batch_size=16,
         device="cpu",
         limit=n_questions,
