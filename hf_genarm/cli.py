@@ -16,6 +16,7 @@ _COMMANDS = {
     "lm-eval": "score a guided model with the Language Model Evaluation Harness",
     "show": "print an answer with and without guidance, its tokens coloured",
     "demo": "open a page on which guidance is tried out",
+    "env": "print versions, and how reward models are run here: for reports of problems",
 }
 _HELP = (
     "usage: hf-genarm [--debug] COMMAND [ARGUMENTS]\n\n"
@@ -67,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    from .scripts import demo, evaluate, generate, lm_eval, show, train
+    from .scripts import demo, env, evaluate, generate, lm_eval, show, train
 
     if command == "lm-eval":  # whose arguments are those of another program
         lm_eval.main(arguments)
         return
-    scripts = {"train": train, "evaluate": evaluate, "generate": generate, "show": show, "demo": demo}
+    scripts = {"train": train, "evaluate": evaluate, "generate": generate, "show": show, "demo": demo, "env": env}
     script = scripts[command]
     script.main(*parse(script, f"hf-genarm {command}", arguments))
 
