@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
+    "tune": "find the strength, reference and temperature to steer with, on held-out prompts",
     "demo": "open a page on which guidance is tried out",
 }
 _HELP = (
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    from .scripts import demo, evaluate, train
+    from .scripts import demo, evaluate, train, tune
 
-    script = {"train": train, "evaluate": evaluate, "demo": demo}[command]
+    script = {"train": train, "evaluate": evaluate, "tune": tune, "demo": demo}[command]
     script.main(*parse(script, f"hf-genarm {command}", arguments))
 
 

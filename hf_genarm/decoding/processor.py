@@ -17,6 +17,7 @@ from .advice import Advice, refuse_hidden_text
 from .guided_tokens import GuidedTokens
 from .kl_control import KLControl
 from .padding import PromptMask, pad_token_id_of
+from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
 from .reference import Reference
 from .rewards import NextTokenRewards, refuse_nan
 from .statistics import Statistics
@@ -159,10 +160,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         cls,
         pretrained_model_name_or_path: str | Sequence[str],
         base_model: PreTrainedModel | None = None,
-        alpha: Alpha = 1.0,
+        alpha: Alpha | None = None,
         *,
         target_kl: float | None = None,
-        reference: RewardModel | Literal["base"] | None = None,
+        reference: RewardModel | Literal["base", "auto"] | None = "auto",
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -176,7 +177,13 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 As for the class. An adapter that was trained on it shares its weights.
-            alpha, target_kl, reference, pad_token_id, attention_mask:
+            alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
+                As for the class. Defaults to the strength that a reward model recommends (`recommended` in its
+                `genarm_config.json`), which is then logged, or else to 1.
+            reference (`"auto"`, `"base"`, [`~transformers.PreTrainedModel`] or another, *optional*, defaults to \
+            `"auto"`):
+                As for the class. `"auto"` is what a reward model recommends, or else was trained with.
+            target_kl, pad_token_id, attention_mask:
                 As for the class.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 The tokenizer of the base model. Defaults to the one in the folder of `base_model`.
@@ -187,15 +194,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
         given, base_model = pretrained_model_name_or_path, uncompiled(base_model)
         names = [given] if isinstance(given, str) else list(given)
         arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
+        left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
+        say_what_is_recommended(arms, names, left_open)
         if tokenizer is None and base_model is not None:
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
         processor = cls(
             arms,
-            alpha,
+            recommended_alpha(arms) if alpha is None else alpha,
             base_model=base_model,
             target_kl=target_kl,
-            reference=reference,
+            reference=recommended_reference(arms, names, base_model) if reference == "auto" else reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,

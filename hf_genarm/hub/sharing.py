@@ -65,6 +65,17 @@ def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]
     return copy.deepcopy(base_model, memo=shared), {alias: x for x, alias in aliases.items()}
 
 
+def without_adapter(model: PeftModel) -> PreTrainedModel:
+    """
+    Other modules around the very parameters of a model, in which its adapter is off: unlike
+    [`~peft.PeftModel.disable_adapter`], nothing of the model itself changes meanwhile.
+    """
+    base, _ = frozen_twin(model)
+    if not model.active_peft_config.is_prompt_learning:  # which is left out with the model that is around the base
+        base.disable_adapter_layers()
+    return base.get_base_model()
+
+
 def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> bool:
     """Whether a model is a second set of modules around weights of the base model, with or without some of its own."""
     return not set(model.parameters()).isdisjoint(base_model.parameters())

@@ -84,7 +84,7 @@ def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> 
     beta = arm.info.beta or 1.0
     rewards, lengths = score(arm, pairs, batch_size)
     labels: Any = (lengths,)
-    if isinstance(arm.model, PeftModel):
+    if isinstance(arm.model, PeftModel) and arm.info.reference is None:
         with arm.model.disable_adapter():
             labels += (beta * score(arm, pairs, batch_size)[0],)
     return EvalPrediction(predictions=beta * rewards, label_ids=labels)
