@@ -28,8 +28,8 @@ def recommendation(info: RewardInfo, model_id: str) -> str:
         _BEGIN,
         "## Recommended setting",
         "",
-        f"{described(setting)}. Strength and reference are taken where no others are given; temperature is an argument of",
-        "`generate`.",
+        f"{described(setting)}. Strength and reference are taken where no others are given; the",
+        "temperature is an argument of `generate`.",
         "",
         "```python",
         f'processor = GenARMLogitsProcessor.from_pretrained("{model_id}", base_model=model)',
@@ -40,10 +40,12 @@ def recommendation(info: RewardInfo, model_id: str) -> str:
     if measured.get("settings"):
         lines += [
             "",
-            f"It has the highest reward of the settings that are at most {measured['max_kl']:g} nats from the base. One",
-            f"answer of up to {measured['max_new_tokens']} tokens to each of {measured['n_prompts']} held-out prompts; means",
-            f"with their 95 % bootstrap intervals over prompts. Reward: `{measured['scorer']}`. KL: the divergence from the",
-            "base of what was sampled from, summed over an answer, in nats. Perplexity: of the answers, under the base.",
+            "It has the highest reward of the settings whose answers are at most "
+            f"{measured['max_kl']:g} nats from the base.",
+            f"One answer of up to {measured['max_new_tokens']} tokens to each of {measured['n_prompts']} held-out prompts;",
+            "means with their 95 % bootstrap intervals over prompts. KL: the divergence of what was sampled from",
+            "from the base, summed over an answer, in nats. Perplexity: of all answers, under the base. Reward:",
+            f"{measured['scorer']}.",
             "",
             *settings_table(setting),
             "",

@@ -26,19 +26,13 @@ class StartingPoint:
             Of the trainer.
 
     Raises:
-        ValueError: if training would change it.
+        ValueError: if a copy would be needed, and can't be made.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, accelerator: Accelerator):
         self._accelerator = accelerator
         self._copy: Any = None
         if isinstance(model, PeftModel):
-            bias = getattr(model.active_peft_config, "bias", "none")
-            if bias != "none":
-                raise ValueError(
-                    f"`reference` is 'base', but the adapter has `bias={bias!r}`: it trains biases of the base itself, "
-                    "so that there is no base without it. Use `bias='none'`."
-                )
             return
         if not all(is_plain(x) for x in model.parameters()) or accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             raise ValueError(

@@ -116,6 +116,13 @@ def check_adapter(model: PreTrainedModel | PeftModel, args: AutoregressiveReward
             f"The adapter is of the type `{config.peft_type.value}`, a cache, which doesn't go together with gradient "
             "checkpointing, the default of TRL's trainers. Set `gradient_checkpointing=False`."
         )
+    bias = getattr(config, "bias", "none")
+    if bias != "none" and (args.reference is not None or args.decode_alpha is not None):
+        name = "decode_alpha" if args.reference is None else "reference"
+        raise ValueError(
+            f"`{name}` is {getattr(args, name)!r}, but the adapter has `bias={bias!r}`: it trains biases of the base "
+            "itself, so that there is no base without it. Use `bias='none'`."
+        )
     is_tied = network_of(model).config.get_text_config().tie_word_embeddings
     if is_tied and getattr(config, "trainable_token_indices", None) and "lm_head" in (config.modules_to_save or []):
         raise ValueError(
