@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from pairs import PROMPTS, message
+from commands import ROOT, run_command
+from pairs import PROMPTS, conversational, message
 from tiny import save_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -15,6 +17,7 @@ from transformers.utils import logging
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo, cli
 from hf_genarm.functional import kl_divergence
 from hf_genarm.hub.recommendation import recommendation, with_recommendation
+from hf_genarm.scripts.judge import Judge
 from hf_genarm.scripts.sweep import Answers, Setting, Sweep, tokenized
 from hf_genarm.scripts.tune import choose, statistics
 
@@ -91,6 +94,20 @@ def test_the_command(folder, capsys):
     assert (folder / "arm" / "README.md").read_text().count("## Recommended setting") == 1
 
 
+def test_a_judge_is_trained_on_other_pairs(folder, capsys):
+    rows = [dict(zip(conversational(True), x, strict=True)) for x in zip(*conversational(True).values(), strict=True)]
+    (folder / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--arm", "arm", "--prompts", "prompts.jsonl", "--pairs", "others.jsonl", "--max_kl", "1e6"]
+    for n in (1, 2):
+        assert cli.main(["tune", *arguments, "--alpha", "0.5", "--max_new_tokens", "5", "--reference", "base"]) == 0
+        assert ("train_runtime" in capsys.readouterr().out) == (n == 1), "It is trained once."
+    (judge,) = (folder / "tuning" / "judge").iterdir()
+    judge = AutoregressiveRewardModel.from_pretrained(str(judge), AutoModelForCausalLM.from_pretrained("base"))
+    assert judge.info.loss == {"reference": "base"}
+    described = Judge("others.jsonl", "judges").described(judge)
+    assert re.fullmatch(r"a judge trained on `others.jsonl`, right on [01].\d+ \[.*\] of the pairs held out", described)
+
+
 def test_what_is_measured_is_what_was_sampled_from(folder):
     """KL after temperature, and the likelihood under the base, over each answer to its end, from scratch."""
     model = AutoModelForCausalLM.from_pretrained("base")
@@ -144,6 +161,7 @@ WRONG = [
     (["--scorer", "no_module:rising"], 1, "`scorer` is 'no_module:rising'.*can't be imported"),
     (["--scorer", "my_scorer:no"], 1, "`scorer` is 'my_scorer:no'.*can't be imported"),
     (["--scorer", "my_scorer:not_a_function"], 1, "which is a int, but must be a function"),
+    (["--pairs", "prompts.jsonl"], 2, "`scorer` is 'my_scorer:rising' and `pairs` is 'prompts.jsonl', but one"),
     (["--prompts", "no.jsonl"], 1, "`no.jsonl` can't be read.*Check `--prompts`"),
     (["--prompts", "bare.jsonl"], 1, r"`bare.jsonl` has the columns \['question'\], but not `prompt`"),
     (["--prompts", "one.jsonl"], 1, "`one.jsonl` has 1 prompt.*at least 2"),
@@ -173,11 +191,12 @@ def test_wrong_calls(folder, monkeypatch, capfd, call, code, line):
 
 @pytest.mark.parametrize(
     ("scorer", "line"),
-    [("few", "gave .* for 3 answers, but must give a finite number for each"), ("worse", "nothing is recommended")],
+    [("few", "gave .* for 3 answers, but must give a finite number for each"), ("worse", "Nothing is recommended")],
 )
 def test_what_is_known_late_changes_nothing(folder, capfd, scorer, line):
-    assert tune("--scorer", f"my_scorer:{scorer}", "--reference", "none") == 1
-    said = capfd.readouterr().err.splitlines()[-1]
+    assert tune("--scorer", f"my_scorer:{scorer}", "--reference", "none") == (scorer == "few")
+    printed = capfd.readouterr()
+    said = (printed.err if scorer == "few" else printed.out).splitlines()[-1]
     assert re.search(line, said), said
     assert RewardInfo.load("arm/genarm_config.json").recommended is None
     assert "Recommended setting" not in (folder / "arm" / "README.md").read_text()
@@ -249,3 +268,16 @@ def test_the_section_of_a_card():
     assert again == once.replace("Strength 0.6", "Strength 0.5")
     assert with_recommendation("# mine\n", section).count("Recommended setting") == 1
     assert recommendation(RewardInfo(), "me/arm") == ""
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(tmp_path):
+    """As printed, one after the other, at the small size."""
+    page = (ROOT / "docs" / "strength.md").read_text(encoding="utf-8")
+    block = next(x for x in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "tune" in x)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {"HF_GENARM_SMOKE": "1", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for line in block.strip().splitlines():
+        command = line.replace("hf-genarm", "python -m hf_genarm").split()
+        printed = run_command(sys.executable, *command[1:], cwd=tmp_path, **environment)
+    assert "the highest reward at a KL of at most 20" in printed

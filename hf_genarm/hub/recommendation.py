@@ -42,7 +42,8 @@ def recommendation(info: RewardInfo, model_id: str) -> str:
             "",
             "It has the highest reward of the settings whose answers are at most "
             f"{measured['max_kl']:g} nats from the base.",
-            f"One answer of up to {measured['max_new_tokens']} tokens to each of {measured['n_prompts']} held-out prompts;",
+            f"One answer of up to {measured['max_new_tokens']} tokens to each of "
+            f"{measured['n_prompts']} held-out prompts;",
             "means with their 95 % bootstrap intervals over prompts. KL: the divergence of what was sampled from",
             "from the base, summed over an answer, in nats. Perplexity: of all answers, under the base. Reward:",
             f"{measured['scorer']}.",

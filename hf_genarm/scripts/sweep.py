@@ -80,7 +80,7 @@ class Sweep:
         self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
         self._ends = end_token_ids(model.generation_config, tokenizer)
         self._key = {
-            "base": weights_fingerprint(model) or model.name_or_path,
+            "base": base_id(model),
             "prompts": prompts,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
@@ -152,6 +152,11 @@ class Sweep:
         answers.n_tokens += lengths.tolist()
         answers.kl += kl.tolist()
         answers.base_log_prob += base_log_prob.tolist()
+
+
+def base_id(model: PreTrainedModel) -> str:
+    """What tells a base from others, for what is kept."""
+    return weights_fingerprint(model) or str(model.name_or_path)
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence) -> Any:

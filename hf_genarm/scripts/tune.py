@@ -33,10 +33,11 @@ from ..hub.compatibility import tokenizers_to_align
 from ..hub.info import INFO_NAME, RewardInfo
 from ..hub.recommendation import PICTURE, described, recommendation, with_recommendation
 from ..hub.reward_model import AutoregressiveRewardModel
+from .judge import Judge
 from .output import make_output_dir
 from .pairs import load_prompts
 from .plots import plot_settings
-from .sweep import Answers, Setting, Sweep, fingerprint
+from .sweep import Answers, Setting, Sweep, base_id, fingerprint
 
 Scorer = Callable[..., Sequence[float]]
 
@@ -49,11 +50,19 @@ class TuneArguments:
     prompts: str = field(
         metadata={"help": "Hub id, folder or file (JSONL, CSV, …) with a column `prompt` of texts or messages."}
     )
-    scorer: str = field(
+    scorer: str | None = field(
+        default=None,
         metadata={
             "help": "`module:function`, a reward function as TRL's GRPOTrainer takes it: of `prompts` and "
-            "`completions`, one number for each. A reward model can't be its own judge."
-        }
+            "`completions`, one number for each."
+        },
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a scorer, preference pairs that the reward model has not seen: a judge is trained on "
+            "them. A reward model can't be its own judge."
+        },
     )
     base: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the model to steer. Defaults to that of the adapter."}
@@ -81,6 +90,11 @@ class TuneArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
 
     def __post_init__(self) -> None:
+        if (self.scorer is None) == (self.pairs is None):
+            raise ValueError(
+                f"`scorer` is {self.scorer!r} and `pairs` is {self.pairs!r}, but one of them says what a good answer "
+                "is: a function, or pairs that the reward model has not seen. Give one."
+            )
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
@@ -101,7 +115,8 @@ def main(args: TuneArguments) -> None:
     target = Path(args.arm if Path(args.arm).is_dir() else args.output_dir)
     if not os.access(target, os.W_OK):
         raise ValueError(f"`{target}` can't be written to, where the recommended setting goes. Copy it, and tune that.")
-    scorer = load_scorer(args.scorer)
+    judge = None if args.pairs is None else Judge(args.pairs, Path(args.output_dir, "judge"))
+    scorer = None if args.scorer is None else load_scorer(args.scorer)
     prompts = load_prompts(args.prompts, args.prompts_split)[: args.max_prompts]
     if len(prompts) < 2:
         raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals take at least 2.")
@@ -109,6 +124,12 @@ def main(args: TuneArguments) -> None:
     if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
         raise ValueError(f"The prompts are messages, but `{model.name_or_path}` has no chat template. Give texts.")
     arm = AutoregressiveRewardModel.from_pretrained(args.arm, model, trust_remote_code=args.trust_remote_code)
+
+    scored_by = f"`{args.scorer}`"
+    if judge is not None:
+        judging = judge.train(model, tokenizer, base_id(model))
+        scorer, scored_by = judging.as_reward_func(args.batch_size), judge.described(judging)
+    assert scorer is not None
 
     references = args.reference or (["base", "none"] if isinstance(arm.model, PeftModel) else ["none"])
     processors = {x: make_processor(args.arm, arm, model, tokenizer, x) for x in references}
@@ -127,28 +148,26 @@ def main(args: TuneArguments) -> None:
         for setting in settings:
             processor = processors[setting.reference or "none"] if setting.alpha else None
             answers = sweep(setting, processor, arm_id if processor else None, progress.update)
-            measured.append((answers, scores_of(scorer, args.scorer, prompts, answers.texts)))
+            measured.append((answers, scores_of(scorer, scored_by, prompts, answers.texts)))
 
     rows = [
         asdict(setting) | statistics(answers, rewards, args.seed)
         for setting, (answers, rewards) in zip(settings, measured, strict=True)
     ]
     picture = Path(args.output_dir, PICTURE)
-    plot_settings(rows, args.max_kl, f"reward ({args.scorer})", str(picture))
+    plot_settings(rows, args.max_kl, "reward", str(picture))
     print(table(rows))
     index = choose(rows, args.max_kl)
     gain = interval_of_mean(measured[index][1] - measured[0][1], args.seed)
     print(f"\n{described(rows[index])}: the highest reward at a KL of at most {args.max_kl:g} nats per answer.")
     print("Its reward less that of the base, paired: {:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
     if gain[0] <= 0:
-        raise ValueError(
-            f"No setting within `max_kl` {args.max_kl:g} has a higher reward than the base alone, so that nothing is "
-            "recommended. Raise `--max_kl`, or try a better reward model."
-        )
+        print("Nothing is recommended, as the base alone does as well. Raise `--max_kl`, or train on more pairs.")
+        return
     chosen = asdict(settings[index])
     arm.info.recommended = chosen | {
         "measured": {
-            "scorer": args.scorer,
+            "scorer": scored_by,
             "prompts": Path(args.prompts).name if Path(args.prompts).exists() else args.prompts,
             "n_prompts": len(prompts),
             "max_new_tokens": args.max_new_tokens,
@@ -236,7 +255,7 @@ def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.
     scores = np.array(scorer(prompts=prompts, completions=completions), dtype=float)
     if scores.shape != (len(texts),) or not np.isfinite(scores).all():
         raise ValueError(
-            f"`scorer` {name!r} gave {scores.tolist()!r:.80} for {len(texts)} answers, but must give a finite number "
+            f"The scorer {name} gave {scores.tolist()!r:.80} for {len(texts)} answers, but must give a finite number "
             "for each. Correct it; the answers are kept."
         )
     return scores
