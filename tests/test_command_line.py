@@ -50,6 +50,7 @@ TRAIN = [
     (["my-arm"], 2, "`my-arm`.*no argument"),
     (["--beta", "much"], 2, "--beta.*'much'"),
     (["--beta", "-1"], 2, "`beta` is -1.0.*positive"),
+    (["--reference", "me"], 2, "--reference.*'me'.*'base'"),
     (["--loss_type", "hing"], 2, "--loss_type.*'hing'.*'hinge'"),
     (["--dataset"], 2, "--dataset.*expected one argument"),
     (["--config"], 2, "`--config` is ``.*Name a YAML file"),

@@ -199,16 +199,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if tokenizer is None and base_model is not None:
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
+        to_align = None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer)
         processor = cls(
             arms,
             recommended_alpha(arms) if alpha is None else alpha,
             base_model=base_model,
             target_kl=target_kl,
-            reference=recommended_reference(arms, names, base_model) if reference == "auto" else reference,
+            reference=recommended_reference(arms, names, base_model, to_align) if reference == "auto" else reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,
-            reward_tokenizer=None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer),
+            reward_tokenizer=to_align,
         )
         processor._rewards.log_engines(names)
         return processor

@@ -20,7 +20,10 @@ def recommended_alpha(arms: Sequence[AutoregressiveRewardModel]) -> list[float]:
 
 
 def recommended_reference(
-    arms: Sequence[AutoregressiveRewardModel], names: Sequence[str], base_model: PreTrainedModel | None
+    arms: Sequence[AutoregressiveRewardModel],
+    names: Sequence[str],
+    base_model: PreTrainedModel | None,
+    reward_tokenizers: Sequence[Any] | None,
 ) -> Any:
     """
     The [`base_reference`] if reward models recommend one, or else were trained with it; `None` if they don't.
@@ -35,17 +38,20 @@ def recommended_reference(
             f"The reward models are used with different references ({said}), but one serves all. Choose it: "
             '`reference="base"` or `reference=None`.'
         )
-    return None if wanted[0] is None else base_reference(arms, names, base_model)
+    return None if wanted[0] is None else base_reference(arms, names, base_model, reward_tokenizers)
 
 
 def base_reference(
-    arms: Sequence[AutoregressiveRewardModel], names: Sequence[str], base_model: PreTrainedModel | None
+    arms: Sequence[AutoregressiveRewardModel],
+    names: Sequence[str],
+    base_model: PreTrainedModel | None,
+    reward_tokenizers: Sequence[Any] | None,
 ) -> Any:
     """
     `"base"`, or the model that a reward model was trained from where that is another one.
 
     Raises:
-        ValueError: if there are several, as one reference serves all, or it is not known.
+        ValueError: if there are several, as one reference serves all, it is not known, or has other tokens.
     """
     if base_model is not None and all(_is_on(arm, base_model) for arm in arms):
         return "base"
@@ -53,6 +59,11 @@ def base_reference(
         raise ValueError(
             f"Not all of {', '.join(f'`{name}`' for name in names)} were trained on the base, so that their rewards "
             "are contrasts with different models, but one reference serves all. Choose it: pass `reference`."
+        )
+    if reward_tokenizers is not None and reward_tokenizers[0] is not None:
+        raise ValueError(
+            f"The rewards of `{names[0]}` are less those of the model that it was trained from, whose tokens are not "
+            "those of the base, and a reference has those. Choose it: pass `reference`, `None` for none."
         )
     return arms[0].reference
 

@@ -80,7 +80,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         raise ValueError(
             "All weights of this reward model were trained, so that it does not hold the model that training started "
             f"from, which its rewards are less (`{self.info.base_model}`). Load it with that model: "
-            "`from_pretrained(..., base_model=model)`."
+            "`from_pretrained(..., base_model=model)`, or `--base` of a command."
         )
 
     @classmethod

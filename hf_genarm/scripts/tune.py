@@ -10,7 +10,6 @@ folder, or else into `--output_dir`. What was sampled is kept there, and not sam
 """
 
 import importlib
-import json
 import os
 import shutil
 import sys
@@ -21,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.recommended import base_reference
@@ -31,6 +30,7 @@ from ..demo import DEMO_MODEL_ID, demo_model
 from ..hub.card import reward_model_card
 from ..hub.compatibility import tokenizers_to_align
 from ..hub.info import INFO_NAME, RewardInfo
+from ..hub.loading import download
 from ..hub.recommendation import PICTURE, described, recommendation, with_recommendation
 from ..hub.reward_model import AutoregressiveRewardModel
 from .judge import Judge
@@ -120,9 +120,7 @@ def main(args: TuneArguments) -> None:
     prompts = load_prompts(args.prompts, args.prompts_split)[: args.max_prompts]
     if len(prompts) < 2:
         raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals take at least 2.")
-    model, tokenizer = load_base(args)
-    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
-        raise ValueError(f"The prompts are messages, but `{model.name_or_path}` has no chat template. Give texts.")
+    model, tokenizer = load_base(args, has_chats=not isinstance(prompts[0], str))
     arm = AutoregressiveRewardModel.from_pretrained(args.arm, model, trust_remote_code=args.trust_remote_code)
 
     scored_by = f"`{args.scorer}`"
@@ -176,10 +174,14 @@ def main(args: TuneArguments) -> None:
             "settings": rows,
         }
     }
-    write(arm.info, args, target, isinstance(arm.model, PeftModel))
+    write(arm.info, args.arm, target, isinstance(arm.model, PeftModel))
     if picture.exists() and target != picture.parent:
         shutil.copy(picture, target)
-    print(f"`from_pretrained` takes it from `{target / INFO_NAME}`; the card has the table and the picture.")
+    files = f"`{INFO_NAME}`, `README.md` and `{PICTURE}` in {target}"
+    if Path(args.arm).is_dir():
+        print(f"It is what `from_pretrained({args.arm!r})` uses from now on: {files} say so.")
+    else:
+        print(f"Upload {files} to `{args.arm}`, and it is what `from_pretrained` uses.")
 
 
 def load_scorer(name: str) -> Scorer:
@@ -204,42 +206,43 @@ def load_scorer(name: str) -> Scorer:
     return scorer
 
 
-def load_base(args: TuneArguments) -> tuple[Any, Any]:
+def load_base(args: TuneArguments, has_chats: bool) -> tuple[Any, Any]:
     """
     The model to be steered and its tokenizer.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it can't write chats.
     """
     name = args.base
     if name is None:
-        path = Path(args.arm, "adapter_config.json")
-        if not path.exists():
-            raise ValueError(f"`{args.arm}` is no folder of an adapter, which would name its base. Give it: `--base`.")
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        try:
+            name = PeftConfig.from_pretrained(args.arm).base_model_name_or_path
+        except ValueError as error:
+            raise ValueError(f"`{args.arm}` is no adapter, which would name its base. Give it: `--base`.") from error
     path_or_id = demo_model() if name == DEMO_MODEL_ID else str(name)
     options: Any = {"trust_remote_code": args.trust_remote_code}
     try:
-        AutoConfig.from_pretrained(path_or_id, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left", **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"`{name}` can't be loaded. Name the model to steer: `--base`. {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, **options)
-    tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left", **options)
+    if has_chats and tokenizer.chat_template is None:
+        raise ValueError(f"The prompts are messages, but `{name}` has no chat template. Give texts.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, **options)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def make_processor(
     name: str, arm: AutoregressiveRewardModel, model: Any, tokenizer: Any, reference: str
 ) -> GenARMLogitsProcessor:
+    to_align = tokenizers_to_align([arm], [name], model, tokenizer)
     return GenARMLogitsProcessor(
         arm,
         base_model=model,
-        reference=base_reference([arm], [name], model) if reference == "base" else None,
+        reference=base_reference([arm], [name], model, to_align) if reference == "base" else None,
         tokenizer=tokenizer,
-        reward_tokenizer=tokenizers_to_align([arm], [name], model, tokenizer),
+        reward_tokenizer=to_align,
     )
 
 
@@ -318,13 +321,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(info: RewardInfo, args: TuneArguments, folder: Path, is_adapter: bool) -> None:
+def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
     """Brings `genarm_config.json` and the card up to date; of a reward model on the Hub, copies of them."""
     info.save(folder)
-    card, name = folder / "README.md", Path(args.arm).name
-    section = recommendation(info, args.arm)
+    card = download(arm) / "README.md"
     if card.exists():
-        text = with_recommendation(card.read_text(encoding="utf-8"), section)
-        card.write_text(text, encoding="utf-8")
+        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info, arm))
+        (folder / "README.md").write_text(text, encoding="utf-8")
     else:
-        reward_model_card(info, name, args.arm, is_adapter).save(card)
+        reward_model_card(info, Path(arm).name, arm, is_adapter).save(folder / "README.md")
