@@ -1,6 +1,7 @@
 """Reward models that are trained on what steers with `reference="base"`: training, scoring, steering, what is saved."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo, cli
 from hf_genarm.scripts.evaluate import predict
 from hf_genarm.training.metrics import preference_metrics
 
@@ -225,6 +226,12 @@ def test_scores_are_margins(published):
         alone = AutoregressiveRewardModel.from_pretrained(folder)
         with pytest.raises(ValueError, match=r"does not hold the model that training started from.*base_model=model"):
             alone.score(*chats)
+        Dataset.from_dict(conversational(True)).to_json(f"{folder}/pairs.jsonl")
+        call = ["evaluate", "--model", folder, "--dataset", f"{folder}/pairs.jsonl", "--output_dir", f"{folder}/report"]
+        assert cli.main(call) == 1
+        assert cli.main([*call, "--base", base.name_or_path]) == 0
+        report = json.loads(Path(folder, "report", "evaluation.json").read_text(encoding="utf-8"))
+        assert report["metrics"] == pytest.approx(metrics, rel=1e-4)
 
 
 def test_it_steers_by_the_margin(published, tokenizer):

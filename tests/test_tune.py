@@ -258,16 +258,16 @@ def test_one_reference_serves_all(folder, said):
 
 def test_the_section_of_a_card():
     info = RewardInfo(recommended=SETTING)
-    section = recommendation(info, "me/arm")
+    section = recommendation(info)
     assert 'Strength 0.6, reference `"base"`, temperature 0.7' in section
-    assert "temperature=0.7)" in section
+    assert "`temperature=0.7` is an argument of `generate`" in section
     card = "# arm\n\n## Quick start\n\nx\n\n## How far to trust it\n\ny\n"
     once = with_recommendation(card, section)
     assert once.index("Quick start") < once.index("Recommended setting") < once.index("How far")
-    again = with_recommendation(once, recommendation(RewardInfo(recommended=SETTING | {"alpha": 0.5}), "me/arm"))
+    again = with_recommendation(once, recommendation(RewardInfo(recommended=SETTING | {"alpha": 0.5})))
     assert again == once.replace("Strength 0.6", "Strength 0.5")
     assert with_recommendation("# mine\n", section).count("Recommended setting") == 1
-    assert recommendation(RewardInfo(), "me/arm") == ""
+    assert recommendation(RewardInfo()) == ""
 
 
 @pytest.mark.slow

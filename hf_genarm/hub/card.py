@@ -128,5 +128,5 @@ def reward_model_card(
         steered=steered or [],
         notes=notes,
         command=command,
-        recommendation=recommendation(info, model_id),
+        recommendation=recommendation(info),
     )

@@ -1,21 +1,23 @@
 """The part of a model card that says how to steer: a setting, and what it was measured to do beside others."""
 
 import re
+from textwrap import fill
 from typing import Any
 
 from .info import RewardInfo
 
 PICTURE = "tuning.png"
+# What is measured of each setting, and the decimals that it is told with
+MEASURES = {"reward": 2, "kl": 1, "perplexity": 1}
+_WIDTH = 120
 _BEGIN, _END = "<!-- begin: hf-genarm tune -->", "<!-- end: hf-genarm tune -->"
 
 
-def recommendation(info: RewardInfo, model_id: str) -> str:
+def recommendation(info: RewardInfo) -> str:
     """
     Args:
         info ([`RewardInfo`]):
             Of a reward model, with what it recommends.
-        model_id (`str`):
-            Its Hub id or folder.
 
     Returns:
         `str`: a section of Markdown, or nothing if it recommends nothing.
@@ -23,35 +25,22 @@ def recommendation(info: RewardInfo, model_id: str) -> str:
     setting = info.recommended
     if setting is None:
         return ""
-    temperature = "" if setting["temperature"] == 1 else f", temperature={setting['temperature']:g}"
-    lines = [
-        _BEGIN,
-        "## Recommended setting",
-        "",
-        f"{described(setting)}. Strength and reference are taken where no others are given; the",
-        "temperature is an argument of `generate`.",
-        "",
-        "```python",
-        f'processor = GenARMLogitsProcessor.from_pretrained("{model_id}", base_model=model)',
-        f"output = model.generate(**inputs, logits_processor=[processor], do_sample=True, top_k=0{temperature})",
-        "```",
-    ]
+    taken = (
+        f"{described(setting)}. `GenARMLogitsProcessor.from_pretrained` takes strength and reference where no others "
+        f"are given; `temperature={setting['temperature']:g}` is an argument of `generate`."
+    )
+    lines = [_BEGIN, "## Recommended setting", "", fill(taken, _WIDTH)]
     measured = setting["measured"]
     if measured.get("settings"):
-        lines += [
-            "",
-            "It has the highest reward of the settings whose answers are at most "
-            f"{measured['max_kl']:g} nats from the base.",
-            f"One answer of up to {measured['max_new_tokens']} tokens to each of "
-            f"{measured['n_prompts']} held-out prompts;",
-            "means with their 95 % bootstrap intervals over prompts. KL: the divergence of what was sampled from",
-            "from the base, summed over an answer, in nats. Perplexity: of all answers, under the base. Reward:",
-            f"{measured['scorer']}.",
-            "",
-            *settings_table(setting),
-            "",
-            f"![Reward against divergence and perplexity]({PICTURE})",
-        ]
+        how = (
+            f"Of those in the table that are at most {measured['max_kl']:g} nats from the base, it has the highest "
+            f"reward: {measured['scorer']}. One answer of up to {measured['max_new_tokens']} tokens to each of "
+            f"{measured['n_prompts']} held-out prompts, those that it was chosen on; means with their 95 % bootstrap "
+            "intervals over prompts. KL: the divergence from the base of the distributions that answers were drawn "
+            "from, summed over an answer, in nats. Perplexity: of all answers, under the base."
+        )
+        picture = f"![Reward against divergence and perplexity]({PICTURE})"
+        lines += ["", fill(how, _WIDTH), "", *settings_table(setting), "", picture]
     return "\n".join([*lines, _END, "", ""])
 
 
@@ -80,10 +69,6 @@ def settings_table(setting: dict[str, Any]) -> list[str]:
         is_chosen = all(row[name] == setting[name] for name in ("alpha", "reference", "temperature"))
         lines.append("| " + " | ".join(f"**{cell}**" if is_chosen and cell else cell for cell in cells) + " |")
     return lines
-
-
-# What is measured of each setting, and the decimals that it is told with
-MEASURES = {"reward": 2, "kl": 1, "perplexity": 1}
 
 
 def with_recommendation(card: str, section: str) -> str:

@@ -31,7 +31,7 @@ from ..hub.card import reward_model_card
 from ..hub.compatibility import tokenizers_to_align
 from ..hub.info import INFO_NAME, RewardInfo
 from ..hub.loading import download
-from ..hub.recommendation import PICTURE, described, recommendation, with_recommendation
+from ..hub.recommendation import MEASURES, PICTURE, described, recommendation, with_recommendation
 from ..hub.reward_model import AutoregressiveRewardModel
 from .judge import Judge
 from .output import make_output_dir
@@ -312,8 +312,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         reference = (row["reference"] or "none") if row["alpha"] else ""
         reward, kl, perplexity = (
-            "{:.{n}f} [{:.{n}f}, {:.{n}f}]".format(*row[name], n=n)
-            for name, n in (("reward", 2), ("kl", 1), ("perplexity", 1))
+            "{:.{n}f} [{:.{n}f}, {:.{n}f}]".format(*row[name], n=n) for name, n in MEASURES.items()
         )
         lines.append(
             f"  {row['alpha']:>6g} {reference:>9} {row['temperature']:>6g}   {reward:<22} {kl:<22} {perplexity}"
@@ -326,7 +325,7 @@ def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
     info.save(folder)
     card = download(arm) / "README.md"
     if card.exists():
-        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info, arm))
+        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info))
         (folder / "README.md").write_text(text, encoding="utf-8")
     else:
         reward_model_card(info, Path(arm).name, arm, is_adapter).save(folder / "README.md")
