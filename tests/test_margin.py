@@ -174,11 +174,10 @@ def test_it_has_no_dropout(make_trainer, tokenizer):
     assert not any(module.training for module in trainer._starting_point._copy.modules())
 
 
-def test_an_adapter_that_trains_the_base_is_refused(make_trainer):
-    with pytest.raises(
-        ValueError, match=r"`reference` is 'base', but the adapter has `bias='lora_only'`.*`bias='none'`"
-    ):
-        make_trainer(peft_config=LoraConfig(**LORA, bias="lora_only"), reference="base")
+def test_an_adapter_that_changes_the_base_is_refused(make_trainer):
+    for name, value in (("bias", "lora_only"), ("init_lora_weights", "pissa")):
+        with pytest.raises(ValueError, match=f"`reference` is 'base', but the adapter has `{name}={value!r}`"):
+            make_trainer(peft_config=LoraConfig(**LORA, **{name: value}), reference="base")
     with pytest.raises(ValueError, match="`reference` is 'model', but must be 'base'"):
         make_trainer(reference="model")
 
