@@ -65,7 +65,8 @@ class RewardInfo:
             The arguments of the loss that were not left at their defaults, such as `{"length_normalized": True}`.
         reward_scale (`float`, *optional*):
             Root mean square of $\log\pi_r(y_w \mid x) - \log\pi_r(y_l \mid x)$ on held-out pairs, in nats; of the
-            means over tokens, if the loss is length-normalised.
+            means over tokens, if the loss is length-normalised, and of $\log\pi_r - \log\pi_\text{base}$, if it was
+            trained on that.
         objective (`str`, *optional*):
             What is rewarded, in a few words.
         description (`str`, *optional*):

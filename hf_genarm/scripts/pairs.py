@@ -149,7 +149,7 @@ def load_prompts(name: str, split: str) -> list:
     Raises:
         ValueError: if it can't be read, or has no prompts of one kind.
     """
-    dataset = _load(name, split, argument="--prompts")
+    dataset = _load(name, split, what="prompt")
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"`{name}` has the columns {sorted(dataset.column_names)}, but not `prompt`. Rename yours: texts or lists "
@@ -165,19 +165,18 @@ def load_prompts(name: str, split: str) -> list:
     return prompts
 
 
-def _load(
-    name: str, split: str, config: str | None = None, data_dir: str | None = None, argument: str = "--dataset"
-) -> Dataset:
+def _load(name: str, split: str, config: str | None = None, data_dir: str | None = None, what: str = "pair") -> Dataset:
     path = Path(name)
     kinds = [_FILES[suffix[1:]] for suffix in path.suffixes if suffix[1:] in _FILES]
     if path.is_file() and not kinds:
         raise ValueError(
-            f"`{name}` can't be read: the ending of a file of pairs is one of {', '.join(_FILES)}. Convert it."
+            f"`{name}` can't be read: the ending of a file of {what}s is one of {', '.join(_FILES)}. Convert it."
         )
     if path.is_file() and re.split(r"[\[+]", split)[0] != "train":
         raise ValueError(
             f"The split `{split}` of `{name}` is asked for, but a file is one split, `train`. Give a folder "
-            f"with a file for each split (`train.jsonl`, `{split}.jsonl`), or hold pairs out with `--test_size`."
+            f"with a file for each split (`train.jsonl`, `{split}.jsonl`)"
+            + (", or hold pairs out with `--test_size`." if what == "pair" else ".")
         )
     try:
         with _quiet():
@@ -186,14 +185,14 @@ def _load(
                 return load_dataset(kinds[-1], data_files=str(path), split=split, **options)
             return load_dataset(name, config, data_dir=data_dir, split=split)
     except StopIteration as error:  # what is raised where there is nothing to read
-        raise ValueError(f"`{name}` is empty, but pairs are to be read from it.") from error
+        raise ValueError(f"`{name}` is empty, but {what}s are to be read from it.") from error
     except (DatasetsError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).rstrip(".")
         if not path.exists():
             reason = f"there is no such file or folder here, and on the Hub: {reason}"
         raise ValueError(
-            f"`{name}` can't be read: {reason}. Check `{argument}`: a Hub id, a folder, or a "
-            f"file of pairs ({', '.join(_FILES)}) with one pair in each row."
+            f"`{name}` can't be read: {reason}. Give a Hub id, a folder, or a "
+            f"file of {what}s ({', '.join(_FILES)}) with one {what} in each row."
         ) from error
 
 
