@@ -18,6 +18,7 @@ from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardIn
 from hf_genarm.functional import kl_divergence
 from hf_genarm.hub.recommendation import recommendation, with_recommendation
 from hf_genarm.scripts.judge import Judge
+from hf_genarm.scripts.plots import plot_settings
 from hf_genarm.scripts.sweep import Answers, Setting, Sweep, tokenized
 from hf_genarm.scripts.tune import choose, statistics
 
@@ -154,6 +155,17 @@ def test_statistics_in_closed_form():
     assert result["reward"] == [0.5, 0.0, 1.0]
     assert result["kl"] == [3.0, 2.0, 4.0]
     assert result["perplexity"] == pytest.approx([np.exp(8 / 4), np.exp(1), np.exp(7 / 3)])
+
+
+def test_a_picture_of_answers_that_are_all_alike(tmp_path):
+    """A mean of equal numbers can lie outside of its own interval, by rounding."""
+    low, high = [0.1, np.nextafter(0.1, 1), 0.1], [0.1, 0.1, np.nextafter(0.1, 0)]
+    rows = [
+        {"alpha": alpha, "reference": None, "temperature": 1.0, "reward": low, "kl": high, "perplexity": low}
+        for alpha in (0.0, 1.0)
+    ]
+    plot_settings(rows, 20.0, "reward", str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 WRONG = [

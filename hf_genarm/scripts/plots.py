@@ -78,7 +78,7 @@ def plot_evaluation(margin: np.ndarray, longer: np.ndarray, path: str) -> None:
 
 def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, path: str) -> None:
     """
-    Reward against the divergence from the base, and against perplexity under the base.
+    Reward against the divergence from the base, and against perplexity under the base; strengths stand at the points.
 
     Args:
         rows (list of `dict`):
@@ -96,7 +96,6 @@ def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, p
         return
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        # The base alone is where each line of its temperature begins.
         kinds.setdefault((row["temperature"], row["reference"] if row["alpha"] else "unguided"), []).append(row)
     colors = iter(COLORS * len(kinds))
     for (temperature, reference), of_kind in kinds.items():
@@ -104,13 +103,18 @@ def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, p
         label += f", temperature {temperature:g}" if len({row["temperature"] for row in rows}) > 1 else ""
         color = GREY if reference == "unguided" else next(colors)
         for axis, measure in zip(axes, ("kl", "perplexity"), strict=True):
-            x, y = ([row[name] for row in of_kind] for name in (measure, "reward"))
-            (means, *_), (rewards, *_) = (list(zip(*values, strict=True)) for values in (x, y))
-            errors = [[[m - low for m, low, _ in values], [high - m for m, _, high in values]] for values in (x, y)]
-            axis.errorbar(means, rewards, yerr=errors[1], xerr=errors[0], fmt="o-", color=color, capsize=3, label=label)
+            (x, low, high), (y, lower, upper) = (
+                np.array([row[name] for row in of_kind]).T for name in (measure, "reward")
+            )
+            # The mean of equal values may lie outside of its interval, by the last digit.
+            errors = [np.maximum([at - first, last - at], 0) for at, first, last in ((x, low, high), (y, lower, upper))]
+            axis.errorbar(x, y, errors[1], errors[0], fmt="o-", color=color, capsize=3, alpha=0.8, label=label)
+            for at, reward, row in zip(x, y, of_kind, strict=True):
+                if row["alpha"]:
+                    axis.annotate(f"{row['alpha']:g}", (at, reward), xytext=(4, 4), textcoords="offset points")
     axes[0].axvline(max_kl, color=GREY, linestyle=":", label="limit")
     axes[0].set(xlabel="divergence from the base, nats per answer", ylabel=reward_name)
-    axes[1].set(xlabel="perplexity under the base", ylabel=reward_name)
+    axes[1].set(xlabel="perplexity under the base", ylabel=reward_name, xscale="log")
     _save(figure, axes, path)
 
 
