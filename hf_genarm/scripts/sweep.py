@@ -15,6 +15,7 @@ from ..decoding.meter import Meter, answer_lengths
 from ..decoding.processor import GenARMLogitsProcessor
 from ..hub.base_weights import weights_fingerprint
 from ..hub.end_of_turn import end_token_ids
+from ..hub.info import chat_template_fingerprint, package_versions
 from ..hub.sharing import adapter_tensors
 
 
@@ -81,6 +82,8 @@ class Sweep:
         self._ends = end_token_ids(model.generation_config, tokenizer)
         self._key = {
             "base": base_id(model),
+            "template": chat_template_fingerprint(tokenizer),
+            "versions": package_versions(),
             "prompts": prompts,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
