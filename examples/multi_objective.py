@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fingerprint import fingerprint
 from quickstart import Steering, bootstrap, held_out_prompts
+from scorers import sentiment
 from small import fitting_adapter, output_folder, sized
 from soup import save_soup
 from tqdm import tqdm
@@ -33,7 +34,7 @@ NAMES = ("sentiment", "brevity")
 
 def measure(texts: list[str], steer: Steering) -> dict[str, np.ndarray]:
     return {
-        "sentiment": np.array([steer.scorer.polarity_scores(text)["compound"] for text in texts]),
+        "sentiment": np.array(sentiment(steer.prompts, texts)),
         "words": np.array([float(len(text.split())) for text in texts]),
     }
 

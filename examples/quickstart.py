@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from scorers import sentiment
 from small import fitting_adapter, output_folder, sized
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, set_seed
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
@@ -87,7 +87,6 @@ class Steering:
             chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
         )
         self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
-        self.scorer = SentimentIntensityAnalyzer()
 
     def sample(self, processors: list[LogitsProcessor]) -> torch.Tensor:
         """Token ids of the answers."""
@@ -97,7 +96,7 @@ class Steering:
 
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
         texts = self.tokenizer.batch_decode(self.sample([processor]), skip_special_tokens=True)
-        return texts, np.array([self.scorer.polarity_scores(text)["compound"] for text in texts])
+        return texts, np.array(sentiment(self.prompts, texts))
 
 
 def bootstrap(values: np.ndarray, seed: int, n_resamples: int = 10_000) -> tuple[float, float, float]:
@@ -175,8 +174,9 @@ def main() -> None:
     prompts = held_out_prompts(n_prompts)
     steer = Steering(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     texts, scores = {}, {}
+    (strength,) = processor.alpha  # the one that the reward model recommends, or 1
     with tqdm(total=len(ALPHAS) + 2, desc="Generating") as progress:
-        for alpha in (0.0, *ALPHAS):
+        for alpha in (0.0, *(strength * x for x in ALPHAS)):
             processor.alpha = alpha
             texts[alpha], scores[alpha] = steer(processor)
             progress.update()
@@ -184,12 +184,13 @@ def main() -> None:
         progress.update()
 
     for index in range(0, len(prompts), len(prompts) // 4):
-        print(f"\n{prompts[index]}\n  unguided: {texts[0.0][index]!r}\n  guided:   {texts[1.0][index]!r}")
+        print(f"\n{prompts[index]}\n  unguided: {texts[0.0][index]!r}\n  guided:   {texts[strength][index]!r}")
 
     print(f"\nMean sentiment on {len(prompts)} held-out prompts (VADER compound, 95 % bootstrap interval):")
-    rows = [("unguided", scores[0.0]), ("control: untrained, α = 1", control_scores), ("guided, α = 1", scores[1.0])]
-    rows += [("guided - unguided, paired", scores[1.0] - scores[0.0])]
-    rows += [("guided - control, paired", scores[1.0] - control_scores)]
+    rows = [("unguided", scores[0.0]), ("control: untrained, α = 1", control_scores)]
+    rows += [(f"guided, α = {strength:g}", scores[strength])]
+    rows += [("guided - unguided, paired", scores[strength] - scores[0.0])]
+    rows += [("guided - control, paired", scores[strength] - control_scores)]
     for name, values in rows:
         mean, low, high = bootstrap(values, args.seed)
         print(f"  {name:<27} {mean:+.2f}  [{low:+.2f}, {high:+.2f}]")

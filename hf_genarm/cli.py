@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
     "evaluate": "report how well a reward model tells chosen from rejected responses",
+    "tune": "find the strength, reference and temperature to steer with, on held-out prompts",
     "generate": "answer a file of prompts with guidance",
     "lm-eval": "score a guided model with the Language Model Evaluation Harness",
     "show": "print an answer with and without guidance, its tokens coloured",
@@ -68,13 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    from .scripts import demo, env, evaluate, generate, lm_eval, show, train
-
+    script = import_module(f".scripts.{command.replace('-', '_')}", __package__)
     if command == "lm-eval":  # whose arguments are those of another program
-        lm_eval.main(arguments)
+        script.main(arguments)
         return
-    scripts = {"train": train, "evaluate": evaluate, "generate": generate, "show": show, "demo": demo, "env": env}
-    script = scripts[command]
     script.main(*parse(script, f"hf-genarm {command}", arguments))
 
 

@@ -44,6 +44,34 @@ def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     return torch.where(reference_log_probs == -torch.inf, 0.0, log_probs - reference_log_probs)
 
 
+def ratio_equivalent(alpha: float, temperature: float = 1.0) -> tuple[float, float]:
+    r"""
+    The strength and the temperature at which steering by $\log\pi_r - \log\pi_\text{base}$ is Eq. 7 at `alpha`.
+
+    With $\pi_r = \pi_\text{base}\,e^\Delta$, which is what an adapter on the base is, Eq. 7 turns two knobs at once: it
+    steers by the ratio $\Delta$, and samples at a lower temperature.
+
+    $$\pi_\text{base}\,\pi_r^\alpha = \pi_\text{base}^{1+\alpha}\,e^{\alpha\Delta} =
+    \big(\pi_\text{base}\,e^{\Delta\,\alpha/(1+\alpha)}\big)^{1+\alpha}$$
+
+    Args:
+        alpha (`float`):
+            Strength of Eq. 7, more than -1.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Temperature at which Eq. 7 is sampled.
+
+    Returns:
+        `tuple[float, float]`: the strength $\alpha/(1+\alpha)$ for `reference="base"`, and the temperature
+        $T/(1+\alpha)$ for `generate`.
+
+    Raises:
+        ValueError: if there is none, as the likelier tokens of the base would be the less likely ones.
+    """
+    if not alpha > -1:
+        raise ValueError(f"`alpha` is {alpha}, but only above -1 is Eq. 7 a ratio that is sampled at a temperature.")
+    return alpha / (1 + alpha), temperature / (1 + alpha)
+
+
 def weighted(log_probs: Tensor, alpha: float | Tensor) -> Tensor:
     """`alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
     return torch.where(alpha == 0, 0.0, alpha * log_probs) if isinstance(alpha, Tensor) else alpha * log_probs

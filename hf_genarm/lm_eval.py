@@ -8,6 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from .decoding.processor import GenARMLogitsProcessor
+from .decoding.recommended import recommended_alpha, recommended_reference
 from .decoding.rewards import refuse_nan
 from .decoding.vocab import vocab_maps
 from .functional import contrast, fill_unscored, guided_log_probs
@@ -31,10 +32,12 @@ class GuidedHFLM(HFLM):
             Hub id or folder of the base.
         arm (`str` or list of `str`):
             Hub ids or folders of reward models.
-        alpha (`float` or list of `float`, *optional*, defaults to 1.0):
-            Strength of all of them, or one for each. At 0, all numbers are those of `hf`.
-        reference (`"base"`, *optional*):
-            Steers by what reward models have learned, their log-probability less that of the base.
+        alpha (`float` or list of `float`, *optional*):
+            Strength of all of them, or one for each. At 0, all numbers are those of `hf`. Defaults to what they
+            recommend, or else 1.
+        reference (`"auto"`, `"base"` or `None`, *optional*, defaults to `"auto"`):
+            `"base"` steers by what reward models have learned, their log-probability less that of the base; `"auto"` as
+            they recommend, or else were trained.
         **kwargs:
             Whatever `hf` takes.
 
@@ -46,12 +49,12 @@ class GuidedHFLM(HFLM):
         self,
         pretrained: str,
         arm: str | list[str],
-        alpha: float | list[float] = 1.0,
-        reference: Literal["base"] | None = None,
+        alpha: float | list[float] | None = None,
+        reference: Literal["auto", "base"] | None = "auto",
         **kwargs: Any,
     ):
-        if reference not in (None, "base"):
-            raise ValueError(f"`reference` is {reference!r}, but must be 'base', or be left out.")
+        if reference not in (None, "auto", "base"):
+            raise ValueError(f"`reference` is {reference!r}, but must be 'auto', 'base' or None.")
         super().__init__(pretrained, **kwargs)
         names = [arm] if isinstance(arm, str) else list(arm)
         trust = bool(kwargs.get("trust_remote_code"))
@@ -60,9 +63,16 @@ class GuidedHFLM(HFLM):
             if not shares_weights(loaded.model, self.model):
                 loaded.model.to(self.device)
         aligned = tokenizers_to_align(arms, names, self.model, self.tokenizer)
+        if reference == "auto":
+            reference = recommended_reference(arms, names, self.model, aligned)
+        if reference not in (None, "base"):
+            raise ValueError(
+                f"The rewards of `{names[0]}` are less those of the model that it was trained from, which is not the "
+                "base, and is not scored here. Choose the reference: `reference=base` or `reference=None`."
+            )
         self._processor = GenARMLogitsProcessor(
             arms,
-            alpha,
+            recommended_alpha(arms) if alpha is None else alpha,
             base_model=self.model,
             reference=reference,
             tokenizer=self.tokenizer,

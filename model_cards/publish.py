@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-from meter import Meter, answer_lengths  # noqa: E402
 from quickstart import ALPHAS, Steering, bootstrap, train  # noqa: E402
 from small import output_folder, sized  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
+from hf_genarm.decoding.meter import Meter, answer_lengths  # noqa: E402
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model  # noqa: E402
 from hf_genarm.hub.card import Steered, reward_model_card  # noqa: E402
 from hf_genarm.hub.info import INFO_NAME, RewardInfo  # noqa: E402
@@ -48,7 +48,7 @@ class MeasuredSteering(Steering):
         """Returns the texts, and the mean KL per token of each."""
         meter = Meter()
         answers = self.sample(meter.around([processor]))
-        n_tokens = answer_lengths(answers, self.tokenizer.eos_token_id)
+        n_tokens = answer_lengths(answers, [self.tokenizer.eos_token_id])
         kl, _ = meter.read(answers, n_tokens)
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True), (kl / n_tokens).numpy()
 

@@ -37,6 +37,8 @@ def train(folder, *arguments, processes=1):
 KINDS = {
     "LoRA": [],
     "full, gradient checkpointing": ["--full", "--gradient-checkpointing"],
+    "margin, LoRA": ["--reference", "base"],
+    "margin, full": ["--full", "--reference", "base"],
     "SFT term": ["--full", "--sft-coefficient", 1.0],
 }
 

@@ -394,10 +394,15 @@ def test_a_config_that_peft_can_not_read(saved, text):
         load(saved / "arm")
 
 
+def setting(**values):
+    return {"alpha": 1.0, "reference": "base", "temperature": 0.7, "measured": {}} | values
+
+
 BAD_VALUES = {
     "beta": [-0.1, 0, True, "high", float("nan"), float("inf"), [1], {}],
     "reward_scale": [-1.0, 0, False, "1", float("nan")],
-    "loss": [None, [], "sigmoid", {"length_normalized": "no"}, {"length_normalized": None}],
+    "loss": [None, [], "sigmoid", {"length_normalized": "no"}, {"length_normalized": None}, {"reference": "me"}],
+    "recommended": [[], "strong", {"alpha": 1.0}, setting(alpha="1"), setting(reference="me"), setting(temperature=0)],
     "metrics": [None, [], {"pair_accuracy": "good"}, {"pair_accuracy": None}, {"pair_accuracy": True}],
     "versions": [None, {"trl": 1}],
     "n_pairs": [-1, 1.5, True, "3"],
@@ -440,6 +445,7 @@ def test_a_file_that_holds_no_fields(saved, text):
 
 def test_values_that_can_be(tmp_path):
     info = RewardInfo(beta=1, reward_scale=1e-9, metrics={"n_pairs": 3, "correlation": float("nan")}, n_pairs=0)
+    info.recommended = setting()
     info.objective = "Wärme, 溫暖"
     info.save(tmp_path)
     again = RewardInfo.load(tmp_path / "genarm_config.json")

@@ -123,7 +123,7 @@ def test_rollouts_value_a_token_by_the_reward_of_the_answer_that_follows(tokeniz
 
 
 def test_the_meter_measures_what_a_closed_form_says():
-    from meter import Meter
+    from hf_genarm.decoding.meter import Meter
 
     base, prompts = tiny_llama(), random_prompts(2, 4)
     meter = Meter()

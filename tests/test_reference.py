@@ -10,7 +10,7 @@ from tiny import VOCAB_SIZE, left_padded, tiny_llama
 from transformers import LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.functional import contrast
+from hf_genarm.functional import contrast, ratio_equivalent
 
 __all__ = ["adapters", "base", "folder", "models"]
 
@@ -86,6 +86,27 @@ def test_at_strength_one_it_is_the_adapter_itself(base, adapters, models):
     output = generate(base, [processor], FOUR, do_sample=True, top_k=0)
     expected = generate(models[0], [], FOUR, do_sample=True, top_k=0)
     assert_same(output, expected)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.5, 1.0), (1.0, 1.0), (3.0, 0.7), (-0.4, 1.0)])
+def test_eq_7_is_the_ratio_sampled_at_a_lower_temperature(base, adapters, alpha, temperature):
+    """π_base π_r^α = (π_base (π_r / π_base)^(α/(1+α)))^(1+α), whole texts of a batch and their distributions."""
+    eq_7 = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base, alpha=alpha, reference=None)
+    options = {"do_sample": True, "top_k": 0, "output_scores": True, "return_dict_in_generate": True}
+    expected = generate(base, [eq_7], FOUR, temperature=temperature, **options)
+    strength, lower = ratio_equivalent(alpha, temperature)
+    ratio = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base, alpha=strength, reference="base")
+    output = generate(base, [ratio], FOUR, temperature=lower, **options)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for one, other in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), atol=2e-4, rtol=0)
+    hotter = generate(base, [ratio], FOUR, temperature=temperature, **options)
+    assert not torch.allclose(hotter.scores[0].log_softmax(-1), expected.scores[0].log_softmax(-1), atol=1e-2)
+
+
+def test_where_no_ratio_is_eq_7():
+    with pytest.raises(ValueError, match="`alpha` is -1, but only above -1"):
+        ratio_equivalent(-1)
 
 
 def test_between_the_two_it_is_their_geometric_mean(models):

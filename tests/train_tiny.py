@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--sft-coefficient", type=float, default=0.0)
+    parser.add_argument("--reference")
     args = parser.parse_args()
     config = AutoregressiveRewardConfig(
         output_dir=str(args.output_dir),
@@ -82,6 +83,7 @@ def main() -> None:
         learning_rate=1e-2,
         beta=0.3,
         sft_coefficient=args.sft_coefficient,
+        reference=args.reference,
         report_to="none",
         disable_tqdm=True,
     )

@@ -17,6 +17,7 @@ from .advice import Advice, refuse_hidden_text
 from .guided_tokens import GuidedTokens
 from .kl_control import KLControl
 from .padding import PromptMask, pad_token_id_of
+from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
 from .reference import Reference
 from .rewards import NextTokenRewards, refuse_nan
 from .statistics import Statistics
@@ -118,7 +119,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             )
         self._infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
         self._models = [_model_of(x) for x in given]
-        self._reference_model = reference if reference in (None, "base") else _model_of(reference)
+        self.reference = reference if reference in (None, "base") else _model_of(reference)
         self._base = None if base_model is None else network_of(base_model)
         if base_model is not None:
             refuse_hidden_text(base_model)
@@ -141,8 +142,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._reader = TextReader(self._watch)
         self._rewards = NextTokenRewards(self._models, self._vocab_maps, self._watch)
         self._reference = None
-        if self._reference_model is not None:
-            self._reference = Reference(self._reference_model, self._watch)
+        if self.reference is not None:
+            self._reference = Reference(self.reference, self._watch)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics")
@@ -159,10 +160,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         cls,
         pretrained_model_name_or_path: str | Sequence[str],
         base_model: PreTrainedModel | None = None,
-        alpha: Alpha = 1.0,
+        alpha: Alpha | None = None,
         *,
         target_kl: float | None = None,
-        reference: RewardModel | Literal["base"] | None = None,
+        reference: RewardModel | Literal["base", "auto"] | None = "auto",
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -176,7 +177,13 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 As for the class. An adapter that was trained on it shares its weights.
-            alpha, target_kl, reference, pad_token_id, attention_mask:
+            alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
+                As for the class. Defaults to the strength that a reward model recommends (`recommended` in its
+                `genarm_config.json`), which is then logged, or else to 1.
+            reference (`"auto"`, `"base"`, [`~transformers.PreTrainedModel`] or another, *optional*, defaults to \
+            `"auto"`):
+                As for the class. `"auto"` is what a reward model recommends, or else was trained with.
+            target_kl, pad_token_id, attention_mask:
                 As for the class.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 The tokenizer of the base model. Defaults to the one in the folder of `base_model`.
@@ -187,19 +194,22 @@ class GenARMLogitsProcessor(LogitsProcessor):
         given, base_model = pretrained_model_name_or_path, uncompiled(base_model)
         names = [given] if isinstance(given, str) else list(given)
         arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
+        left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
+        say_what_is_recommended(arms, names, left_open)
         if tokenizer is None and base_model is not None:
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
+        to_align = None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer)
         processor = cls(
             arms,
-            alpha,
+            recommended_alpha(arms) if alpha is None else alpha,
             base_model=base_model,
             target_kl=target_kl,
-            reference=reference,
+            reference=recommended_reference(arms, names, base_model, to_align) if reference == "auto" else reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
             tokenizer=tokenizer,
-            reward_tokenizer=None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer),
+            reward_tokenizer=to_align,
         )
         processor._rewards.log_engines(names)
         return processor

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .info import RewardInfo
+from .recommendation import recommendation
 
 # What is measured on held-out pairs, and what else where the pairs or the weights allow it
 METRICS = (
@@ -128,4 +129,5 @@ def reward_model_card(
         steered=steered or [],
         notes=notes,
         command=command,
+        recommendation=recommendation(info),
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -21,6 +22,17 @@ def _is_positive(value: float) -> bool:
     return 0 < value <= sys.float_info.max
 
 
+def _is_loss(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("length_normalized", False), bool) and value.get("reference") in (None, "base")
+
+
+def _is_setting(value: dict[str, Any]) -> bool:
+    if value.keys() != {"alpha", "reference", "temperature", "measured"} or value["reference"] not in (None, "base"):
+        return False
+    is_number = [_has_type(value[name], float) and math.isfinite(value[name]) for name in ("alpha", "temperature")]
+    return all(is_number) and value["temperature"] > 0 and isinstance(value["measured"], dict)
+
+
 def _matches(pattern: str) -> Callable[[str], bool]:
     return lambda value: re.fullmatch(pattern, value) is not None
 
@@ -29,7 +41,8 @@ def _matches(pattern: str) -> Callable[[str], bool]:
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (_is_positive, "a positive number"),
     "reward_scale": (_is_positive, "a positive number"),
-    "loss": (lambda value: isinstance(value.get("length_normalized", False), bool), "arguments of the trainer"),
+    "loss": (_is_loss, "arguments of the trainer"),
+    "recommended": (_is_setting, "`alpha`, `reference` (null or 'base'), `temperature` and what was `measured`"),
     "base_model": (lambda value: bool(value.strip()), "the id of a model"),
     "base_weights": (_matches(r"(bf16|fp16):([0-9a-f]{4})+"), "from `weights_fingerprint`"),
     "tokenizer": (_matches(r"sha256:[0-9a-f]{32}"), "from `tokenizer_fingerprint`"),
@@ -52,7 +65,8 @@ class RewardInfo:
             The arguments of the loss that were not left at their defaults, such as `{"length_normalized": True}`.
         reward_scale (`float`, *optional*):
             Root mean square of $\log\pi_r(y_w \mid x) - \log\pi_r(y_l \mid x)$ on held-out pairs, in nats; of the
-            means over tokens, if the loss is length-normalised.
+            means over tokens, if the loss is length-normalised, and of $\log\pi_r - \log\pi_\text{base}$, if it was
+            trained on that.
         objective (`str`, *optional*):
             What is rewarded, in a few words.
         description (`str`, *optional*):
@@ -62,7 +76,8 @@ class RewardInfo:
         base_model_revision (`str`, *optional*):
             Commit of that model.
         base_weights (`str`, *optional*):
-            Fingerprint of the weights that the adapter was trained on, from [`weights_fingerprint`].
+            Fingerprint of the weights that the adapter was trained on, or that the rewards of a full model are
+            contrasted with, from [`weights_fingerprint`].
         tokenizer (`str`, *optional*):
             Fingerprint of the vocabulary, from [`tokenizer_fingerprint`].
         chat_template (`str`, *optional*):
@@ -73,6 +88,9 @@ class RewardInfo:
             Number of pairs that were trained on.
         metrics (`dict[str, float]`):
             What was measured on held-out pairs, by name.
+        recommended (`dict[str, Any]`, *optional*):
+            How to steer with it: `alpha`, `reference` (`"base"` or `None`), the `temperature` of `generate`, and what
+            they were `measured` to do, all as `hf-genarm tune` writes them.
         versions (`dict[str, str]`):
             Of the packages that made it.
         format_version (`int`):
@@ -95,6 +113,7 @@ class RewardInfo:
     dataset: str | None = None
     n_pairs: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    recommended: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -104,6 +123,11 @@ class RewardInfo:
             if not _has_type(value, hint) or (value is not None and not holds(value)):
                 expected = hint.__name__ if isinstance(hint, type) else hint
                 raise ValueError(f"`{name}` is {value!r}, but must be `{expected}`{rule and ': ' + rule}.")
+
+    @property
+    def reference(self) -> str | None:
+        r"""`"base"` if it was trained on $\log\pi_r - \log\pi_\text{base}$, else `None`: what its rewards are less."""
+        return self.loss.get("reference")
 
     def save(self, folder: str | Path) -> None:
         """Writes `genarm_config.json`."""

@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
+from .base_weights import same_weights, weights_fingerprint
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .loading import download, load_adapter, load_causal_lm
 from .scoring import ScoredTexts, Texts, token_rewards
+from .sharing import without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "t
 class AutoregressiveRewardModel(PushToHubMixin):
     r"""
     An autoregressive reward model ([GenARM](https://hf.co/papers/2410.08193)): a causal LM $\pi_r$, usually an adapter,
-    whose log-probabilities are rewards, $r(x, y) = \sum_t \log\pi_r(y_t \mid x, y_{<t})$.
+    whose log-probabilities are rewards, $r(x, y) = \sum_t \log\pi_r(y_t \mid x, y_{<t})$. If it was trained with
+    `reference="base"`, rewards are less those of the model that training started from.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -34,6 +37,9 @@ class AutoregressiveRewardModel(PushToHubMixin):
             Its tokenizer. Without it, it can steer but not score texts.
         info ([`RewardInfo`], *optional*):
             What is known about it. Defaults to nothing.
+        reference ([`~transformers.PreTrainedModel`], *optional*):
+            The model that training started from, for the rewards of one that was trained with `reference="base"`.
+            Defaults to the model without its adapter.
 
     Example:
 
@@ -52,10 +58,30 @@ class AutoregressiveRewardModel(PushToHubMixin):
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         info: RewardInfo | None = None,
+        reference: PreTrainedModel | None = None,
     ):
         self.model = model
+        self._reference = reference
         self.tokenizer = tokenizer
         self.info = info or RewardInfo()
+
+    @property
+    def reference(self) -> PreTrainedModel:
+        """
+        The model that training started from.
+
+        Raises:
+            ValueError: if it is not known.
+        """
+        if self._reference is not None:
+            return self._reference
+        if isinstance(self.model, PeftModel):
+            return without_adapter(self.model)
+        raise ValueError(
+            "All weights of this reward model were trained, so that it does not hold the model that training started "
+            f"from, which its rewards are less (`{self.info.base_model}`). Load it with that model: "
+            "`from_pretrained(..., base_model=model)`, or `--base` of a command."
+        )
 
     @classmethod
     def from_pretrained(
@@ -110,6 +136,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 INFO_NAME,
             )
         model: PreTrainedModel | PeftModel
+        reference = None
         kwargs["trust_remote_code"] = trust_remote_code  # left out, transformers would ask
         if (folder / "adapter_config.json").exists():
             hub_kwargs.pop("revision", None)  # is that of the adapter
@@ -117,10 +144,12 @@ class AutoregressiveRewardModel(PushToHubMixin):
         else:
             logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
             model = load_causal_lm(folder, pretrained_model_name_or_path, **kwargs)
+            if base_model is not None and same_weights(info.base_weights, weights_fingerprint(base_model)):
+                reference = base_model
         tokenizer = find_tokenizer(
             folder, str(model.name_or_path), token=hub_kwargs.get("token"), trust_remote_code=trust_remote_code
         )
-        return cls(model.eval(), tokenizer, info)
+        return cls(model.eval(), tokenizer, info, reference)
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -155,7 +184,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
         The reward of each response, $\log\pi_r(y \mid x)$, its end token included.
 
         Longer responses have lower rewards: compare those of one prompt, and mind their lengths. A reward model that
-        was trained with `length_normalized` gives the mean over the tokens instead.
+        was trained with `length_normalized` gives the mean over the tokens instead, and one that was trained with
+        `reference="base"` what its log-probability has gained, $\log\pi_r(y \mid x) - \log\pi_\text{base}(y \mid x)$.
 
         Args:
             prompts, responses (list of `str` or of messages):
@@ -200,7 +230,10 @@ class AutoregressiveRewardModel(PushToHubMixin):
             raise ValueError(
                 "This reward model has no tokenizer, so it can't score text. Pass `tokenizer` to the class."
             )
-        return token_rewards(self.model, self.tokenizer, prompts, responses, batch_size, chunk_length, show_progress)
+        reference = None if self.info.reference is None else self.reference
+        return token_rewards(
+            self.model, self.tokenizer, prompts, responses, batch_size, chunk_length, show_progress, reference
+        )
 
     def as_reward_func(self, batch_size: int = 8) -> Callable[..., list[float]]:
         """The callable that [`~trl.GRPOTrainer`] expects in `reward_funcs`: `score` of prompts and completions."""

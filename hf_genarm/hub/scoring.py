@@ -37,7 +37,7 @@ class TokenRewards(Drawing):
         offsets (list of `tuple[int, int]`):
             Start and end of each token in `text`.
         rewards (`torch.FloatTensor` of shape `(length,)`):
-            The reward of each token, in nats.
+            The reward of each token, in nats; less that of the reference, if it was trained so.
     """
 
     text: str
@@ -78,6 +78,7 @@ def token_rewards(
     batch_size: int,
     chunk_length: int,
     show_progress: bool,
+    reference: PreTrainedModel | None = None,
 ) -> ScoredTexts:
     """
     Args:
@@ -95,6 +96,8 @@ def token_rewards(
             Number of tokens of each text in a forward pass; a longer text takes several.
         show_progress (`bool`):
             Whether to show a progress bar.
+        reference ([`~transformers.PreTrainedModel`], *optional*):
+            A model with the same tokens, whose log-probabilities the rewards are less.
 
     Returns:
         [`ScoredTexts`], a list of [`TokenRewards`] in the order of the responses.
@@ -117,7 +120,10 @@ def token_rewards(
     with tqdm(total=len(examples), desc="Scoring", disable=not show_progress) as progress:
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
-            log_probs = _log_probs(model, [examples[index].input_ids for index in indices], chunk_length)
+            batch = [examples[index].input_ids for index in indices]
+            log_probs = _log_probs(model, batch, chunk_length)
+            if reference is not None:
+                log_probs = log_probs - _log_probs(reference, batch, chunk_length)
             for index, row in zip(indices, log_probs, strict=True):
                 example = examples[index]
                 ids = torch.tensor(example.input_ids[example.start :])

@@ -19,7 +19,7 @@ _ADDS_ONLY |= {"init_lora_weights", "layer_replication", "layers_pattern", "laye
 _ADDS_ONLY |= {"lora_bias", "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern"}
 _ADDS_ONLY |= {"revision", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora"}
 # Other initialisations subtract the low-rank product from the weights of the base while an adapter is loaded.
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -65,6 +65,17 @@ def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]
     return copy.deepcopy(base_model, memo=shared), {alias: x for x, alias in aliases.items()}
 
 
+def without_adapter(model: PeftModel) -> PreTrainedModel:
+    """
+    Other modules around the very parameters of a model, in which its adapter is off: unlike
+    [`~peft.PeftModel.disable_adapter`], nothing of the model itself changes meanwhile.
+    """
+    base, _ = frozen_twin(model)
+    if not model.active_peft_config.is_prompt_learning:  # which is left out with the model that is around the base
+        base.disable_adapter_layers()
+    return base.get_base_model()
+
+
 def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> bool:
     """Whether a model is a second set of modules around weights of the base model, with or without some of its own."""
     return not set(model.parameters()).isdisjoint(base_model.parameters())
@@ -103,7 +114,7 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
         return f"it is not LoRA but {config.peft_type}"
     plain = vars(LoraConfig())
     unusual = [name for name, x in vars(config).items() if x and name not in _ADDS_ONLY and x != plain.get(name)]
-    if config.init_lora_weights not in _HARMLESS_INITS:
+    if config.init_lora_weights not in HARMLESS_INITS:
         unusual.append("init_lora_weights")
     if unusual:
         return f"`{unusual[0]}={getattr(config, unusual[0])!r}` may change the weights of the base"

@@ -29,7 +29,8 @@ def script_of(models: Models, answer: Answer) -> str:
     """
     settings = answer.settings
     options = f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""
-    options += ', reference="base"' if settings.reference == "base" else ""
+    # Said in any case, as a reward model may recommend another.
+    options += ', reference="base"' if settings.reference == "base" else ", reference=None"
     script = _SCRIPT.format(
         base="demo_model()" if models.is_demo_model else repr(models.base),
         imports="from hf_genarm.demo import demo_model\n" if models.is_demo_model else "",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EvalPrediction
+from transformers import AutoModelForCausalLM, EvalPrediction
 
 from ..hub.info import package_versions
 from ..hub.reward_model import AutoregressiveRewardModel
@@ -29,6 +29,13 @@ class EvaluateArguments:
     """What to evaluate, and where to put the report."""
 
     model: str = field(metadata={"help": "Hub id or folder of a reward model."})
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of the model that training started from. Needed only if all weights were trained "
+            "with `reference='base'`."
+        },
+    )
     model_revision: str = field(default="main", metadata={"help": "Its revision."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
     output_dir: str = field(default="evaluation", metadata={"help": "Folder of the report."})
@@ -59,8 +66,11 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     if args.max_pairs is not None:
         pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
     try:
+        base = None
+        if args.base is not None:
+            base = AutoModelForCausalLM.from_pretrained(args.base, trust_remote_code=args.trust_remote_code)
         arm = AutoregressiveRewardModel.from_pretrained(
-            args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+            args.model, base, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except OSError as error:
         raise ValueError(
@@ -84,7 +94,7 @@ def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> 
     beta = arm.info.beta or 1.0
     rewards, lengths = score(arm, pairs, batch_size)
     labels: Any = (lengths,)
-    if isinstance(arm.model, PeftModel):
+    if isinstance(arm.model, PeftModel) and arm.info.reference is None:
         with arm.model.disable_adapter():
             labels += (beta * score(arm, pairs, batch_size)[0],)
     return EvalPrediction(predictions=beta * rewards, label_ids=labels)

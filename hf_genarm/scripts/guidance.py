@@ -22,10 +22,11 @@ class GuidanceArguments:
             Hub ids or folders of reward models.
         base (`str`, *optional*):
             Hub id or folder of the model that is steered. Defaults to the one that the examples run on.
-        alpha (list of `float`, *optional*, defaults to `[1.0]`):
-            The strength of all reward models, or one for each.
-        reference (`str`, *optional*):
-            `"base"` steers by what reward models have learned, their log-probability less that of the base.
+        alpha (list of `float`, *optional*):
+            The strength of all reward models, or one for each. Defaults to what they recommend, or else 1.
+        reference (`str`, *optional*, defaults to `"auto"`):
+            `"base"` steers by what reward models have learned, their log-probability less that of the base; `"none"` by
+            Eq. 7; `"auto"` as they recommend, or else were trained.
         target_kl (`float`, *optional*):
             The mean divergence per token, in nats, that each text is held at.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -44,11 +45,16 @@ class GuidanceArguments:
         default=None,
         metadata={"help": f"Hub id or folder of the model that is steered. Defaults to {DEMO_MODEL_ID}."},
     )
-    alpha: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "Strength of all reward models, or one for each."}
+    alpha: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of all, or one for each. Defaults to what they recommend, or else 1.",
+            "nargs": "+",
+        },
     )
-    reference: Literal["base"] | None = field(
-        default=None, metadata={"help": "'base' steers by what reward models have learned: less the base's log-prob."}
+    reference: Literal["auto", "base", "none"] = field(
+        default="auto",
+        metadata={"help": "'base' steers by what was learned, less the base's log-prob; 'auto' as reward models say."},
     )
     target_kl: float | None = field(
         default=None, metadata={"help": "Mean divergence per token, in nats, that each text is held at."}
@@ -59,8 +65,9 @@ class GuidanceArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
 
     def __post_init__(self) -> None:
-        strengths: Any = check_alpha(self.alpha[0] if len(self.alpha) == 1 else self.alpha, len(self.arm))
-        self.alpha = strengths  # one for each
+        if self.alpha is not None:
+            strengths: Any = check_alpha(self.alpha[0] if len(self.alpha) == 1 else self.alpha, len(self.arm))
+            self.alpha = strengths  # one for each
         if self.target_kl is not None:
             KLControl(self.target_kl)  # says what is wrong with it, before models are loaded
 
@@ -88,7 +95,7 @@ def load_guided(args: GuidanceArguments, device: torch.device) -> tuple[Any, Any
             args.arm,
             base_model=model,
             alpha=args.alpha,
-            reference=args.reference,
+            reference=None if args.reference == "none" else args.reference,
             target_kl=args.target_kl,
             tokenizer=tokenizer,
             **options,

@@ -1,5 +1,6 @@
 """Preference pairs from files or the Hub, in whatever columns they come, as `prompt`, `chosen` and `rejected`."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
     Raises:
         ValueError: if the dataset can't be read, lacks the columns, or a row is no pair.
     """
-    dataset = _load(args, split)
+    dataset = _load(args.dataset, split, args.dataset_config, args.dataset_data_dir)
     wanted = args.response_columns or [args.chosen_column, args.rejected_column]
     missing = {*wanted, *([args.preferred_column] if args.preferred_column else [])} - set(dataset.column_names)
     if missing:
@@ -141,33 +142,57 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
         return dataset.map(pair_of, with_indices=True, remove_columns=others)
 
 
-def _load(args: PairArguments, split: str) -> Dataset:
-    path = Path(args.dataset)
+def load_prompts(name: str, split: str) -> list:
+    """
+    The different prompts of a dataset or a file, texts or lists of messages, in their order.
+
+    Raises:
+        ValueError: if it can't be read, or has no prompts of one kind.
+    """
+    dataset = _load(name, split, what="prompt")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` has the columns {sorted(dataset.column_names)}, but not `prompt`. Rename yours: texts or lists "
+            "of messages."
+        )
+    prompts = list({json.dumps(prompt): prompt for prompt in dataset["prompt"]}.values())
+    kinds = {type(prompt) for prompt in prompts}
+    if kinds not in ({str}, {list}):
+        raise ValueError(
+            f"The prompts of `{name}` are of the types {sorted(x.__name__ for x in kinds)}, but must be all texts or "
+            "all lists of messages."
+        )
+    return prompts
+
+
+def _load(name: str, split: str, config: str | None = None, data_dir: str | None = None, what: str = "pair") -> Dataset:
+    path = Path(name)
     kinds = [_FILES[suffix[1:]] for suffix in path.suffixes if suffix[1:] in _FILES]
     if path.is_file() and not kinds:
         raise ValueError(
-            f"`{args.dataset}` can't be read: the ending of a file of pairs is one of {', '.join(_FILES)}. Convert it."
+            f"`{name}` can't be read: the ending of a file of {what}s is one of {', '.join(_FILES)}. Convert it."
         )
     if path.is_file() and re.split(r"[\[+]", split)[0] != "train":
         raise ValueError(
-            f"The split `{split}` of `{args.dataset}` is asked for, but a file is one split, `train`. Give a folder "
-            f"with a file for each split (`train.jsonl`, `{split}.jsonl`), or hold pairs out with `--test_size`."
+            f"The split `{split}` of `{name}` is asked for, but a file is one split, `train`. Give a folder "
+            f"with a file for each split (`train.jsonl`, `{split}.jsonl`)"
+            + (", or hold pairs out with `--test_size`." if what == "pair" else ".")
         )
     try:
         with _quiet():
             if path.is_file():
                 options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
                 return load_dataset(kinds[-1], data_files=str(path), split=split, **options)
-            return load_dataset(args.dataset, args.dataset_config, data_dir=args.dataset_data_dir, split=split)
+            return load_dataset(name, config, data_dir=data_dir, split=split)
     except StopIteration as error:  # what is raised where there is nothing to read
-        raise ValueError(f"`{args.dataset}` is empty, but pairs are to be read from it.") from error
+        raise ValueError(f"`{name}` is empty, but {what}s are to be read from it.") from error
     except (DatasetsError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).rstrip(".")
         if not path.exists():
             reason = f"there is no such file or folder here, and on the Hub: {reason}"
         raise ValueError(
-            f"`{args.dataset}` can't be read: {reason}. Check `--dataset`: a Hub id, a folder, or a "
-            f"file of pairs ({', '.join(_FILES)}) with one pair in each row."
+            f"`{name}` can't be read: {reason}. Give a Hub id, a folder, or a "
+            f"file of {what}s ({', '.join(_FILES)}) with one {what} in each row."
         ) from error
 
 

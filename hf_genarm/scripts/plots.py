@@ -10,6 +10,7 @@ from ..training.metrics import is_right
 logger = logging.get_logger(__name__)
 
 BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "0.5"
+COLORS = [BLUE, ORANGE, "#1b9e77", "#7570b3"]
 
 
 def plot_training(log_history: list[dict[str, Any]], path: str) -> None:
@@ -72,6 +73,48 @@ def plot_evaluation(margin: np.ndarray, longer: np.ndarray, path: str) -> None:
     axes[1].errorbar(means, shares, error, fmt="o", color=ORANGE, capsize=4, label="an eighth of the pairs")
     axes[1].plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="calibrated")
     axes[1].set(xlabel="confidence σ(|margin|)", ylabel="pair accuracy", ylim=(-0.02, 1.02))
+    _save(figure, axes, path)
+
+
+def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, path: str) -> None:
+    """
+    Reward against the divergence from the base, and against perplexity under the base; strengths stand at the points.
+
+    Args:
+        rows (list of `dict`):
+            For each setting `alpha`, `reference`, `temperature`, and `reward`, `kl` and `perplexity`, each a mean with
+            its interval.
+        max_kl (`float`):
+            Where the divergence was limited.
+        reward_name (`str`):
+            What the reward is.
+        path (`str`):
+            Where to write the picture.
+    """
+    figure, axes = _figure(path, "settings")
+    if figure is None:
+        return
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault((row["temperature"], row["reference"] if row["alpha"] else "unguided"), []).append(row)
+    colors = iter(COLORS * len(kinds))
+    for (temperature, reference), of_kind in kinds.items():
+        label = {"unguided": "unguided", "base": 'reference "base"', None: "no reference (Eq. 7)"}[reference]
+        label += f", temperature {temperature:g}" if len({row["temperature"] for row in rows}) > 1 else ""
+        color = GREY if reference == "unguided" else next(colors)
+        for axis, measure in zip(axes, ("kl", "perplexity"), strict=True):
+            (x, low, high), (y, lower, upper) = (
+                np.array([row[name] for row in of_kind]).T for name in (measure, "reward")
+            )
+            # The mean of equal values may lie outside of its interval, by the last digit.
+            errors = [np.maximum([at - first, last - at], 0) for at, first, last in ((x, low, high), (y, lower, upper))]
+            axis.errorbar(x, y, errors[1], errors[0], fmt="o-", color=color, capsize=3, alpha=0.8, label=label)
+            for at, reward, row in zip(x, y, of_kind, strict=True):
+                if row["alpha"]:
+                    axis.annotate(f"{row['alpha']:g}", (at, reward), xytext=(4, 4), textcoords="offset points")
+    axes[0].axvline(max_kl, color=GREY, linestyle=":", label="limit")
+    axes[0].set(xlabel="divergence from the base, nats per answer", ylabel=reward_name)
+    axes[1].set(xlabel="perplexity under the base", ylabel=reward_name, xscale="log")
     _save(figure, axes, path)
 
 

@@ -14,8 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from ..decoding.processor import GenARMLogitsProcessor
-from ..hub.cache import network_of
-from ..hub.sharing import frozen_twin
+from ..hub.sharing import without_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -77,13 +76,9 @@ class SamplesCallback(TrainerCallback):
 
     @torch.no_grad()
     def _answer(self, model: PeftModel, step: int) -> None:
-        # Other modules around the same storage, in which the adapter is off. PEFT freezes the adapters that it switches
-        # off, so these are parameters of their own.
-        base, _ = frozen_twin(model)
-        base.disable_adapter_layers()
-        network: Any = network_of(base)
+        network: Any = without_adapter(model)
         tokenizer: Any = self._trainer.processing_class
-        processor = GenARMLogitsProcessor(model, base_model=network)
+        processor = GenARMLogitsProcessor(model, base_model=network, reference=self._trainer.args.reference)
         for prompt in self._prompts:
             if isinstance(prompt, str):
                 inputs = tokenizer(prompt, return_tensors="pt")

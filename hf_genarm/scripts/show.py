@@ -46,10 +46,10 @@ ARGUMENTS = (GuidanceArguments, ShowArguments)
 
 
 def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
-    strengths = guidance_args.alpha
-    if not any(strengths):
-        raise ValueError(f"`alpha` is {strengths}, at which nothing is guided. Give a strength other than 0.")
+    if guidance_args.alpha is not None and not any(guidance_args.alpha):
+        raise ValueError(f"`alpha` is {guidance_args.alpha}, at which nothing is guided. Give a strength other than 0.")
     model, tokenizer, processor = load_guided(guidance_args, PartialState().device)
+    strengths: Any = processor.alpha  # one for each
     if tokenizer.chat_template is None:
         inputs = tokenizer(args.prompt, return_tensors="pt")
     else:
@@ -72,7 +72,7 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
         if strength == 0:
             continue  # it was not run
         learned = table[f"reward_log_prob_{index}"]
-        if guidance_args.reference is None:
+        if processor.reference is None:
             learned = [reward - base for reward, base in zip(learned, table["base_log_prob"], strict=True)]
         measure = _LEARNED.format(name)
         table[measure] = learned

@@ -6,7 +6,15 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
-_LOSS = ("loss_type", "label_smoothing", "target_margin", "length_normalized", "sft_coefficient", "decode_alpha")
+_LOSS = (
+    "loss_type",
+    "label_smoothing",
+    "target_margin",
+    "length_normalized",
+    "sft_coefficient",
+    "decode_alpha",
+    "reference",
+)
 _CHOICES = {"loss_type": ("sigmoid", "hinge"), "truncation_mode": ("drop", "keep_start", "keep_end")}
 
 
@@ -47,6 +55,11 @@ class AutoregressiveRewardConfig(RewardConfig):
             Makes the loss decode-aware: the margin is that of the *guided* model at this `alpha`, so that the reward
             model learns what the base lacks; so are the `margin`, `accuracy` and rewards that are logged. See
             [`AutoregressiveRewardTrainer`]. It takes an adapter to train.
+        reference (`str`, *optional*):
+            `"base"` makes the reward $\log\pi_r - \log\pi_\text{base}$, where the base is the model that training
+            starts from: what steers with `reference="base"` is then what was trained. The loss is that of
+            [DPO](https://hf.co/papers/2305.18290). For an adapter, the base is the model without it; of a model whose
+            weights are all trained, a copy is kept.
         truncation_mode (`str`, *optional*, defaults to `"drop"`):
             What happens to pairs that are longer than `max_length`: `"drop"` leaves them out, `"keep_start"` cuts both
             texts at the end, `"keep_end"` cuts the start of the prompt, and what is then still too long at the end.
@@ -90,6 +103,13 @@ class AutoregressiveRewardConfig(RewardConfig):
     decode_alpha: float | None = field(
         default=None,
         metadata={"help": "Makes the loss decode-aware: its margin is that of the guided model at this alpha."},
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "'base' makes the reward a contrast with the model that training starts from: the loss of DPO.",
+            "choices": ("base",),
+        },
     )
     truncation_mode: str = _choice(
         "truncation_mode",
@@ -150,6 +170,10 @@ class AutoregressiveRewardConfig(RewardConfig):
             raise ValueError(f"`sft_coefficient` is {self.sft_coefficient}, but the weight must not be negative.")
         if self.decode_alpha is not None and self.decode_alpha <= 0:
             raise ValueError(f"`decode_alpha` is {self.decode_alpha}, but the strength of guidance must be positive.")
+        if self.reference not in (None, "base"):
+            raise ValueError(
+                f"`reference` is {self.reference!r}, but must be 'base', the model that training starts from, or None."
+            )
         if self.center_rewards_coefficient is not None:
             raise ValueError(
                 f"`center_rewards_coefficient` is {self.center_rewards_coefficient}, but the reward of an "

@@ -61,7 +61,7 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
               accuracy on those, if there are any
             - `contrast_accuracy`, with `contrast_accuracy_low` and `contrast_accuracy_high`: the accuracy of
               $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: the likelihoods and lengths that
-              its base goes by cancel
+              its base goes by cancel. Rewards that were trained so (`reference="base"`) have no other accuracy
     """
     labels: Any = prediction.label_ids
     rewards: Any = prediction.predictions

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..hub.cache import network_of
+from ..hub.sharing import HARMLESS_INITS
 from .config import AutoregressiveRewardConfig
 
 
@@ -115,6 +116,14 @@ def check_adapter(model: PreTrainedModel | PeftModel, args: AutoregressiveReward
         raise ValueError(
             f"The adapter is of the type `{config.peft_type.value}`, a cache, which doesn't go together with gradient "
             "checkpointing, the default of TRL's trainers. Set `gradient_checkpointing=False`."
+        )
+    bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
+    changes = "bias" if bias != "none" else "init_lora_weights" if init not in HARMLESS_INITS else None
+    if changes is not None and (args.reference is not None or args.decode_alpha is not None):
+        name = "decode_alpha" if args.reference is None else "reference"
+        raise ValueError(
+            f"`{name}` is {getattr(args, name)!r}, but the adapter has `{changes}={getattr(config, changes)!r}`, which "
+            "changes weights of the base itself, so that there is no base without it. Leave that at its default."
         )
     is_tied = network_of(model).config.get_text_config().tie_word_embeddings
     if is_tied and getattr(config, "trainable_token_indices", None) and "lm_head" in (config.modules_to_save or []):

@@ -30,7 +30,8 @@ from ..hub.info import RewardInfo, chat_template_fingerprint, package_versions, 
 from .config import AutoregressiveRewardConfig
 from .metrics import PreferenceMetrics
 from .preference_data import PROMPT_LENGTH, SIDES, DataCollatorForPairs, PairCounts, check_pairs, prepare_pairs
-from .prefix_sharing import PairBatch, PairLogProbs, evaluating
+from .prefix_sharing import PairBatch, PairLogProbs
+from .reference import StartingPoint
 from .starting_point import as_causal_lm, as_config, check_adapter, check_causal_lm, load_causal_lm
 
 
@@ -53,7 +54,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     \frac{\beta_r}{\alpha}\log\frac{\pi_\text{base}(y_w \mid x)}{\pi_\text{base}(y_l \mid x)}\Big)$$
 
     It is Eq. 5 for the unnormalised guided model $\pi_\text{base}\,\pi_r^\alpha$ of Eq. 7; the base is the model
-    without the adapter that is trained.
+    without the adapter that is trained. With `reference="base"`, the reward is $\log\pi_r - \log\pi_\text{base}$, which
+    makes the loss that of DPO, and what steers with `reference="base"` what was trained.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -136,8 +138,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
                 "is no base to compare with. Train an adapter: `peft_config=LoraConfig()`."
             )
         self._generation_config = network_of(model).generation_config
-        # What an adapter is trained on, read before it is sharded; `None` where there is no adapter.
-        self._base_weights = weights_fingerprint(model) if peft_config is not None or is_peft_model(model) else None
+        # What an adapter is trained on, or rewards are contrasted with, read before it is sharded
+        has_base = peft_config is not None or is_peft_model(model) or args.reference is not None
+        self._base_weights = weights_fingerprint(model) if has_base else None
         self.pair_counts: dict[str, PairCounts] = {}
         self._measured: dict[str, float] = {}
 
@@ -155,6 +158,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         multiple: Any = args.pad_to_multiple_of
         if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
             self.data_collator: Any = DataCollatorForPairs(self.processing_class.pad_token_id, multiple)
+        has_base = is_peft_model(self.model) or args.reference is not None
+        self._starting_point = StartingPoint(self.model, self.accelerator) if has_base else None
         self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
         self.add_callback(_PushWhole(self))
 
@@ -167,9 +172,12 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ) -> Any:
         args, pairs = self.args, _pairs(inputs)
         log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
-        rewards = compared = args.beta * self._reduce(log_probs, pairs)
-        if args.decode_alpha is not None:
-            compared = rewards + self._base_rewards(model, pairs) / args.decode_alpha
+        rewards = args.beta * self._reduce(log_probs, pairs)
+        uses_base = args.reference is not None or args.decode_alpha is not None
+        base_rewards = self._base_rewards(model, pairs) if uses_base else 0.0
+        if args.reference is not None:
+            rewards = rewards - base_rewards
+        compared = rewards if args.decode_alpha is None else rewards + base_rewards / args.decode_alpha
 
         # Metrics and gathering are RewardTrainer's, which compares the logits of its classifier.
         outputs = SequenceClassifierOutput(logits=compared[:, None])
@@ -205,11 +213,11 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             return log_probs.sum(dim=1) / pairs.is_response.sum(dim=1).clamp(min=1)
         return (log_probs * pairs.is_own).sum(dim=1)
 
-    @torch.no_grad()
     def _base_rewards(self, model: Module, pairs: PairBatch) -> Tensor:
-        """What the rewards would be without the adapter, `(2 * batch_size,)`."""
-        with self.accelerator.unwrap_model(model).disable_adapter(), evaluating(model):
-            log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
+        """The scaled log-probabilities before training, `(2 * batch_size,)`."""
+        assert self._starting_point is not None
+        with self._starting_point(model) as base:
+            log_probs = self._pair_log_probs(base, pairs, self._scored(pairs))
         return self.args.beta * self._reduce(log_probs, pairs)
 
     def prediction_step(
@@ -221,9 +229,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             return loss, None, None
         pairs = _pairs(inputs)
         # What metrics compare rewards with, one row (chosen, rejected) for each pair: numbers of response tokens, and
-        # the rewards before training.
+        # the rewards before training, if these are not in the rewards already.
         labels = [pairs.is_response.sum(dim=1)]
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) and self.args.reference is None:
             labels.append(self._base_rewards(model, pairs))
         return loss, rewards, tuple(torch.stack(label.chunk(2), dim=1) for label in labels)
 

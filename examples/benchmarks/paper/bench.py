@@ -13,12 +13,12 @@ import torch
 from settings import Size
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
 
+from hf_genarm.decoding.meter import Meter, answer_lengths
 from hf_genarm.demo import demo_model
 
 EXAMPLES = Path(__file__).parent.parent.parent
 sys.path += [str(EXAMPLES), str(EXAMPLES / "data"), str(EXAMPLES.parent / "model_cards")]
 
-from meter import Meter, answer_lengths  # noqa: E402
 
 Answers = list[list[dict]]
 
@@ -142,7 +142,7 @@ class Bench:
             max_new_tokens=self.size.max_new_tokens,
             num_return_sequences=n_samples,
         )[:, inputs.input_ids.shape[1] :]
-        lengths = answer_lengths(output, self.tokenizer.eos_token_id)
+        lengths = answer_lengths(output, [self.tokenizer.eos_token_id])
         kl, log_prob = meter.read(output, lengths)
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         rows = [

@@ -1,7 +1,7 @@
 """
 Generation guided by the reward model of this repository:
 
-    model.generate(**inputs, alpha=1.0, custom_generate=<id or folder of this repository>, trust_remote_code=True)
+    model.generate(**inputs, custom_generate=<id or folder of this repository>, trust_remote_code=True)
 """
 
 from transformers import GenerationMixin, LogitsProcessorList
@@ -11,10 +11,10 @@ from hf_genarm import GenARMLogitsProcessor
 REWARD_MODEL = "{{ model_id }}"
 
 
-def generate(model, *args, alpha=1.0, reward_model=REWARD_MODEL, logits_processor=None, **kwargs):
+def generate(model, *args, alpha=None, reward_model=REWARD_MODEL, logits_processor=None, **kwargs):
     """
     Args:
-        alpha (`float`): strength of the guidance.
+        alpha (`float`): strength of the guidance; by default the one that the reward model recommends, or else 1.
         reward_model (`str`): Hub id or folder of the reward model, if it was moved.
 
     All other arguments are those of `generate`.

@@ -1,15 +1,17 @@
 """Measures what any method does to the base while it generates: one processor before it, and one after."""
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hf_genarm.functional import kl_divergence
+from ..functional import kl_divergence
 
 
-def answer_lengths(answers: Tensor, eos_token_id: int) -> Tensor:
+def answer_lengths(answers: Tensor, end_token_ids: Collection[int]) -> Tensor:
     """How many tokens of each row are the answer, its end token included; `(batch_size,)`."""
-    ended = (answers == eos_token_id).long()
+    ended = torch.isin(answers, torch.tensor(list(end_token_ids), device=answers.device)).long()
     return (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
 
 
@@ -21,7 +23,7 @@ class Meter:
         self._log_probs: list[Tensor] = []
         self._base: Tensor | None = None  # of the step that has no token yet
 
-    def around(self, processors: list[LogitsProcessor]) -> list[LogitsProcessor]:
+    def around(self, processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
         meter = self
 
         class Before(LogitsProcessor):
@@ -36,6 +38,7 @@ class Meter:
             supports_continuous_batching = False
 
             def __call__(self, input_ids, scores):
+                assert meter._base is not None
                 meter._divergences.append(kl_divergence(scores.float().log_softmax(dim=-1), meter._base))
                 return scores
 
@@ -58,6 +61,6 @@ class Meter:
             next-token distributions from those of the base, and the log-probability of the answer under the base.
         """
         self._settle(answers[:, -1])
-        written = torch.arange(answers.shape[1]) < lengths[:, None]
+        written = torch.arange(answers.shape[1], device=answers.device) < lengths[:, None]
         sums = [(torch.stack(x, dim=1) * written).sum(dim=1) for x in (self._divergences, self._log_probs)]
         return sums[0], sums[1]

@@ -1,0 +1,81 @@
+"""The part of a model card that says how to steer: a setting, and what it was measured to do beside others."""
+
+import re
+from textwrap import fill
+from typing import Any
+
+from .info import RewardInfo
+
+PICTURE = "tuning.png"
+# What is measured of each setting, and the decimals that it is told with
+MEASURES = {"reward": 2, "kl": 1, "perplexity": 1}
+_WIDTH = 120
+_BEGIN, _END = "<!-- begin: hf-genarm tune -->", "<!-- end: hf-genarm tune -->"
+
+
+def recommendation(info: RewardInfo) -> str:
+    """
+    Args:
+        info ([`RewardInfo`]):
+            Of a reward model, with what it recommends.
+
+    Returns:
+        `str`: a section of Markdown, or nothing if it recommends nothing.
+    """
+    setting = info.recommended
+    if setting is None:
+        return ""
+    taken = (
+        f"{described(setting)}. `GenARMLogitsProcessor.from_pretrained` takes strength and reference where no others "
+        f"are given; `temperature={setting['temperature']:g}` is an argument of `generate`."
+    )
+    lines = [_BEGIN, "## Recommended setting", "", fill(taken, _WIDTH)]
+    measured = setting["measured"]
+    if measured.get("settings"):
+        how = (
+            f"Of those in the table that are at most {measured['max_kl']:g} nats from the base, it has the highest "
+            f"reward: {measured['scorer']}. One answer of up to {measured['max_new_tokens']} tokens to each of "
+            f"{measured['n_prompts']} held-out prompts, those that it was chosen on; means with their 95 % bootstrap "
+            "intervals over prompts. KL: the divergence from the base of the distributions that answers were drawn "
+            "from, summed over an answer, in nats. Perplexity: of all answers, under the base."
+        )
+        picture = f"![Reward against divergence and perplexity]({PICTURE})"
+        lines += ["", fill(how, _WIDTH), "", *settings_table(setting), "", picture]
+    return "\n".join([*lines, _END, "", ""])
+
+
+def described(setting: dict[str, Any]) -> str:
+    """A setting in words."""
+    if setting["alpha"] == 0:
+        return f"unguided, temperature {setting['temperature']:g}"
+    reference = 'reference `"base"`' if setting["reference"] else "no reference (Eq. 7)"
+    return f"Strength {setting['alpha']:g}, {reference}, temperature {setting['temperature']:g}"
+
+
+def settings_table(setting: dict[str, Any]) -> list[str]:
+    """The settings that were measured, as a table in Markdown in which the given one is bold."""
+    lines = [
+        "| strength | reference | temperature | reward | KL per answer | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in setting["measured"]["settings"]:
+        is_guided = row["alpha"] != 0
+        cells = [
+            f"{row['alpha']:g}",
+            ("base" if row["reference"] else "none") if is_guided else "",
+            f"{row['temperature']:g}",
+            *(f"{row[x][0]:.{n}f} [{row[x][1]:.{n}f}, {row[x][2]:.{n}f}]" for x, n in MEASURES.items()),
+        ]
+        is_chosen = all(row[name] == setting[name] for name in ("alpha", "reference", "temperature"))
+        lines.append("| " + " | ".join(f"**{cell}**" if is_chosen and cell else cell for cell in cells) + " |")
+    return lines
+
+
+def with_recommendation(card: str, section: str) -> str:
+    """A card with the section in place of an earlier one, or else after its quick start."""
+    if _BEGIN in card and _END in card:
+        before, rest = card.split(_BEGIN, 1)
+        return before + section.rstrip("\n") + rest.split(_END, 1)[1]
+    place = re.search(r"^## How far to trust it$", card, re.MULTILINE)
+    at = place.start() if place else len(card)
+    return card[:at] + ("" if place else "\n\n") + section + card[at:]

@@ -1,0 +1,66 @@
+"""A judge that was trained on other pairs than the reward model, which can't judge itself."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from ..hub.info import INFO_NAME
+from ..hub.reward_model import AutoregressiveRewardModel
+from ..hub.sharing import frozen_twin
+from ..training.config import AutoregressiveRewardConfig
+from ..training.trainer import AutoregressiveRewardTrainer
+from .pairs import PairArguments, hold_out, load_pairs
+
+HELD_OUT = 0.1
+
+
+class Judge:
+    """
+    A reward model of its own, trained on the margin.
+
+    Args:
+        dataset (`str`):
+            Hub id, folder or file of preference pairs, read at once.
+        folder (`str`):
+            Where it is kept, under a hash of the pairs and the base.
+    """
+
+    def __init__(self, dataset: str, folder: str | Path):
+        self.dataset, self._folder = dataset, Path(folder)
+        pairs = load_pairs(PairArguments(dataset=dataset), "train")
+        self._train, self._held_out = hold_out(pairs, HELD_OUT)
+
+    def train(self, model: Any, tokenizer: Any, base_id: str) -> AutoregressiveRewardModel:
+        """
+        Args:
+            model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                What the judge is an adapter on; it stays as it is.
+            base_id (`str`):
+                What tells it from other models.
+        """
+        rows = json.dumps([base_id, self._train.to_list(), self._held_out.to_list()], sort_keys=True)
+        folder = self._folder / hashlib.sha256(rows.encode()).hexdigest()[:16]
+        if not (folder / INFO_NAME).exists():
+            network, _ = frozen_twin(model)
+            trainer = AutoregressiveRewardTrainer(
+                model=network,
+                args=AutoregressiveRewardConfig(str(folder), reference="base", save_strategy="no", report_to="none"),
+                train_dataset=self._train,
+                eval_dataset=self._held_out,
+                processing_class=tokenizer,
+                peft_config=LoraConfig(target_modules="all-linear"),
+            )
+            trainer.train()
+            trainer.evaluate()
+            trainer.save_model()  # writes `genarm_config.json` last but for the card
+        return AutoregressiveRewardModel.from_pretrained(str(folder), model)
+
+    def described(self, judge: AutoregressiveRewardModel) -> str:
+        """What it is, and how far to trust it."""
+        accuracy = "{pair_accuracy:.2f} [{pair_accuracy_low:.2f}, {pair_accuracy_high:.2f}]".format(
+            **judge.info.metrics
+        )
+        return f"a judge trained on `{self.dataset}`, right on {accuracy} of the pairs held out"

@@ -1,0 +1,181 @@
+"""Answers at many settings, with how far each is from the base; what was written before is not written again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper, set_seed
+
+from ..decoding.meter import Meter, answer_lengths
+from ..decoding.processor import GenARMLogitsProcessor
+from ..hub.base_weights import weights_fingerprint
+from ..hub.end_of_turn import end_token_ids
+from ..hub.info import chat_template_fingerprint, package_versions
+from ..hub.sharing import adapter_tensors
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of a sweep; `alpha` is 0 for the base alone."""
+
+    alpha: float
+    reference: str | None
+    temperature: float
+
+
+@dataclass
+class Answers:
+    """
+    One answer to each prompt.
+
+    Parameters:
+        texts (list of `str`):
+            The answers.
+        n_tokens (list of `int`):
+            Their lengths, ends included.
+        kl (list of `float`):
+            The divergence of what each was sampled from from the base, summed over its tokens, in nats.
+        base_log_prob (list of `float`):
+            The log-probability of each under the base.
+    """
+
+    texts: list[str]
+    n_tokens: list[int]
+    kl: list[float]
+    base_log_prob: list[float]
+
+
+class Sweep:
+    """
+    Samples answers to the same prompts with the same seed, in large batches.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (list of `str` or of messages):
+            What is asked.
+        folder (`str`):
+            Where answers are kept, under a hash of all that they depend on.
+        max_new_tokens, batch_size, seed (`int`):
+            Of `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list,
+        folder: str | Path,
+        max_new_tokens: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self._model, self._tokenizer, self._prompts, self._folder = model, tokenizer, prompts, Path(folder)
+        self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
+        self._ends = end_token_ids(model.generation_config, tokenizer)
+        self._key = {
+            "base": base_id(model),
+            "template": chat_template_fingerprint(tokenizer),
+            "versions": package_versions(),
+            "prompts": prompts,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+
+    @property
+    def n_batches(self) -> int:
+        return -(-len(self._prompts) // self._batch_size)
+
+    def __call__(
+        self,
+        setting: Setting,
+        processor: GenARMLogitsProcessor | None,
+        arm_id: str | None,
+        progress: Callable[[int], Any],
+    ) -> Answers:
+        """
+        Args:
+            setting ([`Setting`]):
+                Where to sample.
+            processor ([`GenARMLogitsProcessor`], *optional*):
+                With the reward model and the reference of the setting; none for the base alone.
+            arm_id (`str`, *optional*):
+                The [`fingerprint`] of the reward model.
+            progress (callable):
+                Is told of batches that are done.
+        """
+        key = self._key | {"setting": asdict(setting), "arm": arm_id}
+        path = self._folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+        if path.exists():
+            progress(self.n_batches)
+            return Answers(**json.loads(path.read_text(encoding="utf-8")))
+        answers = Answers([], [], [], [])
+        if processor is not None:
+            processor.alpha = setting.alpha
+        for first in range(0, len(self._prompts), self._batch_size):
+            set_seed(self._seed + first)
+            self._answer(self._prompts[first : first + self._batch_size], setting, processor, answers)
+            progress(1)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(answers)), encoding="utf-8")
+        partial.replace(path)  # whole or not at all
+        return answers
+
+    def _answer(
+        self, prompts: list, setting: Setting, processor: GenARMLogitsProcessor | None, answers: Answers
+    ) -> None:
+        inputs = tokenized(self._tokenizer, prompts).to(self._model.device)
+        meter = Meter()
+        processors: list[LogitsProcessor] = [] if processor is None else [processor]
+        # Here, and not in `generate`, temperature is seen by the meter.
+        if setting.temperature != 1:
+            processors.append(TemperatureLogitsWarper(setting.temperature))
+        model: Any = self._model
+        output = model.generate(
+            **inputs,
+            logits_processor=meter.around(processors),
+            max_new_tokens=self._max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+        )[:, inputs["input_ids"].shape[1] :]
+        lengths = answer_lengths(output, self._ends)
+        kl, base_log_prob = meter.read(output, lengths)
+        answers.texts += self._tokenizer.batch_decode(output, skip_special_tokens=True)
+        answers.n_tokens += lengths.tolist()
+        answers.kl += kl.tolist()
+        answers.base_log_prob += base_log_prob.tolist()
+
+
+def base_id(model: PreTrainedModel) -> str:
+    """What tells a base from others, for what is kept."""
+    return weights_fingerprint(model) or str(model.name_or_path)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence) -> Any:
+    """Prompts, text or messages, padded on the left."""
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts), return_tensors="pt", padding=True)
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+
+
+def fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """The same for the same weights: of an adapter, its own."""
+    state: Any = adapter_tensors(model) if isinstance(model, PeftModel) else dict(model.named_parameters())
+    digest = hashlib.sha256()
+    for name, x in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(x.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
