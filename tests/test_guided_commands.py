@@ -205,3 +205,31 @@ def test_two_processes_answer_as_one(folders, expected, tmp_path):
     printed = run_command(*launcher, "-m", "hf_genarm", "generate", *command(folders, *options))
     assert "processes: 2" in printed
     assert read(output) == expected
+
+
+# --- env ---
+
+
+def test_env_tells_versions_and_engines_but_no_paths(folders, capfd):
+    base, arms = folders
+    assert cli.main(["env", "--base", base, "--arm", arms[0]]) == 0
+    printed = capfd.readouterr().out
+    assert f"- torch: {torch.__version__}" in printed
+    assert "- device: cpu" in printed
+    assert "- warm: engine `fused`, because" in printed
+    assert str(Path(base).parent) not in printed
+    assert cli.main(["env"]) == 0
+    assert "engine" not in capfd.readouterr().out
+
+
+def test_env_tells_why_a_reward_model_runs_apart(folders, capfd, tmp_path):
+    base, _ = folders
+    tiny_llama(1, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(tmp_path / "whole")
+    assert cli.main(["env", "--base", base, "--arm", str(tmp_path / "whole")]) == 0
+    assert "- whole: engine `separate`, because it is not an adapter." in capfd.readouterr().out
+
+
+def test_env_refuses_a_base_without_a_reward_model(capfd):
+    assert cli.main(["env", "--base", "x"]) != 0
+    assert "`base` is x, but there is no reward model" in capfd.readouterr().err
