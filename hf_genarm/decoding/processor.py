@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..functional import contrast, guided_log_probs
+from ..functional import contrast, guided_log_probs, log_normaliser
 from ..hub.cache import network_of, uncompiled
 from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
@@ -73,6 +73,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
             The tokenizer of each reward model. Tokens are then aligned by their strings; those that a reward model
             can't score keep the probability that the base model gives them.
+
+    Attributes:
+        log_z (`torch.Tensor` of shape `(batch_size,)`):
+            Of the last call, $\log Z_t$: the logarithm of the sum that normalises the product above.
 
     Raises:
         TypeError: if a reward model is not a decoder-only causal LM.
@@ -325,6 +329,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
         if not active:
+            self.log_z = scores.new_zeros(len(scores))
             return scores
         self._advice(text, self._rewards.models)
         mask, strengths = self._prompt_mask(text), list(active.values())
@@ -334,15 +339,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if self._reference is not None:
             reference = self._reference.log_probs(text, mask, scores)
             rewards = {index: contrast(log_probs, reference) for index, log_probs in rewards.items()}
+        filled = self._rewards.filled(rewards, strengths, scores)
         if kl_control is not None:
-            filled = self._rewards.filled(rewards, strengths, scores)
             scale = kl_control(text, n_requests, scores, filled, strengths)
             strengths = [alpha * scale for alpha in strengths]
-        guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
+            filled = self._rewards.filled(rewards, strengths, scores)
+        guided = guided_log_probs(scores, filled, strengths)
         guided = unguided_where_zero(guided, scores, active.values())
         refuse_nan(guided, scores, strengths)
+        self.log_z = log_normaliser(scores, filled, strengths)
         if statistics is not None:
-            statistics.note(text, n_requests, scores, guided, rewards, strengths)
+            statistics.note(text, n_requests, scores, guided, rewards, strengths, self.log_z)
         return guided
 
 
