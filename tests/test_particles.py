@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ARCHITECTURES, ARM, BASE, BATCH, FILTERS, ONE, SAMPLING, Ban, embeddings
+from support import ARCHITECTURES, ARM, BASE, BATCH, FILTERS, ONE, SAMPLING, Ban, chat_continues, embeddings
 from test_fusion import adapters, base, folder, joint_passes
 from tiny import EOS, PAD, tiny_llama
-from transformers import DynamicCache, TemperatureLogitsWarper
+from transformers import TemperatureLogitsWarper
 
 from hf_genarm import GenARMLogitsProcessor, SMCOutput, smc_sample
 from hf_genarm.decoding.particles import systematic_resampling
@@ -289,16 +289,9 @@ REFUSED = {
         "output_scores": True,
         "output_hidden_states": True,
     },
-    "cache of an earlier text": lambda own: {"past_key_values": filled_cache()},
+    "cache of an earlier text": lambda own: chat_continues(),
 }
 ANOTHER = GenARMLogitsProcessor(ARM, base_model=BASE)
-
-
-def filled_cache():
-    cache = DynamicCache(config=BASE.config)
-    with torch.no_grad():
-        BASE(input_ids=ONE["input_ids"][:, :5], past_key_values=cache, use_cache=True)
-    return cache
 
 
 @pytest.mark.parametrize("message", REFUSED)

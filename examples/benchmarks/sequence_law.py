@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--particles", type=int, nargs="+", default=sized([1, 2, 4, 8, 16, 32, 64], [1, 4]))
-    parser.add_argument("--texts", type=int, default=sized(200_000, 400), help="written for each number of particles")
+    parser.add_argument("--texts", type=int, default=sized(40_000, 400), help="written for each number of particles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=output_file, help="JSON file, to which the results are added")
     parser.add_argument("--plot", type=output_file, help="PNG file")
