@@ -7,8 +7,8 @@ import pytest
 import torch
 from support import ARCHITECTURES, ARM, BASE, BATCH, FILTERS, ONE, SAMPLING, Ban, chat_continues, embeddings
 from test_fusion import adapters, base, folder, joint_passes
-from tiny import EOS, PAD, tiny_llama
-from transformers import TemperatureLogitsWarper
+from tiny import EOS, PAD, VOCAB_SIZE, tiny_llama
+from transformers import T5Config, T5ForConditionalGeneration, TemperatureLogitsWarper
 
 from hf_genarm import GenARMLogitsProcessor, SMCOutput, smc_sample
 from hf_genarm.decoding.particles import systematic_resampling
@@ -309,3 +309,10 @@ def test_what_is_not_defined_is_refused(message):
 def test_a_streamer_is_refused_where_it_is_handed_on():
     with pytest.raises(ValueError, match="A streamer can't be served"):
         smc_sample(BASE, ONE["input_ids"], [ANOTHER], [], BASE.generation_config, streamer=object())
+
+
+def test_an_encoder_decoder_is_refused():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB_SIZE}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=PAD)).eval()
+    with pytest.raises(ValueError, match="whose encoder reads the prompt"):
+        generate(base, GenARMLogitsProcessor(ARM), ONE)

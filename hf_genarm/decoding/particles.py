@@ -106,15 +106,10 @@ def smc_sample(
     ```
     """
     _refuse(generation_config, logits_processor, n_particles, ess_threshold, streamer)
-    if n_read(_cache(model_kwargs)):
-        raise ValueError(
-            "The base has a cache of an earlier text, which is of one row for each prompt. Leave it out: the particles "
-            "read the whole text."
-        )
-    is_encoder_decoder = model.config.is_encoder_decoder
+    _refuse_inputs(model, model_kwargs)
     batch_size, device = len(input_ids), input_ids.device
     input_ids, model_kwargs = model._expand_inputs_for_generation(
-        input_ids=input_ids, expand_size=n_particles, is_encoder_decoder=is_encoder_decoder, **model_kwargs
+        expand_size=n_particles, input_ids=input_ids, **model_kwargs
     )
     log_weights = torch.zeros(batch_size, n_particles, device=device)  # their mean estimates what normalises the target
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=device)
@@ -124,7 +119,7 @@ def smc_sample(
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
         scores, log_sums = _next_token(logits_processor, input_ids, logits, temperature)
         log_weights = log_weights + log_sums.where(unfinished, 0.0).view_as(log_weights)
@@ -198,17 +193,15 @@ def _next_token(
         scores = processor(input_ids, scores)
         if isinstance(processor, GenARMLogitsProcessor):
             factors = (scores.log_softmax(dim=-1) + processor.log_z[:, None]) / temperature
-    is_left = scores > -torch.inf
-    difference = scores - factors
-    spread = difference.where(is_left, -torch.inf).amax(dim=-1) - difference.where(is_left, torch.inf).amin(dim=-1)
-    if (spread > 1e-3).any():
+    left = factors.where(scores > -torch.inf, -torch.inf)
+    if ((left.softmax(dim=-1) - scores.softmax(dim=-1)).abs().sum(dim=-1) > 1e-3).any():
         names = ", ".join(f"`{type(x).__name__}`" for x in processors)
         raise ValueError(
             f"After guidance, more is done to probabilities than a temperature and filters do, in {names}, so that no "
             "law over whole texts is defined. Put the other processors before the `GenARMLogitsProcessor`, and set the "
             "temperature by `temperature`."
         )
-    return scores, factors.where(is_left, -torch.inf).logsumexp(dim=-1)
+    return scores, left.logsumexp(dim=-1)
 
 
 def _cache(model_kwargs: dict[str, Any]) -> Cache | None:
@@ -231,6 +224,19 @@ def _has_states(cache: Cache) -> bool:
     layers = [x for x in cache.layers if isinstance(x, LinearAttentionCacheLayerMixin)]
     states = [(*x.is_conv_states_initialized.values(), *x.is_recurrent_states_initialized.values()) for x in layers]
     return any(map(any, states))
+
+
+def _refuse_inputs(model: Any, model_kwargs: dict[str, Any]) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"The base is a `{type(model).__name__}`, whose encoder reads the prompt, but guidance reads what the "
+            "decoder does. Use a decoder-only base."
+        )
+    if n_read(_cache(model_kwargs)):
+        raise ValueError(
+            "The base has a cache of an earlier text, which is of one row for each prompt. Leave it out: the particles "
+            "read the whole text."
+        )
 
 
 def _refuse(
