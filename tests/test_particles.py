@@ -196,7 +196,8 @@ def test_particles_are_exchanged_in_all_caches(base, adapters):
     """Of the base, of a reward model in its passes, and of one with passes of its own; against no cache at all."""
     fused = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base)
     separate = GenARMLogitsProcessor(tiny_llama(1), base_model=base)
-    for processor in (fused, separate):
+    unaware = GenARMLogitsProcessor(tiny_llama(1), attention_mask=BATCH["attention_mask"])
+    for processor in (fused, separate, unaware):
         options = {"n_particles": 5, "ess_threshold": 1.0}
         output = generate(base, processor, **options)
         expected = generate(base, processor, use_cache=False, **options)
@@ -264,6 +265,15 @@ def test_a_reference_and_several_rewards():
     expected = log_z.view(-1, 3).log_softmax(dim=-1)
     assert expected.std() > 0.1
     torch.testing.assert_close(output.log_weights, expected, atol=1e-3, rtol=0)
+
+
+def test_the_full_contrast_with_the_base_is_sampled_exactly_by_tokens(base, adapters):
+    """π_base (π_r / π_base) is π_r, which is normalised at each token."""
+    contrast = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base, reference="base")
+    output = generate(base, contrast, n_particles=5)
+    torch.testing.assert_close(output.log_z, torch.zeros(len(output.log_z)), atol=1e-4, rtol=0)
+    contrast.alpha = 0.5
+    assert (generate(base, contrast, n_particles=5).log_z.abs() > 0.1).all()
 
 
 class Twice(Ban):
