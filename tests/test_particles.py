@@ -229,23 +229,21 @@ def test_every_cache_of_the_base(family):
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 3},
         {"min_new_tokens": 6, "repetition_penalty": 1.3},
-        {"inputs_embeds": embeddings},
         {"suppress_tokens": list(Ban.tokens)},
+        embeddings(),
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_other_options_of_generate(options):
-    """At one particle they are as in plain sampling, and with several as without a cache."""
-    options = {name: value()[name] if callable(value) else value for name, value in options.items()}
+    """With one particle they are as in plain sampling, and with several as without a cache."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    plain = generate(BASE, processor, ONE, custom_generate=None, **options).sequences
-    assert generate(BASE, processor, ONE, n_particles=1, **options).sequences.tolist() == plain.tolist()
+    plain = generate(BASE, processor, ONE, custom_generate=None, **options)
+    assert generate(BASE, processor, ONE, n_particles=1, **options).sequences.tolist() == plain.sequences.tolist()
+    of_cache = ("cache_implementation", "prefill_chunk_size", "inputs_embeds")  # embeddings of the prompt need one
+    others = {name: value for name, value in options.items() if name not in of_cache}
     output = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, **options)
-    if "inputs_embeds" not in options:
-        options = {x: y for x, y in options.items() if x not in ("cache_implementation", "prefill_chunk_size")}
-    expected = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, use_cache=False, **options)
-    if "inputs_embeds" not in options:
-        assert output.particles.tolist() == expected.particles.tolist()
+    expected = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, use_cache=False, **others)
+    assert output.particles.tolist() == expected.particles.tolist()
 
 
 def test_a_reference_and_several_rewards():
