@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .decoding.particles import SMCOutput, smc_sample
     from .decoding.processor import GenARMLogitsProcessor
     from .hub.info import RewardInfo
     from .hub.reward_model import AutoregressiveRewardModel
@@ -20,6 +21,8 @@ __all__ = [
     "GenARMLogitsProcessor",
     "GuidanceWarning",
     "RewardInfo",
+    "SMCOutput",
+    "smc_sample",
 ]
 
 # Loaded on first use, so that steering does not pay for the import of `trl`.
@@ -30,6 +33,8 @@ _MODULES = {
     "GenARMLogitsProcessor": "decoding.processor",
     "GuidanceWarning": "hub.warning",
     "RewardInfo": "hub.info",
+    "SMCOutput": "decoding.particles",
+    "smc_sample": "decoding.particles",
 }
 
 

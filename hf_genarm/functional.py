@@ -36,6 +36,25 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
     return guided.log_softmax(dim=-1)
 
 
+def log_normaliser(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
+    r"""
+    $\log Z_t = \log \sum_v \pi_\text{base}(v) \prod_k \pi_{r,k}(v)^{\alpha_k}$, by which Eq. 7 is normalised.
+
+    Sampling token by token draws each text with $1 / \prod_t Z_t$ times its share under the optimum over whole texts.
+
+    Args:
+        scores, reward_log_probs, alphas:
+            As for [`guided_log_probs`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, in float32.
+    """
+    product = scores.float().log_softmax(dim=-1)
+    for log_probs, alpha in zip(reward_log_probs, alphas, strict=True):
+        product = product + weighted(log_probs, alpha)
+    return product.logsumexp(dim=-1)
+
+
 def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     r"""
     $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)),

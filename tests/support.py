@@ -94,6 +94,11 @@ MODES = [
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
     Mode("prompt lookup, sampling", SAMPLING | {"prompt_lookup_num_tokens": 3}, ONE),
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
+    Mode(
+        "sequential Monte Carlo, `custom_generate=smc_sample`",
+        elsewhere="test_the_law_goes_to_the_optimum_over_whole_texts",
+        why="one particle is guided sampling, many are the optimum over whole texts",
+    ),
     Mode("`use_cache=False`", {"use_cache": False}),
     Mode("static cache of the base", {"cache_implementation": "static"}),
     Mode("quantised cache of the base (quanto)", elsewhere="test_a_quantised_cache_of_the_base"),
@@ -123,6 +128,12 @@ MODES = [
         REFUSED,
         "Continuous batching",
         "the engine ignores logits processors",
+    ),
+    Mode(
+        "`smc_sample` with beams, greedy, `target_kl`, several guides, or probabilities changed after guidance",
+        expected=REFUSED,
+        elsewhere="test_what_is_not_defined_is_refused",
+        why="no law over whole texts is defined",
     ),
     Mode(
         "group and constrained beams, contrastive search, DoLa",

@@ -243,3 +243,20 @@ def test_identical_tokenizers_map_to_themselves(setup):
     tokenizer = setup[0]
     ids = tokenizer(CORPUS[0], return_tensors="pt").input_ids
     assert torch.equal(VocabMap(tokenizer, tokenizer).reward_ids(ids, torch.ones_like(ids)), ids)
+
+
+def test_log_z_where_tokens_can_not_be_scored(setup):
+    """They weigh what leaves their probability as it is: that of the scored ones, and their sum is that of all."""
+    tokenizer, _, arm = setup
+    other, order = permuted(tokenizer, 1)
+    base, twin = tiny_llama(0, vocab_size=len(tokenizer) + 4), renumbered(arm, order, len(tokenizer))
+    processor = GenARMLogitsProcessor(twin, base_model=base, tokenizer=tokenizer, reward_tokenizer=other)
+    processor.keeps_statistics = True
+    inputs = tokenizer(CORPUS[0], return_tensors="pt", return_token_type_ids=False)
+    output = generate(base, processor, inputs, max_new_tokens=1)
+    with torch.no_grad():
+        scores = base(**inputs).logits[0, -1, :-4].log_softmax(-1)
+        reward = arm(**inputs).logits[0, -1].log_softmax(-1)
+    expected = (scores + reward).logsumexp(-1).item()
+    assert processor.statistics(output.sequences)["log_z"] == [pytest.approx(expected, abs=1e-4)]
+    assert processor.log_z.tolist() == [pytest.approx(expected, abs=1e-4)]

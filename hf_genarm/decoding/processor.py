@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..functional import contrast, guided_log_probs
+from ..functional import contrast, guided_log_probs, log_normaliser
 from ..hub.cache import network_of, uncompiled
 from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
@@ -141,12 +141,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._watch = None if self._base is None else StepWatch.on(self._base, self)
         self._reader = TextReader(self._watch)
         self._rewards = NextTokenRewards(self._models, self._vocab_maps, self._watch)
-        self._reference = None
-        if self.reference is not None:
-            self._reference = Reference(self.reference, self._watch)
+        self._reference = None if self.reference is None else Reference(self.reference, self._watch)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics")
+        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics", "_product")
         state = {name: value for name, value in vars(self).items() if name not in own}
         return state | {"target_kl": self.target_kl, "keeps_statistics": self.keeps_statistics}
 
@@ -251,6 +249,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
     def keeps_statistics(self, keeps_statistics: bool) -> None:
         self._statistics = Statistics(len(self._models), self._tokenizer) if keeps_statistics else None
 
+    @property
+    def log_z(self) -> Tensor:
+        r"""Of the last call, $\log Z_t$: the logarithm of the sum that normalises Eq. 7; `(batch_size,)`."""
+        return log_normaliser(*self._product)
+
     def statistics(self, sequences: Tensor) -> GuidedTokens:
         """
         What guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position` and
@@ -334,6 +337,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             self.reset()
         alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
+        self._product = (scores, [], [])
         if not active:
             return scores
         self._advice(text, self._rewards.models)
@@ -344,15 +348,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if self._reference is not None:
             reference = self._reference.log_probs(text, mask, scores)
             rewards = {index: contrast(log_probs, reference) for index, log_probs in rewards.items()}
+        filled = self._rewards.filled(rewards, strengths, scores)
         if kl_control is not None:
-            filled = self._rewards.filled(rewards, strengths, scores)
             scale = kl_control(text, n_requests, scores, filled, strengths)
             strengths = [alpha * scale for alpha in strengths]
-        guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
+            filled = self._rewards.filled(rewards, strengths, scores)
+        guided = guided_log_probs(scores, filled, strengths)
         guided = unguided_where_zero(guided, scores, active.values())
         refuse_nan(guided, scores, strengths)
+        self._product = (scores, filled, strengths)
         if statistics is not None:
-            statistics.note(text, n_requests, scores, guided, rewards, strengths)
+            statistics.note(text, n_requests, scores, guided, rewards, strengths, self.log_z)
         return guided
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import kl_divergence, weighted
+from ..functional import kl_divergence
 from ..viewing.tokens import token_texts
 from .guided_tokens import GuidedTokens
 from .step import Run
@@ -50,6 +50,7 @@ class Statistics:
         guided: Tensor,
         rewards: dict[int, Tensor],
         strengths: Sequence[float | Tensor],
+        log_z: Tensor,
     ) -> None:
         """
         Args:
@@ -65,6 +66,8 @@ class Statistics:
                 What each active reward model says, by its index.
             strengths (sequence of `float` or `torch.Tensor` of shape `(batch_size, 1)`):
                 With which strength.
+            log_z (`torch.Tensor` of shape `(batch_size,)`):
+                From [`log_normaliser`].
         """
         of_run = self._runs.setdefault(text.run, _OfRun(n_requests))
         while len(self._runs) > 1 and sum(len(x.of_text) for x in self._runs.values()) > self.KEPT_TOKENS:
@@ -77,14 +80,12 @@ class Statistics:
             "entropy": -(guided.exp() * guided.where(possible, 0.0)).sum(dim=-1),
             "base_entropy": -(base.exp() * base.where(base > -torch.inf, 0.0)).sum(dim=-1),
             "top_token_changed": guided.argmax(dim=-1) != base.argmax(dim=-1),
+            "log_z": log_z,
         }
         log_probs = {"base_log_prob": base, "guided_log_prob": guided}
-        product = base
         for (index, reward), alpha in zip(rewards.items(), strengths, strict=True):
             values[f"alpha_{index}"] = torch.as_tensor(alpha, device=base.device).expand(len(base), 1)[:, 0]
             log_probs[f"reward_log_prob_{index}"] = reward
-            product = product + weighted(reward, alpha)
-        values["log_z"] = product.logsumexp(dim=-1)
         for name, distribution in (("likeliest_before", base), ("likeliest_after", guided)):
             values[name] = torch.stack(distribution.topk(self.N_LIKELIEST), dim=-1)
         of_run.note(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..hub.cache import CACHE
+from ..hub.cache import CACHE, n_read
 
 
 class Run:
@@ -227,7 +227,7 @@ class StepWatch:
         cache = kwargs.get(CACHE, kwargs.get("past_key_values"))  # decoding loops from the Hub may use the old name
         is_first, last = bool(kwargs.get("is_first_iteration")), self.step
         is_rest = is_first and cache is not None and kwargs.get("next_sequence_length") is None
-        n_before = _n_read(cache) if is_rest else 0  # tokens that come before `input_ids`, if those are not all
+        n_before = n_read(cache) if is_rest else 0  # tokens that come before `input_ids`, if those are not all
         mask = kwargs.get("attention_mask")
         if not is_first and mask is not None and mask.ndim == 2 and mask.shape[1] > input_ids.shape[1]:
             n_before = mask.shape[1] - input_ids.shape[1]  # of a prompt that older versions read in parts
@@ -293,8 +293,3 @@ def _is_no_text(name: str, value: Any) -> bool:
         return any(part is not None for part in value.values())
     is_text = name in ("inputs_embeds", "attention_mask")
     return isinstance(value, Tensor) and value.is_floating_point() and not is_text
-
-
-def _n_read(cache: Any) -> int:
-    """Number of tokens in a cache of the base; recurrent states don't know."""
-    return 0 if all(cache.is_linear) else int(cache.get_seq_length())

@@ -50,3 +50,8 @@ def new_cache(network: PreTrainedModel) -> DynamicCache | None:
     # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
     cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+
+
+def n_read(cache: Any) -> int:
+    """Number of tokens in a cache of the base, which may be `None`; recurrent states don't know."""
+    return 0 if cache is None or all(cache.is_linear) else int(cache.get_seq_length())
