@@ -42,10 +42,9 @@ def language(law, alpha=0.7, seed=30, **options):
 class WithoutNormaliser(GenARMLogitsProcessor):
     """Guides as ever, and says that nothing was normalised: all weights are then 1."""
 
-    def __call__(self, input_ids, scores):
-        guided = super().__call__(input_ids, scores)
-        self.log_z = torch.zeros_like(self.log_z)
-        return guided
+    @property
+    def log_z(self):
+        return torch.zeros_like(super().log_z)
 
 
 def measure(law, tiny, processor=None, n_texts=24_000):

@@ -337,7 +337,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
             self.reset()
         alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
-        self._product = (scores, [], [])
+        self._product: tuple[Tensor, list[Tensor], list[Any]] = (scores, [], [])
         if not active:
             return scores
         self._advice(text, self._rewards.models)
