@@ -10,6 +10,7 @@ PUBLIC = {
     "AutoregressiveRewardTrainer": "hf_genarm.training.trainer.AutoregressiveRewardTrainer",
     "GenARMLogitsProcessor": "hf_genarm.decoding.processor.GenARMLogitsProcessor",
     "LogitsProcessor": "transformers.LogitsProcessor",
+    "SMCOutput": "hf_genarm.decoding.particles.SMCOutput",
     "RewardInfo": "hf_genarm.hub.info.RewardInfo",
     "TokenRewards": "hf_genarm.hub.scoring.TokenRewards",
 }

@@ -116,11 +116,24 @@ def capability() -> str:
     return table(["α", "steered by", "accuracy", "less unguided, paired"], rows)
 
 
+def sequence_law() -> str:
+    first, *rows = runs("sequence_law")[0]["results"]
+    cells = [
+        [str(row["n"]), f"{row['smc'][0]:.3f} [{row['smc'][1]:.3f}, {row['smc'][2]:.3f}]", f"{row['best_of_n']:.2f}"]
+        for row in rows
+    ]
+    return table(
+        ["N", "distance of N particles", "of the best of N"],
+        [["token by token", f"{first['token_law']:.2f}", ""], *cells],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "capability": capability,
     "decode_cost": decode_cost,
     "train_cost": train_cost,
     "headline": headline,
+    "sequence_law": sequence_law,
 }
 
 
