@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.nn import Module
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import RewardTrainer
@@ -31,6 +31,7 @@ from .config import AutoregressiveRewardConfig
 from .metrics import PreferenceMetrics
 from .preference_data import PROMPT_LENGTH, SIDES, DataCollatorForPairs, PairCounts, check_pairs, prepare_pairs
 from .prefix_sharing import PairBatch, PairLogProbs
+from .push import PushWhole
 from .reference import StartingPoint
 from .starting_point import as_causal_lm, as_config, check_adapter, check_causal_lm, load_causal_lm
 
@@ -161,7 +162,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         has_base = is_peft_model(self.model) or args.reference is not None
         self._starting_point = StartingPoint(self.model, self.accelerator) if has_base else None
         self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
-        self.add_callback(_PushWhole(self))
+        self.add_callback(PushWhole(self._describe))
 
     def compute_loss(
         self,
@@ -341,17 +342,6 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             is_adapter=is_peft_model(self.model),
             tags=[tags] if isinstance(tags, str) else tags,
         )
-
-
-class _PushWhole(TrainerCallback):
-    """Trainer copies from a checkpoint what it knows into the folder that it pushes."""
-
-    def __init__(self, trainer: AutoregressiveRewardTrainer):
-        self._trainer = trainer
-
-    def on_push_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.should_save:
-            self._trainer._describe(str(args.output_dir))
 
 
 def _pairs(inputs: dict[str, Any]) -> PairBatch:
