@@ -1,7 +1,7 @@
 """
 What guidance costs in knowledge: SmolLM2-135M-Instruct on 239 questions of common knowledge and grammar, by strength.
 
-    python examples/benchmarks/capability.py         # about 10 minutes on 2 cores
+    python examples/benchmarks/capability.py         # some minutes
 
 The task is `examples/data/common_knowledge`, scored by the Language Model Evaluation Harness (`pip install
 hf_genarm[eval]`): an answer is right if the guided distribution gives it the most probability. The sentiment adapter
