@@ -33,11 +33,11 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quickstart import DATA, train, training_pairs  # noqa: E402
-from small import output_folder  # noqa: E402
+from quickstart import DATA, train, training_pairs
+from small import output_folder
 
-from hf_genarm import AutoregressiveRewardModel  # noqa: E402
-from hf_genarm.demo import DEMO_MODEL_ID, demo_model  # noqa: E402
+from hf_genarm import AutoregressiveRewardModel
+from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 
 N_LIKELIEST = 64
 
@@ -110,7 +110,7 @@ def first_layers(n_layers: int) -> PreTrainedModel:
 
 
 def distil(student: PreTrainedModel, texts: list[dict], pad: int, args: argparse.Namespace) -> float:
-    r"""Minimises $\text{KL}(\pi_\text{whole} \,\|\, \pi_\text{student})$ over the likeliest tokens; returns the last."""
+    r"""Minimises $\text{KL}(\pi_\text{whole} \,\|\, \pi_\text{student})$ on the likeliest tokens; returns its last."""
     # The embedding is also the head, and stays that of the whole model.
     student.train().get_input_embeddings().requires_grad_(False)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]

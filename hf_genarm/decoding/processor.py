@@ -14,6 +14,8 @@ from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from .advice import Advice, refuse_hidden_text
+from .assistant import DraftingAssistant
+from .drafts import Draft
 from .guided_tokens import GuidedTokens
 from .kl_control import KLControl
 from .padding import PromptMask, pad_token_id_of
@@ -143,9 +145,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._reference = None
         if self._reference_model is not None:
             self._reference = Reference(self._reference_model, self._watch)
+        self._draft: Draft | None = None
+        self._strengths: list[float | Tensor] = []  # of the last call, for drafts of the next
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics")
+        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics", "_draft")
         state = {name: value for name, value in vars(self).items() if name not in own}
         return state | {"target_kl": self.target_kl, "keeps_statistics": self.keeps_statistics}
 
@@ -288,6 +292,22 @@ class GenARMLogitsProcessor(LogitsProcessor):
         """
         self.alpha = alpha_of_weights(weights, alpha, [info.reward_scale for info in self._infos])
 
+    def assistant(self, num_assistant_tokens: int | None = None) -> DraftingAssistant:
+        """
+        Lets the smallest reward model draft: `model.generate(..., logits_processor=[processor],
+        assistant_model=processor.assistant())` has the same law, in less time if that model is much smaller than the
+        base. Keep it for the next call, for what it has measured.
+
+        Args:
+            num_assistant_tokens (`int`, *optional*):
+                The number of drafts. As a default it follows from what is measured, and sampled text may then differ
+                from run to run under one seed.
+
+        Raises:
+            ValueError: if no reward model is smaller than the base, or the processor has no `base_model`.
+        """
+        return DraftingAssistant(self, num_assistant_tokens)
+
     @property
     def attention_mask(self) -> Tensor | None:
         """The explicit mask of the prompts, if one was given."""
@@ -319,17 +339,25 @@ class GenARMLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
             a new tensor; with all strengths at 0, `scores` itself.
         """
+        draft = self._draft
+        at_once = None if draft is None else draft.scores_of(input_ids, scores)
+        if at_once is not None:
+            return at_once
         text = self._reader(input_ids, scores)
         if text.is_new:
             self.reset()
         alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
+        self._strengths = list(active.values())
         if not active:
             return scores
         self._advice(text, self._rewards.models)
-        mask, strengths = self._prompt_mask(text), list(active.values())
+        mask, strengths = self._prompt_mask(text), self._strengths
         kl_control, statistics = self._kl_control, self._statistics  # which another thread may set meanwhile
 
+        drafted = None if draft is None else draft.to_read(input_ids)
+        if draft is not None and drafted is not None:
+            self._read_ahead(drafted, mask, [index for index in active if index != draft.index])
         rewards = {index: self._rewards.of(index, input_ids, mask, scores) for index in active}
         if self._reference is not None:
             reference = self._reference.log_probs(text, mask, scores)
@@ -337,13 +365,23 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if kl_control is not None:
             filled = self._rewards.filled(rewards, strengths, scores)
             scale = kl_control(text, n_requests, scores, filled, strengths)
-            strengths = [alpha * scale for alpha in strengths]
+            strengths = self._strengths = [alpha * scale for alpha in strengths]
         guided = guided_log_probs(scores, self._rewards.filled(rewards, strengths, scores), strengths)
         guided = unguided_where_zero(guided, scores, active.values())
         refuse_nan(guided, scores, strengths)
         if statistics is not None:
             statistics.note(text, n_requests, scores, guided, rewards, strengths)
+        if draft is not None:
+            draft.note(input_ids, guided)
         return guided
+
+    def _read_ahead(self, text: Tensor, mask: Tensor, indices: list[int]) -> None:
+        n_drafts = text.shape[1] - mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(1, n_drafts)], dim=1)
+        for index in indices:
+            self._rewards.read_ahead(index, text, mask, n_drafts + 1)
+        if self._reference is not None:
+            self._reference.read_ahead(text, mask, n_drafts + 1)
 
 
 def _model_of(model: Any) -> PreTrainedModel | PeftModel:
