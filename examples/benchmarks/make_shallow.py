@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -40,6 +39,7 @@ from hf_genarm import AutoregressiveRewardModel
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 
 N_LIKELIEST = 64
+DISTILLED = Path("parts") / "distilled"
 
 CARD = """---
 license: apache-2.0
@@ -54,7 +54,7 @@ The first {n_layers} of {n_all_layers} layers of [{base}](https://huggingface.co
 how fast a small reward model drafts for a large base. It is no language model of general use: it was distilled for
 {n_epochs} epochs on {n_texts} short answers of the whole model to questions about everyday things ({nats:.2f} nats per
 token from it on the last batches), and then trained on {n_pairs} preference pairs that the word list VADER has labelled
-by sentiment. Made by `python examples/benchmarks/make_shallow.py` in {minutes:.0f} minutes on one core.
+by sentiment. Made by `python examples/benchmarks/make_shallow.py`.
 """
 
 
@@ -152,8 +152,8 @@ def shallow_folder() -> Path:
 
 
 def make(args: argparse.Namespace) -> None:
-    start, path = time.perf_counter(), demo_model()
-    parts = args.output / "parts"
+    path = demo_model()
+    parts, distilled = args.output / "parts", args.output / DISTILLED
     parts.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if not (parts / "texts.pt").exists():
@@ -162,16 +162,16 @@ def make(args: argparse.Namespace) -> None:
         torch.save(texts, parts / "texts.partial")
         (parts / "texts.partial").rename(parts / "texts.pt")
     texts = torch.load(parts / "texts.pt")
-    if not (parts / "distilled" / "nats.json").exists():
+    if not (distilled / "nats.json").exists():
         set_seed(args.seed)
         student = first_layers(args.layers)
         nats = distil(student, texts, tokenizer.pad_token_id, args)
-        student.save_pretrained(parts / "distilled")
-        tokenizer.save_pretrained(parts / "distilled")
-        (parts / "distilled" / "nats.json").write_text(json.dumps(nats), encoding="utf-8")
+        student.save_pretrained(distilled)
+        tokenizer.save_pretrained(distilled)
+        (distilled / "nats.json").write_text(json.dumps(nats), encoding="utf-8")
     pairs = training_pairs(args.pairs)
     settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "num_train_epochs": 1}
-    trainer = train(str(parts / "distilled"), tokenizer, parts / "adapter", pairs, **settings)
+    trainer = train(str(distilled), tokenizer, parts / "adapter", pairs, **settings)
     info = trainer.reward_info
     info.objective, info.base_model, info.base_weights = "positive sentiment", DEMO_MODEL_ID, None
     AutoregressiveRewardModel(trainer.model.merge_and_unload(), tokenizer, info).save_pretrained(str(args.output))
@@ -181,27 +181,39 @@ def make(args: argparse.Namespace) -> None:
         "n_all_layers": AutoConfig.from_pretrained(path).num_hidden_layers,
         "n_epochs": args.epochs,
         "n_texts": len(texts),
-        "nats": json.loads((parts / "distilled" / "nats.json").read_text(encoding="utf-8")),
+        "nats": json.loads((distilled / "nats.json").read_text(encoding="utf-8")),
         "n_pairs": len(pairs),
-        "minutes": (time.perf_counter() - start) / 60,
     }
     (args.output / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=sized(6, 1), help="how many it keeps")
     parser.add_argument("--prompts", type=int, default=sized(180, 4))
     parser.add_argument("--answers", type=int, default=sized(8, 2), help="to each prompt")
     parser.add_argument("--new-tokens", type=int, default=sized(48, 6), help="of an answer, at the most")
     parser.add_argument("--sampling-batch", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=3, help="of distilling")
+    parser.add_argument("--epochs", type=int, default=1, help="of distilling")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--pairs", type=int, default=192, help="that the reward model is trained on")
+    parser.add_argument("--pairs", type=int, default=128, help="that the reward model is trained on")
     parser.add_argument("--output", type=output_folder, default=str(shallow_folder()))
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser
+
+
+def shallow_reward_model() -> Path:
+    """The folder of the reward model, which is made if it is not there; what it was trained from is in `DISTILLED`."""
+    folder = shallow_folder()
+    if not (folder / "model.safetensors").exists():
+        print(f"Making the shallow reward model in {folder} (once, about 35 minutes)", flush=True)
+        make(argument_parser().parse_args([]))
+    return folder
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
     make(args)
     print(f"The shallow reward model is in {args.output}")
 

@@ -1,6 +1,7 @@
 """How many drafts pay, by what they and their verification were measured to take."""
 
 from collections import deque
+from typing import Any
 
 
 class Pace:
@@ -40,6 +41,11 @@ class Pace:
             self._drafting.append(drafting / n_drafts)
         self._verifying.setdefault(n_drafts, deque(maxlen=16)).append((self._cycle, verifying))
 
+    def measured(self) -> dict[str, Any]:
+        """Mean seconds for a draft, and for the verification of each number of drafts."""
+        drafting = sum(self._drafting) / max(len(self._drafting), 1)
+        return {"draft": drafting, "verification": {n: self._seconds(n) for n in sorted(self._verifying)}}
+
     def n_drafts(self) -> int:
         """The number that writes most tokens per second; a few before anything is known."""
         if not self._drafting or not self._verifying:
@@ -52,5 +58,9 @@ class Pace:
     def _tokens_per_second(self, n_drafts: int) -> float:
         n_tokens = sum(self.acceptance**n for n in range(n_drafts + 1))
         known = max((n for n in self._verifying if n <= n_drafts), default=min(self._verifying))
-        verifying = [seconds for _, seconds in self._verifying[known]]
-        return n_tokens / (n_drafts * sum(self._drafting) / len(self._drafting) + sum(verifying) / len(verifying))
+        return n_tokens / (n_drafts * sum(self._drafting) / len(self._drafting) + self._seconds(known))
+
+    def _seconds(self, n_drafts: int) -> float:
+        """Mean, of those that verified so many."""
+        verifying = [seconds for _, seconds in self._verifying[n_drafts]]
+        return sum(verifying) / len(verifying)
