@@ -307,10 +307,8 @@ def main() -> None:
             for mode in MODES:
                 results.append({"prompt_tokens": n_tokens} | bench.compare(mode, of_length, bar))
         shortest = prompts[min(prompts)]
-        guided = [
-            base.generate(x, logits_processor=[bench.processor], max_new_tokens=args.new_tokens, **MODES["sampling"])
-            for x in shortest
-        ]
+        options = {"max_new_tokens": args.new_tokens, **MODES["sampling"]}
+        guided = [base.generate(x, logits_processor=[bench.processor], **options) for x in shortest]
         results[0]["laws"] = laws(base, arm.model, small, guided, [x.shape[1] for x in shortest], args.alpha)
         for name, rate in results[0]["laws"].items():
             print(f"{rate:.2f}  {name}")
