@@ -1,8 +1,12 @@
 """Tokens that a reward model has drafted, from when they are written until the base has verified them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from .reference import Reference
+from .rewards import NextTokenRewards
 from .step import Step, StepWatch
 
 
@@ -20,8 +24,7 @@ class Draft:
     """
 
     def __init__(self, watch: StepWatch, index: int, exponent: float):
-        self.index = index
-        self._watch, self._exponent = watch, exponent
+        self._watch, self._index, self._exponent = watch, index, exponent
         self._before = watch.step  # the pass that verifies it is the next one
         self._step: Step | None = None
         self._text: Tensor | None = None
@@ -51,11 +54,34 @@ class Draft:
         is_useless = input_ids.shape[1] > self._usable_length and self._verifies(input_ids, self._text)
         return scores if is_useless else None
 
-    def to_read(self, input_ids: Tensor) -> Tensor | None:
-        """All tokens `(1, length)`, once: when those are asked about that they go on from."""
-        if self._text is None or self._step is not None or not self._verifies(input_ids, self._text):
-            return None
-        return self._text
+    def read_by_others(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        indices: Iterable[int],
+        rewards: NextTokenRewards,
+        reference: Reference | None,
+    ) -> None:
+        """
+        When the processor is first called about it, the models that have not written it read it in one pass.
+
+        Args:
+            input_ids, mask (`torch.LongTensor` of shape `(1, length)`):
+                What the processor is called with.
+            indices (iterable of `int`):
+                The reward models that are needed.
+            rewards ([`NextTokenRewards`]), reference ([`Reference`], *optional*):
+                Of the processor.
+        """
+        text = self._text
+        if text is None or self._step is not None or not self._verifies(input_ids, text):
+            return
+        n_drafts = text.shape[1] - mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(1, n_drafts)], dim=1)
+        for index in set(indices) - {self._index}:
+            rewards.read_ahead(index, text, mask, n_drafts + 1)
+        if reference is not None:
+            reference.read_ahead(text, mask, n_drafts + 1)
 
     def note(self, input_ids: Tensor, guided: Tensor) -> None:
         """Takes note of what the processor returns, which may reject a token."""

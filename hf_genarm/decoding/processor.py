@@ -296,15 +296,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         """
         Lets the smallest reward model draft: `model.generate(..., logits_processor=[processor],
         assistant_model=processor.assistant())` has the same law, in less time if that model is much smaller than the
-        base. Keep it for the next call, for what it has measured.
-
-        Args:
-            num_assistant_tokens (`int`, *optional*):
-                The number of drafts. As a default it follows from what is measured, and sampled text may then differ
-                from run to run under one seed.
-
-        Raises:
-            ValueError: if no reward model is smaller than the base, or the processor has no `base_model`.
+        base. Arguments and errors are those of [`DraftingAssistant`]. Keep it, for what it has measured.
         """
         return DraftingAssistant(self, num_assistant_tokens)
 
@@ -355,9 +347,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         mask, strengths = self._prompt_mask(text), self._strengths
         kl_control, statistics = self._kl_control, self._statistics  # which another thread may set meanwhile
 
-        drafted = None if draft is None else draft.to_read(input_ids)
-        if draft is not None and drafted is not None:
-            self._read_ahead(drafted, mask, [index for index in active if index != draft.index])
+        if draft is not None:
+            draft.read_by_others(input_ids, mask, active, self._rewards, self._reference)
         rewards = {index: self._rewards.of(index, input_ids, mask, scores) for index in active}
         if self._reference is not None:
             reference = self._reference.log_probs(text, mask, scores)
@@ -374,14 +365,6 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if draft is not None:
             draft.note(input_ids, guided)
         return guided
-
-    def _read_ahead(self, text: Tensor, mask: Tensor, indices: list[int]) -> None:
-        n_drafts = text.shape[1] - mask.shape[1]
-        mask = torch.cat([mask, mask.new_ones(1, n_drafts)], dim=1)
-        for index in indices:
-            self._rewards.read_ahead(index, text, mask, n_drafts + 1)
-        if self._reference is not None:
-            self._reference.read_ahead(text, mask, n_drafts + 1)
 
 
 def _model_of(model: Any) -> PreTrainedModel | PeftModel:
