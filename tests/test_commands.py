@@ -19,7 +19,7 @@ FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT 
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 # They start processes of their own, or are as long as what is not slow.
 SLOW = ("decode_cost.py", "train_cost.py", "train_cost.py --heads", "run.py", "run.py --only speed")
-SLOW += ("run.py --size smoke", "token_law.py", "target_kl.py")
+SLOW += ("run.py --size smoke", "token_law.py", "target_kl.py", "speculation.py", "speculation.py --simulate")
 NEEDS_HUB = ("make_harmless.py", "run.py", "run.py --size smoke")  # for data that this repository doesn't have
 
 
