@@ -172,6 +172,38 @@ def test_after_a_reward_model_was_changed():
     assert_same(generate([processor], assistant_model=assistant), generate([oracle(arm)]))
 
 
+class Broken(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("where", ["drafting", "verifying"])
+def test_after_an_exception(where):
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    assistant, broken = processor.assistant(3), Broken()
+    if where == "verifying":  # drafts go through without it
+        inner, assistant.generate = assistant.generate, lambda **kwargs: inner(**kwargs | {"logits_processor": []})
+    with pytest.raises(RuntimeError, match="broken"):
+        generate([processor, broken], assistant_model=assistant)
+    for options in ({}, {"assistant_model": processor.assistant(3)}):
+        assert_same(generate([processor], **options), generate([oracle(ARM)]))
+
+
+def test_accepted_as_an_ensemble():
+    """A weight relaxes what is accepted, so that no score may be left out."""
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    options = {"eos_token_id": None, "assistant_ensemble_weight": 0.3, "assistant_model": processor.assistant(3)}
+    output = generate([processor], **options)
+    start, is_likeliest = ONE["input_ids"].shape[1], []
+    for n_new, scores in enumerate(output.scores):
+        text, token = output.sequences[:, : start + n_new], output.sequences[0, start + n_new]
+        expected = oracle(ARM)(text, BASE(input_ids=text).logits[:, -1])
+        torch.testing.assert_close(scores.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
+        is_likeliest.append(bool(token == scores.argmax()))
+    assert len(is_likeliest) == 12
+    assert not all(is_likeliest)
+
+
 def test_a_streamer_gets_all_tokens(tokenizer, capsys):
     base, arm = (tiny_llama(n, vocab_size=len(tokenizer), num_hidden_layers=2 - n) for n in (0, 1))
     processor = GenARMLogitsProcessor(arm, base_model=base)

@@ -121,26 +121,34 @@ class DraftingAssistant:
         draft = processor._draft = Draft(self._watch, self._index, self._exponent())
         text, is_over = input_ids, False
         laws: list[Tensor] = []
-        while len(laws) < n_drafts and not is_over:
-            law = self._log_probs(text, attention_mask)
-            for other in logits_processor:
-                law = other(text, law)
-            token = law.softmax(dim=-1).multinomial(1) if generation_config.do_sample else law.argmax(-1, keepdim=True)
-            longer = torch.cat([text, token], dim=1)
-            if stops(longer):  # what ends a text must be the last token of a cycle, which is no draft
-                break
-            text, is_over = longer, int(token) in ends
-            laws.append(law)
+        try:
+            while len(laws) < n_drafts and not is_over:
+                law = self._log_probs(text, attention_mask)
+                for other in logits_processor:
+                    law = other(text, law)
+                token = _choose(law, generation_config.do_sample)
+                longer = torch.cat([text, token], dim=1)
+                if stops(longer):  # what ends a text must be the last token of a cycle, which is no draft
+                    break
+                text, is_over = longer, int(token) in ends
+                laws.append(law)
+        except BaseException:
+            processor._draft = None  # or the next call would be about drafts, too
+            raise
         n_drafts = len(laws)
         if not laws:
             text, law = self._draft_of_nothing(input_ids, ends, stops)
-            is_over = bool(ends)
-            laws = [law]
-        draft.close(text, is_over, not generation_config.do_sample and logits_processor[-1] is processor)
+            laws, is_over = [law], bool(ends)
+        draft.close(text, is_over, self._decides(generation_config, logits_processor))
         ends_at = time.perf_counter()
         self._last = _Cycle(text, input_ids.shape[1], n_drafts, is_new, ends_at - begins_at, ends_at)
-        # Which no tensor is for mypy: says `LongTensor`, and a tuple of one
+        # They are said to be a `LongTensor`, which no tensor is for mypy, and a tuple of one.
         return GenerateDecoderOnlyOutput(sequences=text, scores=tuple(laws))  # type: ignore[arg-type]
+
+    def _decides(self, generation_config: GenerationConfig, logits_processor: list[LogitsProcessor]) -> bool:
+        """Whether a draft is rejected as soon as the processor prefers another token."""
+        is_plain = not generation_config.do_sample and generation_config.assistant_ensemble_weight is None
+        return is_plain and bool(logits_processor) and logits_processor[-1] is self._processor
 
     def _exponent(self) -> float:
         if self._processor._reference is not None:
@@ -225,6 +233,10 @@ def _smallest(processor: "GenARMLogitsProcessor", base: Any) -> int:
             "would gain nothing. Call `generate` without `assistant_model`, or use a reward model that is smaller."
         )
     return sizes[min(sizes)]
+
+
+def _choose(law: Tensor, do_sample: bool) -> Tensor:
+    return law.softmax(dim=-1).multinomial(1) if do_sample else law.argmax(dim=-1, keepdim=True)
 
 
 def _ends_of(generation_config: GenerationConfig) -> list[int]:
