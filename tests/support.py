@@ -91,6 +91,17 @@ MODES = [
         elsewhere="test_universal_assisted_decoding",
         why="drafts would be guided on the assistant's tokens; with sampling they are not, and it is exact",
     ),
+    Mode(
+        "`assistant_model=processor.assistant()`: the reward model drafts",
+        elsewhere="test_greedy_text_is_the_same",
+        why="the same tokens if greedy, the same law if sampled",
+    ),
+    Mode(
+        "the same, with a reward model that is not smaller than the base, or an adapter on it",
+        expected=REFUSED,
+        elsewhere="test_refused",
+        why="drafts would gain nothing",
+    ),
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
     Mode("prompt lookup, sampling", SAMPLING | {"prompt_lookup_num_tokens": 3}, ONE),
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),

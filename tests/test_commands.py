@@ -20,6 +20,7 @@ SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(
 # They start processes of their own, or are as long as what is not slow.
 SLOW = ("decode_cost.py", "train_cost.py", "train_cost.py --heads", "run.py", "run.py --only speed")
 SLOW += ("run.py --size smoke", "token_law.py", "sequence_law.py", "target_kl.py", "capability.py")
+SLOW += ("speculation.py", "speculation.py --simulate")
 NEEDS_HARNESS = ("capability.py",)
 NEEDS_HUB = ("make_harmless.py", "run.py", "run.py --size smoke")  # for data that this repository doesn't have
 

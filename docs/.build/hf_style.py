@@ -8,6 +8,7 @@ PUBLIC = {
     "AutoregressiveRewardConfig": "hf_genarm.training.config.AutoregressiveRewardConfig",
     "AutoregressiveRewardModel": "hf_genarm.hub.reward_model.AutoregressiveRewardModel",
     "AutoregressiveRewardTrainer": "hf_genarm.training.trainer.AutoregressiveRewardTrainer",
+    "DraftingAssistant": "hf_genarm.decoding.assistant.DraftingAssistant",
     "GenARMLogitsProcessor": "hf_genarm.decoding.processor.GenARMLogitsProcessor",
     "LogitsProcessor": "transformers.LogitsProcessor",
     "SMCOutput": "hf_genarm.decoding.particles.SMCOutput",

@@ -73,13 +73,15 @@ class LockstepLM:
         self._state = None
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, n_logits: int = 1) -> Tensor:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 Token ids, on any device.
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 1 for tokens, 0 for padding. The last column must be all ones.
+            n_logits (`int`, *optional*, defaults to 1):
+                For how many lengths, up to this one, logits are wanted: of one text, drafts, that is read in one pass.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, vocab_size)`: the logits of the next token, in the dtype and on the
@@ -101,14 +103,15 @@ class LockstepLM:
         rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
         if rows is not None:
             state.select_rows(rows)
-        if length not in state.logits or shared < length:
-            # The logits of the last token are wanted, so at least that one is forwarded.
-            kept = min(shared, length - 1)
+        wanted = range(length - n_logits + 1, length + 1)
+        if shared < length or any(at not in state.logits for at in wanted):
+            # The logits of the last tokens are wanted, so at least those are forwarded.
+            kept = min(shared, length - n_logits)
             if kept == 0 and state.logits:  # not new, and of no use
                 state = self._new_state(input_ids)
             state.crop(kept)
             if self.has_cache:
-                logits = self._forward(state, input_ids, attention_mask)
+                logits = self._forward(state, input_ids, attention_mask, n_logits)
             else:
                 logits = self._forward_afresh(input_ids, attention_mask)
             state.extend(input_ids, attention_mask, logits)
@@ -147,7 +150,7 @@ class LockstepLM:
         cache = new_cache(self._network) if self.has_cache else None
         return State(empty, empty, DynamicCache() if cache is None else cache)
 
-    def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor, n_logits: int) -> Tensor:
         cached = state.input_ids.shape[1]
         logits = self._call(
             {
@@ -156,7 +159,8 @@ class LockstepLM:
                 "position_ids": position_ids(attention_mask)[:, cached:],
                 CACHE: state.cache,
                 "use_cache": True,
-            }
+            },
+            n_logits,
         )
         if state.cache.get_seq_length() != input_ids.shape[1]:
             raise RuntimeError(
@@ -175,15 +179,15 @@ class LockstepLM:
             logits.append(self._call({"input_ids": row, "use_cache": False}))
         return torch.cat(logits)
 
-    def _call(self, inputs: dict) -> Tensor:
-        inputs["logits_to_keep"] = 1
+    def _call(self, inputs: dict, n_logits: int = 1) -> Tensor:
+        inputs["logits_to_keep"] = n_logits
         try:
             output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
         except (IndexError, RuntimeError) as error:
             length = inputs.get("attention_mask", inputs["input_ids"]).shape[1]
             refuse_out_of_range(self._network, inputs["input_ids"], length, error)
             raise
-        return output.logits[:, -1:]
+        return output.logits[:, -n_logits:]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

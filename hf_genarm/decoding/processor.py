@@ -1,12 +1,12 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import contrast, guided_log_probs, log_normaliser
 from ..hub.cache import network_of, uncompiled
@@ -14,22 +14,22 @@ from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from .advice import Advice, refuse_hidden_text
-from .guided_tokens import GuidedTokens
-from .kl_control import KLControl
+from .assistant import DraftingAssistant
+from .drafts import Draft
 from .padding import PromptMask, pad_token_id_of
 from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
 from .reference import Reference
 from .rewards import NextTokenRewards, refuse_nan
-from .statistics import Statistics
+from .settings import GuidanceSettings
 from .step import StepWatch
-from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, check_alpha, strengths_at, unguided_where_zero
+from .strength import Alpha, strengths_at, unguided_where_zero
 from .texts import TextReader
 from .vocab import vocab_maps
 
 RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
 
 
-class GenARMLogitsProcessor(LogitsProcessor):
+class GenARMLogitsProcessor(GuidanceSettings):
     r"""
     [`LogitsProcessor`] that makes `generate` sample from the base model guided by autoregressive reward models
     ([GenARM](https://hf.co/papers/2410.08193), Eq. 7):
@@ -142,9 +142,11 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._reader = TextReader(self._watch)
         self._rewards = NextTokenRewards(self._models, self._vocab_maps, self._watch)
         self._reference = None if self.reference is None else Reference(self.reference, self._watch)
+        self._product: tuple[Tensor, list[Tensor], list[Any]] = (torch.zeros(0, 1), [], [])  # of the last call
+        self.draft: Draft | None = None  # set by an assistant
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics", "_product")
+        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics", "_product", "draft")
         state = {name: value for name, value in vars(self).items() if name not in own}
         return state | {"target_kl": self.target_kl, "keeps_statistics": self.keeps_statistics}
 
@@ -223,92 +225,22 @@ class GenARMLogitsProcessor(LogitsProcessor):
         return engines[0] if len(set(engines)) == 1 else ", ".join(engines)
 
     @property
-    def alpha(self) -> list[float] | Tensor | Callable[[int], Strengths]:
-        """The strength of each reward. Can be set at any time, also by another thread while `generate` runs."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, alpha: Alpha) -> None:
-        self._alpha = check_alpha(alpha, len(self._models))
-
-    @property
-    def target_kl(self) -> float | None:
-        """The mean divergence per token, in nats, that each text is held at; `None` if strengths act as they are."""
-        return None if self._kl_control is None else self._kl_control.target
-
-    @target_kl.setter
-    def target_kl(self, target_kl: float | None) -> None:
-        self._kl_control = None if target_kl is None else KLControl(target_kl)
-
-    @property
-    def keeps_statistics(self) -> bool:
-        """Whether it is kept what guidance does to each token, for [`~GenARMLogitsProcessor.statistics`]."""
-        return self._statistics is not None
-
-    @keeps_statistics.setter
-    def keeps_statistics(self, keeps_statistics: bool) -> None:
-        self._statistics = Statistics(len(self._models), self._tokenizer) if keeps_statistics else None
-
-    @property
     def log_z(self) -> Tensor:
         r"""Of the last call, $\log Z_t$: the logarithm of the sum that normalises Eq. 7; `(batch_size,)`."""
         return log_normaliser(*self._product)
 
-    def statistics(self, sequences: Tensor) -> GuidedTokens:
-        """
-        What guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position` and
-        `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (less that of
-        the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
-        drawn from `kl`, the divergence from the base, `log_z`, the logarithm of the sum that normalises Eq. 7,
-        `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k. It draws itself.
-
-        Args:
-            sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
-                What `generate` returned.
-
-        Raises:
-            ValueError: if nothing was kept: set `processor.keeps_statistics = True` first.
-        """
-        if self._statistics is None:
-            raise ValueError("No statistics were kept. Set `processor.keeps_statistics = True` before `generate`.")
-        return self._statistics.of(sequences)
-
-    def set_beta(self, beta: float) -> None:
-        """
-        Sets `alpha` so that decoding realises a KL temperature, by the scales that the reward models were trained with.
-
-        Args:
-            beta (`float`):
-                The KL temperature; with several reward models, of each. The smaller, the stronger the guidance.
-
-        Raises:
-            ValueError: if a reward model does not say with which `beta` it was trained.
-        """
-        self.alpha = alpha_of_beta(beta, [info.beta for info in self._infos])
-
-    def set_weights(self, weights: Sequence[float] | Tensor, alpha: float = 1.0) -> None:
-        """
-        Sets `alpha` so that objectives are traded off on one scale, that of their rewards on held-out pairs.
-
-        Args:
-            weights (list of `float`, or `torch.Tensor` of shape `(n_requests, n_rewards)`):
-                One for each objective, summing to 1.
-            alpha (`float`, *optional*, defaults to 1.0):
-                The strength that they share.
-
-        Raises:
-            ValueError: if the weights do not sum to 1, or a reward model does not say its scale.
-        """
-        self.alpha = alpha_of_weights(weights, alpha, [info.reward_scale for info in self._infos])
-
     @property
-    def attention_mask(self) -> Tensor | None:
-        """The explicit mask of the prompts, if one was given."""
-        return self._prompt_mask.attention_mask
+    def strengths(self) -> list[float | Tensor]:
+        """Of the last call, those of the rewards that were not at 0, in force."""
+        return self._product[2]
 
-    @attention_mask.setter
-    def attention_mask(self, attention_mask: Tensor | None) -> None:
-        self._prompt_mask.attention_mask = attention_mask
+    def assistant(self, num_assistant_tokens: int | None = None) -> DraftingAssistant:
+        """
+        Lets the smallest reward model draft: `model.generate(..., logits_processor=[processor],
+        assistant_model=processor.assistant())` has the same law, in less time if that model is much smaller than the
+        base. Arguments and errors are those of [`DraftingAssistant`]. Keep it, for what it has measured.
+        """
+        return DraftingAssistant(self, num_assistant_tokens)
 
     def reset(self) -> None:
         """
@@ -332,18 +264,24 @@ class GenARMLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
             a new tensor; with all strengths at 0, `scores` itself.
         """
+        draft = self.draft
+        at_once = None if draft is None else draft.scores_of(input_ids, scores)
+        if at_once is not None:
+            return at_once
         text = self._reader(input_ids, scores)
         if text.is_new:
             self.reset()
         alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
-        self._product: tuple[Tensor, list[Tensor], list[Any]] = (scores, [], [])
+        self._product = (scores, [], [])
         if not active:
             return scores
         self._advice(text, self._rewards.models)
         mask, strengths = self._prompt_mask(text), list(active.values())
         kl_control, statistics = self._kl_control, self._statistics  # which another thread may set meanwhile
 
+        if draft is not None:
+            draft.read_by_others(input_ids, mask, active, self._rewards, self._reference)
         rewards = {index: self._rewards.of(index, input_ids, mask, scores) for index in active}
         if self._reference is not None:
             reference = self._reference.log_probs(text, mask, scores)
@@ -359,6 +297,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._product = (scores, filled, strengths)
         if statistics is not None:
             statistics.note(text, n_requests, scores, guided, rewards, strengths, self.log_z)
+        if draft is not None:
+            draft.note(input_ids, guided)
         return guided
 
 

@@ -39,6 +39,11 @@ class Reference:
         elif self._lockstep is not None:
             self._lockstep.reset()
 
+    def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
+        """Reads drafts in one pass, as reward models do; those that the base verifies it has read itself."""
+        if self._watch is None and self._lockstep is not None and self._lockstep.has_cache:
+            self._lockstep(text, attention_mask, n_logits)
+
     def log_probs(self, text: Text, attention_mask: Tensor, scores: Tensor) -> Tensor:
         """
         Args:

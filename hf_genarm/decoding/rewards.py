@@ -105,6 +105,22 @@ class NextTokenRewards:
             )
         return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, scores.shape[-1])
 
+    def read_ahead(self, index: int, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
+        """
+        Reads drafts in one pass, so that the rewards after each of them are known.
+
+        Args:
+            index (`int`):
+                Which reward model.
+            text, attention_mask (`torch.LongTensor` of shape `(1, length)`):
+                With drafts, in ids of the base.
+            n_logits (`int`):
+                For how many lengths of it rewards will be wanted, up to the whole.
+        """
+        model, vocab_map = self.models[index], self._vocab_maps[index]
+        if model.has_cache:
+            model(text if vocab_map is None else vocab_map.reward_ids(text, attention_mask), attention_mask, n_logits)
+
     def filled(self, rewards: dict[int, Tensor], strengths: Sequence[float | Tensor], scores: Tensor) -> list[Tensor]:
         """The rewards by index, with what a reward model can't score as it is neutral at these strengths."""
         return [

@@ -111,6 +111,10 @@ class TextReader:
         self._run = text.run
         return text
 
+    def begin(self, input_ids: Tensor) -> None:
+        """Says that drafts follow, before the base has read anything of a new run."""
+        self._run = Run(input_ids, is_by_hand=True)
+
     def _read(self, input_ids: Tensor) -> Text:
         length, step = input_ids.shape[1], None if self._watch is None else self._watch.step
         mask = None if step is None else step.mask_of(input_ids)

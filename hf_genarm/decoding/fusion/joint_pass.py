@@ -65,8 +65,8 @@ class FusedLM(LockstepLM):
         super().reset()
         self._fusion.forget()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits = super().__call__(input_ids, attention_mask)
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, n_logits: int = 1) -> Tensor:
+        logits = super().__call__(input_ids, attention_mask, n_logits)
         self._fusion.join_next_pass(self)
         return logits
 

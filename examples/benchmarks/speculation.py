@@ -1,0 +1,339 @@
+r"""
+What drafts of the reward model gain: time per token, in greedy decoding and sampling, for one text at a time.
+
+    python examples/benchmarks/speculation.py
+    python examples/benchmarks/speculation.py --simulate
+
+In each round, and for each prompt, all ways of decoding take turns: unguided; guided; guided, with drafts of the reward
+model; and unguided with transformers' own assisted decoding by the same small model before it became a reward model.
+Time per token is that after the prompt. Ratios are taken within a round; their median and range are printed.
+
+The base is SmolLM2-135M-Instruct, and the reward model its first layers (`make_shallow.py`). `--simulate` takes larger
+bases of random weights, and lets drafts be accepted as often as `--acceptance` says: times are real, texts are not.
+
+The curves of the plot are arithmetic. Let a pass of the reward model cost $\rho$ passes of the base, a row more in a
+pass of the base $c$, and let drafts be accepted at the rate $a$. Plain guidance costs $1 + \rho$ for each token. With K
+drafts, a cycle costs $(K + 1)\rho + 1 + cK$ and writes $1 + a + \dots + a^K$ tokens, so that drafts are faster by
+
+$$S(a, \rho) = \max_K \frac{(1 + \rho)(1 + a + \dots + a^K)}{(K + 1)\rho + 1 + cK}$$
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from make_shallow import DISTILLED, shallow_reward_model
+from measuring import add_record, cell, output_file, sized, spread
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.generation import utils
+from transformers.generation.streamers import BaseStreamer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from quickstart import DATA
+
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.decoding.pace import Pace
+from hf_genarm.demo import demo_model
+
+WAYS = ("unguided", "guided", "drafted", "assisted, unguided")
+MODES: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 0}}
+ROW = 0.05  # what a row more costs, for the curves
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, int]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append((time.perf_counter(), value.numel()))
+
+    def end(self) -> None:
+        pass
+
+    def seconds_per_token(self) -> float:
+        """After the prompt and what came with it."""
+        (start, _), *later = self.times[1:]
+        return (later[-1][0] - start) / sum(n_tokens for _, n_tokens in later)
+
+    def tokens_per_pass(self) -> float:
+        return sum(n_tokens for _, n_tokens in self.times[2:]) / len(self.times[2:])
+
+
+class CountingPace(Pace):
+    """Counts drafts that were taken, and those that were rejected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_taken = self.n_rejected = 0
+        self.numbers: list[int] = []
+
+    def note_drafts(self, n_drafts: int, n_accepted: int) -> None:
+        super().note_drafts(n_drafts, n_accepted)
+        self.n_taken, self.n_rejected = self.n_taken + n_accepted, self.n_rejected + (n_accepted < n_drafts)
+        self.numbers.append(n_drafts)
+
+
+class Passes:
+    """Counts forward passes of a model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.n = 0
+        model.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.n += 1
+
+
+class Bench:
+    def __init__(self, base: PreTrainedModel, arm: AutoregressiveRewardModel, small: PreTrainedModel, args) -> None:
+        self.base, self.small, self.args = base, small, args
+        self.processor = GenARMLogitsProcessor(arm, args.alpha, base_model=base)
+        self.passes = Passes(arm.model)
+        self.assistants = {mode: self.processor.assistant(args.drafts) for mode in MODES}
+        for assistant in self.assistants.values():
+            assistant.pace = CountingPace()
+
+    def run(self, way: str, mode: str, prompt: torch.Tensor, seed: int) -> dict[str, float]:
+        clock, options = Clock(), dict(MODES[mode])
+        if way in ("guided", "drafted"):
+            options["logits_processor"] = [self.processor]
+        if way == "drafted":
+            options["assistant_model"] = self.assistants[mode]
+        if way == "assisted, unguided":
+            options["assistant_model"] = self.small
+        torch.manual_seed(seed)
+        self.passes.n, n_tokens = 0, self.args.new_tokens
+        self.base.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            streamer=clock,
+            min_new_tokens=n_tokens,
+            max_new_tokens=n_tokens,
+            pad_token_id=0,
+            **options,
+        )
+        return {
+            "seconds": clock.seconds_per_token(),
+            "tokens_per_pass": clock.tokens_per_pass(),
+            "reward_passes": self.passes.n / n_tokens,
+        }
+
+    def compare(self, mode: str, prompts: list[torch.Tensor], bar: tqdm) -> dict[str, Any]:
+        """All ways of decoding, as many rounds as prompts."""
+        rounds: list[dict[str, dict[str, float]]] = []
+        pace = self.assistants[mode].pace
+        for way in self.ways:  # to warm up
+            self.run(way, mode, prompts[0], 0)
+        pace.n_taken = pace.n_rejected = 0
+        pace.numbers.clear()
+        for seed, prompt in enumerate(prompts):
+            turn = seed % len(self.ways)
+            rounds.append({way: self.run(way, mode, prompt, seed) for way in self.ways[turn:] + self.ways[:turn]})
+            bar.update()
+
+        def ratio(way: str, to: str) -> list[float]:
+            return spread([x[way]["seconds"] / x[to]["seconds"] for x in rounds])
+
+        result: dict[str, Any] = {
+            "mode": mode,
+            "drafted_to_guided": ratio("drafted", "guided"),
+            "drafted_to_unguided": ratio("drafted", "unguided"),
+            "guided_to_unguided": ratio("guided", "unguided"),
+            "acceptance": pace.n_taken / max(pace.n_taken + pace.n_rejected, 1),
+            "drafts": sum(pace.numbers) / max(len(pace.numbers), 1),
+            "tokens_per_base_pass": spread([x["drafted"]["tokens_per_pass"] for x in rounds]),
+            "reward_passes_per_token": spread([x["drafted"]["reward_passes"] for x in rounds]),
+            "seconds_per_token": {way: spread([x[way]["seconds"] for x in rounds]) for way in self.ways},
+            "measured": pace.measured(),
+        }
+        if "assisted, unguided" in self.ways:
+            result["assisted_to_unguided"] = ratio("assisted, unguided", "unguided")
+            result["drafted_to_assisted"] = ratio("drafted", "assisted, unguided")
+        return result
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        return WAYS[:3] if self.args.simulate else WAYS
+
+
+def conversations(tokenizer, n_tokens: int, n_prompts: int) -> list[torch.Tensor]:
+    """Held-out questions after some that were answered, of about so many tokens."""
+    turns = [json.loads(line) for line in (DATA / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = []
+    for index in range(n_prompts):
+        messages: list[dict[str, str]] = []
+        ids = None
+        for turn in turns[7 * index :] + turns[: 7 * index]:
+            question = turn["prompt"]
+            options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+            longer = tokenizer.apply_chat_template([*messages, *question], **options)["input_ids"]
+            if ids is not None and longer.shape[1] > n_tokens:
+                break
+            ids, messages = longer, [*messages, *question, *turn["chosen"]]
+        prompts.append(ids)
+    return prompts
+
+
+@torch.no_grad()
+def laws(base, arm, small, texts: list[torch.Tensor], n_prompt: list[int], alpha: float) -> dict[str, dict[str, float]]:
+    """The expected acceptance of each draft law on guided texts: the overlap of the laws, and of their likeliest."""
+    sums: dict[str, list[float]] = {}
+    for text, start in zip(texts, n_prompt, strict=True):
+        of = {
+            name: model(input_ids=text).logits[0, start - 1 : -1].float().log_softmax(-1)
+            for name, model in (("base", base), ("arm", arm), ("small", small))
+        }
+        target = (of["base"] + alpha * of["arm"]).softmax(-1)
+        candidates = {
+            "the reward model": of["arm"],
+            "the reward model, sharpened by 1 + alpha": (1 + alpha) * of["arm"],
+            "with its own shallow base as stand-in for the base": of["small"] + alpha * of["arm"],
+            "the shallow base alone": of["small"],
+        }
+        for name, scores in candidates.items():
+            overlap = torch.minimum(target, scores.softmax(-1)).sum(-1).mean()
+            same = (target.argmax(-1) == scores.argmax(-1)).float().mean()
+            sums.setdefault(name, []).append(float(overlap))
+            sums.setdefault(name + ", greedy", []).append(float(same))
+    return {name: sum(values) / len(values) for name, values in sums.items()}  # type: ignore[misc]
+
+
+def replay(acceptance: float) -> Callable:
+    """In place of `generate`'s own rule: takes drafts at random, as often as it was measured."""
+
+    def rule(candidate_input_ids, candidate_logits, candidate_length, new_logits, *args: Any, **kwargs: Any):
+        drafts = candidate_input_ids[:, -candidate_length:]
+        n_taken = (torch.rand(candidate_length) < acceptance).cumprod(0).sum()
+        return torch.cat([drafts[:, :n_taken], new_logits[:, n_taken].argmax(-1, keepdim=True)], dim=1), n_taken
+
+    return rule
+
+
+def random_base(times: int, small: PreTrainedModel) -> PreTrainedModel:
+    """A Llama of random weights, with about so many times the parameters."""
+    hidden = sized(1024 if times < 12 else 1536, 32)
+    config = LlamaConfig(
+        vocab_size=small.config.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=11 * hidden // 4,
+        num_attention_heads=8,
+        num_hidden_layers=1,
+        tie_word_embeddings=True,
+        eos_token_id=small.config.eos_token_id,
+        bos_token_id=small.config.bos_token_id,
+    )
+    with torch.device("meta"):
+        one = LlamaForCausalLM(config)
+        layer = sum(x.numel() for x in one.model.layers.parameters())
+        head = one.num_parameters() - layer
+    config.num_hidden_layers = max(round((times * small.num_parameters() - head) / layer), 1)
+    return LlamaForCausalLM(config).eval()
+
+
+def plot(results: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    rates, costs = np.linspace(0, 0.95, 96), np.geomspace(0.03, 0.7, 80)
+    a, cost = np.meshgrid(rates, costs)
+    gains = [(1 + cost) * sum(a**i for i in range(k + 1)) / ((k + 1) * cost + 1 + ROW * k) for k in range(1, 9)]
+    gain = np.maximum(np.max(gains, axis=0), 1.0)
+    figure, axis = plt.subplots(figsize=(7, 4.4), dpi=160)
+    levels = [1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0]
+    filled = axis.contourf(a, cost, gain, levels=levels, cmap="Blues", alpha=0.7)
+    figure.colorbar(filled, label="times as fast as plain guidance (arithmetic)")
+    for row in results:
+        gained = 1 / row["drafted_to_guided"][0]
+        marker = "s" if row.get("simulated") else "o"
+        axis.plot(row["acceptance"], row["cost"], marker, color="#d62728" if row["mode"] == "greedy" else "#ff7f0e")
+        label = f"{gained:.2f}" + (" (simulated)" if row.get("simulated") else "")
+        axis.annotate(label, (row["acceptance"], row["cost"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axis.set_yscale("log")
+    axis.set_xlabel("rate at which drafts are accepted")
+    axis.set_ylabel("cost of a pass of the reward model, in passes of the base")
+    axis.set_title("Measured (numbers) on arithmetic (colours)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=sized([64, 512], [32]))
+    parser.add_argument("--new-tokens", type=int, default=sized(64, 6))
+    parser.add_argument("--rounds", type=int, default=sized(5, 1))
+    parser.add_argument("--alpha", type=float, default=1.0)
+    parser.add_argument("--drafts", type=int, help="a number of drafts; measured as a default")
+    parser.add_argument("--simulate", action="store_true", help="larger bases of random weights instead")
+    parser.add_argument("--times", type=int, nargs="+", default=[8, 16], help="the sizes of simulated bases")
+    parser.add_argument("--acceptance", type=float, default=0.6, help="of simulated drafts: that of the real pair")
+    parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
+    parser.add_argument("--plot", type=output_file, help="PNG file, of all results in the JSON file")
+    args = parser.parse_args()
+
+    folder = shallow_reward_model()
+    arm = AutoregressiveRewardModel.from_pretrained(str(folder))
+    small = AutoModelForCausalLM.from_pretrained(folder / DISTILLED)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    prompts = {n: conversations(tokenizer, n, args.rounds) for n in args.prompt_tokens}
+    results: list[dict] = []
+    if args.simulate:
+        bar = tqdm(total=len(args.times) * len(prompts) * args.rounds, desc="rounds")
+        for times in args.times:
+            bench = Bench(random_base(times, arm.model), arm, small, args)
+            with mock.patch.object(utils, "_speculative_sampling", replay(args.acceptance)):
+                for n_tokens, of_length in prompts.items():
+                    result = {"simulated": times, "prompt_tokens": n_tokens} | bench.compare("sampling", of_length, bar)
+                    results.append(result)
+            del bench
+    else:
+        base = AutoModelForCausalLM.from_pretrained(demo_model())
+        bench = Bench(base, arm, small, args)
+        bar = tqdm(total=len(MODES) * len(prompts) * args.rounds, desc="rounds")
+        for n_tokens, of_length in prompts.items():
+            for mode in MODES:
+                results.append({"prompt_tokens": n_tokens} | bench.compare(mode, of_length, bar))
+        shortest = prompts[min(prompts)]
+        options = {"max_new_tokens": args.new_tokens, **MODES["sampling"]}
+        guided = [base.generate(x, logits_processor=[bench.processor], **options) for x in shortest]
+        results[0]["laws"] = laws(base, arm.model, small, guided, [x.shape[1] for x in shortest], args.alpha)
+        for name, rate in results[0]["laws"].items():
+            print(f"{rate:.2f}  {name}")
+    for result in results:
+        # What guidance adds to a token is a pass of the reward model, and the product.
+        result["cost"] = result["guided_to_unguided"][0] - 1
+    print(table(results))
+    add_record(args.output, __file__, results)
+    if args.plot and args.output:
+        records = json.loads(args.output.read_text(encoding="utf-8"))
+        plot([row for record in records for row in record["results"]], args.plot)
+
+
+def table(results: list[dict]) -> str:
+    head = ["base", "prompt", "mode", "drafts", "accepted", "tokens per base pass", "reward passes per token"]
+    head += ["guided / unguided", "drafted / guided", "drafted / unguided", "assisted unguided / unguided"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in results:
+        base = f"simulated, {row['simulated']} times" if "simulated" in row else "SmolLM2-135M"
+        cells = [base, str(row["prompt_tokens"]), row["mode"], f"{row['drafts']:.1f}", f"{row['acceptance']:.2f}"]
+        names = ("tokens_per_base_pass", "reward_passes_per_token", "guided_to_unguided", "drafted_to_guided")
+        cells += [cell(row.get(x)) for x in (*names, "drafted_to_unguided", "assisted_to_unguided")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""Text that a reward model drafts: the same tokens without sampling, and the same law with it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from oracle import Recompute
+from support import ASSISTANT, BASE, ONE
+from tiny import EOS, tiny_llama
+from transformers import LogitsProcessor, TextStreamer
+
+from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.decoding.pace import Pace
+
+ARM = tiny_llama(1, num_hidden_layers=1)
+LONG = {"max_new_tokens": 16, "min_new_tokens": 12}
+
+
+def oracle(*models, alphas=None):
+    return Recompute(list(models), list(alphas or [1.0] * len(models)), ONE["attention_mask"])
+
+
+def generate(processors, base=BASE, seed=0, inputs=ONE, **options):
+    torch.manual_seed(seed)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True} | options
+    return base.generate(**inputs, logits_processor=list(processors), **options)
+
+
+def assert_same(output, expected, atol=1e-4):
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+# --- the same tokens ---
+
+OPTIONS = {
+    "greedy": dict,
+    "`min_new_tokens`": lambda: {"min_new_tokens": 6},
+    "penalties": lambda: {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "an end that is forced": lambda: {"forced_eos_token_id": EOS},
+    "`suppress_tokens`": lambda: {"suppress_tokens": [4, 5], "bad_words_ids": [[6], [7, 8]]},
+    "`prefix_allowed_tokens_fn`": lambda: {"prefix_allowed_tokens_fn": lambda *_: [3, 4, 5, 6, EOS]},
+    "one new token": lambda: {"max_new_tokens": 1},
+    "no end": lambda: {"eos_token_id": None},
+}
+
+
+@pytest.mark.parametrize("n_drafts", [1, 4, None])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_greedy_text_is_the_same(name, n_drafts):
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    drafted = {"assistant_model": processor.assistant(n_drafts)}
+    for max_new_tokens in (12, 5) if "new" not in name else (12,):  # one instance; the second ends within drafts
+        options = {"max_new_tokens": max_new_tokens} | OPTIONS[name]()
+        assert_same(
+            generate([processor], **options | drafted),
+            generate([oracle(ARM)], **{"max_new_tokens": max_new_tokens} | OPTIONS[name]()),
+        )
+
+
+class Clamp(LogitsProcessor):
+    """Comes after guidance, and changes what it prefers."""
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(scores == scores.max(), -torch.inf)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "around"])
+def test_other_processors_have_their_say(where):
+    def listed(it):
+        if where == "around":
+
+            class Around(LogitsProcessor):
+                def __call__(self, input_ids, scores):
+                    return Clamp()(input_ids, it(input_ids, scores))
+
+            return [Around()]
+        return [Clamp(), it] if where == "before" else [it, Clamp()]
+
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    output = generate(listed(processor), assistant_model=processor.assistant(3))
+    assert_same(output, generate(listed(oracle(ARM))))
+    assert output.sequences.tolist() != generate([oracle(ARM)]).sequences.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": 0.0},
+        {"alpha": -0.5},
+        {"alpha": lambda step: 0.5 + 0.2 * step},
+        {"alpha": torch.tensor([[0.7]])},
+        {"target_kl": 0.5},
+        {"reference": "base"},
+        {"reference": ASSISTANT},
+    ],
+    ids=lambda settings: f"{settings}"[:24],
+)
+def test_strengths_and_references(settings):
+    """Text and statistics are those of the processor without drafts, which other tests compare with an oracle."""
+    outputs = []
+    for n_drafts in (None, 3):
+        processor = GenARMLogitsProcessor(ARM, base_model=BASE, **settings)
+        processor.keeps_statistics = True
+        drafted = {"assistant_model": processor.assistant(n_drafts)} if n_drafts else {}
+        outputs.append((generate([processor], **LONG | drafted), processor))
+    (expected, plain), (output, drafting) = outputs
+    assert_same(output, expected, atol=1e-3 if "target_kl" in settings else 1e-4)
+    if settings.get("alpha") == 0.0:
+        return
+    ours, theirs = (it.statistics(expected.sequences) for it in (drafting, plain))
+    assert len(ours["kl"]) == len(theirs["kl"]) > 10
+    for name in ("kl", "alpha_0", "reward_log_prob_0", "guided_log_prob"):
+        torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(theirs[name]), atol=1e-3, rtol=0)
+
+
+def test_several_reward_models():
+    large = tiny_llama(4)
+    processor = GenARMLogitsProcessor([large, ARM], [0.5, 1.0], base_model=BASE)
+    output = generate([processor], assistant_model=processor.assistant(3), **LONG)
+    assert_same(output, generate([oracle(large, ARM, alphas=[0.5, 1.0])], **LONG))
+
+
+def test_a_prompt_that_is_padded():
+    inputs = {"input_ids": torch.tensor([[0, 0, 5, 6, 7, 8]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    output = generate([processor], inputs=inputs, assistant_model=processor.assistant(3))
+    assert_same(output, generate([Recompute([ARM], [1.0], inputs["attention_mask"])], inputs=inputs))
+
+
+def test_stop_strings_within_drafts(tokenizer):
+    base, arm = (tiny_llama(n, vocab_size=len(tokenizer), num_hidden_layers=2 - n) for n in (0, 1))
+    inputs = tokenizer("How was the train ride?", return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    length = inputs["input_ids"].shape[1]
+    processor = GenARMLogitsProcessor(arm, base_model=base, tokenizer=tokenizer)
+    free = generate([processor], base, inputs=inputs)
+    lengths = set()
+    for end in range(2, 9):
+        stop = {"stop_strings": [tokenizer.decode(free.sequences[0, length + end - 2 : length + end])]}
+        stop |= {"tokenizer": tokenizer}
+        expected = generate([processor], base, inputs=inputs, **stop)
+        for eos in ({}, {"eos_token_id": None}):
+            drafted = {"assistant_model": processor.assistant(4)} | eos
+            assert_same(generate([processor], base, inputs=inputs, **stop | drafted), expected)
+        lengths.add(expected.sequences.shape[1])
+    assert len(lengths) > 2
+    without = GenARMLogitsProcessor(arm, base_model=base)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        generate([without], base, inputs=inputs, assistant_model=without.assistant(), **stop)
+
+
+def test_after_a_draft_that_ended_the_text_goes_on():
+    """What was of no use for a draft is asked for in the next call."""
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    drafted = {"assistant_model": processor.assistant(3)}
+    first = generate([processor], forced_eos_token_id=EOS, max_new_tokens=4, **drafted).sequences
+    inputs = {"input_ids": first, "attention_mask": torch.ones_like(first)}
+    for options in (drafted, {}):
+        expected = generate([Recompute([ARM], [1.0])], inputs=inputs)
+        assert_same(generate([processor], inputs=inputs, **options), expected)
+
+
+def test_after_a_reward_model_was_changed():
+    arm = copy.deepcopy(ARM)
+    processor = GenARMLogitsProcessor(arm, base_model=BASE)
+    assistant = processor.assistant(3)
+    generate([processor], assistant_model=assistant)
+    torch.nn.init.normal_(arm.model.layers[0].self_attn.q_proj.weight, std=0.4)
+    assert_same(generate([processor], assistant_model=assistant), generate([oracle(arm)]))
+
+
+class Broken(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("where", ["drafting", "verifying"])
+def test_after_an_exception(where):
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    assistant, broken = processor.assistant(3), Broken()
+    if where == "verifying":  # drafts go through without it
+        inner, assistant.generate = assistant.generate, lambda **kwargs: inner(**kwargs | {"logits_processor": []})
+    with pytest.raises(RuntimeError, match="broken"):
+        generate([processor, broken], assistant_model=assistant)
+    for options in ({}, {"assistant_model": processor.assistant(3)}):
+        assert_same(generate([processor], **options), generate([oracle(ARM)]))
+
+
+def test_accepted_as_an_ensemble():
+    """A weight relaxes what is accepted, so that no score may be left out."""
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    options = {"eos_token_id": None, "assistant_ensemble_weight": 0.3, "assistant_model": processor.assistant(3)}
+    output = generate([processor], **options)
+    start, is_likeliest = ONE["input_ids"].shape[1], []
+    for n_new, scores in enumerate(output.scores):
+        text, token = output.sequences[:, : start + n_new], output.sequences[0, start + n_new]
+        expected = oracle(ARM)(text, BASE(input_ids=text).logits[:, -1])
+        torch.testing.assert_close(scores.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
+        is_likeliest.append(bool(token == scores.argmax()))
+    assert len(is_likeliest) == 12
+    assert not all(is_likeliest)
+
+
+def test_a_streamer_gets_all_tokens(tokenizer, capsys):
+    base, arm = (tiny_llama(n, vocab_size=len(tokenizer), num_hidden_layers=2 - n) for n in (0, 1))
+    processor = GenARMLogitsProcessor(arm, base_model=base)
+    output = generate([processor], base, assistant_model=processor.assistant(3), streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.strip() == tokenizer.decode(output.sequences[0]).strip()
+
+
+def test_a_copy_drafts_for_the_copy():
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    assistant = processor.assistant(2)
+    expected = generate([processor], assistant_model=assistant)
+    base, other = pickle.loads(pickle.dumps((BASE, processor)))
+    assert_same(generate([other], base, assistant_model=other.assistant(2)), expected)
+
+
+# --- no waste ---
+
+
+def passes_of(model):
+    lengths = []
+    model.register_forward_hook(
+        lambda _, args, kwargs, output: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return lengths
+
+
+def test_each_token_is_read_once():
+    arm, other, base = copy.deepcopy(ARM), tiny_llama(4), copy.deepcopy(BASE)
+    processor = GenARMLogitsProcessor([arm, other], base_model=base)
+    read, by_other, by_base = passes_of(arm), passes_of(other), passes_of(base)
+    for _ in range(2):
+        for lengths in (read, by_other, by_base):
+            lengths.clear()
+        generate([processor], base, assistant_model=processor.assistant(3), **LONG)
+        # The drafts of a cycle, and what it was given to go on from
+        assert read[0] == ONE["input_ids"].shape[1]
+        assert set(read[1:]) == {1}
+        assert sum(read) <= sum(by_base)
+        assert len(by_other) <= len(by_base)
+
+
+def test_nothing_is_read_after_a_token_that_is_rejected():
+    arm = copy.deepcopy(ARM)
+    processor = GenARMLogitsProcessor(arm, -4.0, base_model=BASE)  # so that no draft is accepted
+    read = passes_of(arm)
+    output = generate([processor], assistant_model=processor.assistant(1), eos_token_id=None)
+    assert len(read) == len(output.scores) == 12
+
+
+# --- what can't be ---
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="without `base_model`"):
+        GenARMLogitsProcessor(ARM).assistant()
+    with pytest.raises(ValueError, match="drafts would gain nothing"):
+        GenARMLogitsProcessor(tiny_llama(1), base_model=BASE).assistant()
+    with pytest.raises(ValueError, match="`num_assistant_tokens` is 0"):
+        GenARMLogitsProcessor(ARM, base_model=BASE).assistant(0)
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    inputs = {name: value.repeat(2, 1) for name, value in ONE.items()}
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        generate([processor], inputs=inputs, assistant_model=processor.assistant())
+
+
+# --- how many ---
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "cost", "expected"), [(0.9, 0.1, range(5, 13)), (0.5, 0.33, range(1, 3)), (0.05, 0.33, range(1))]
+)
+def test_the_number_of_drafts(acceptance, cost, expected):
+    """A pass of the base takes a second, and a twentieth for each draft."""
+    generator, pace, numbers = torch.Generator().manual_seed(0), Pace(), []
+    for _ in range(400):
+        numbers.append(n := pace.n_drafts())
+        accepted = int((torch.rand(n, generator=generator) < acceptance).cumprod(dim=0).sum())
+        pace.note_drafts(n, accepted)
+        pace.note_seconds(n, n * cost, 1 + cost + n / 20)
+    late = numbers[100:]
+    assert sum(n in expected for n in late) > 0.75 * len(late)
+
+
+def test_text_that_cannot_be_drafted_costs_little_more():
+    pace, seconds, n_tokens = Pace(), 0.0, 0
+    for _ in range(400):
+        n = pace.n_drafts()
+        pace.note_drafts(n, 0)
+        pace.note_seconds(n, n / 3, 4 / 3 + n / 20)
+        seconds, n_tokens = seconds + n / 3 + 4 / 3 + n / 20, n_tokens + 1
+    assert seconds / n_tokens < 1.05 * 4 / 3
+
+
+# --- the same law ---
+
+VOCAB, LENGTH = 6, 3
+SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FEW = [tiny_llama(seed, **SIZES, initializer_range=0.3, num_hidden_layers=n) for seed, n in ((3, 2), (4, 1), (5, 2))]
+PROMPT = torch.tensor([[3, 4, 5, 3, 4]])
+
+LAWS = {
+    "temperature": {"temperature": 0.7},
+    "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.8},
+    "min-p": {"min_p": 0.1},
+    "penalties": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    "no end": {"eos_token_id": None},
+    "`min_new_tokens`": {"min_new_tokens": 2},
+    "more drafts than tokens": {"drafts": 8},
+    "one draft": {"drafts": 1},
+    "measured": {"drafts": None},
+    "two reward models": {"models": (1, 2)},
+    "a reference": {"reference": "base"},
+}
+
+
+class Contrast(LogitsProcessor):
+    """The law of a reference that is the base, written out: base and reward model at strengths 0.3 and 0.7."""
+
+    def __call__(self, input_ids, scores):
+        with torch.no_grad():
+            of_base, of_arm = (model(input_ids=input_ids).logits[:, -1].double().log_softmax(-1) for model in FEW[:2])
+        return scores.log_softmax(-1) + 0.7 * (of_arm - of_base)
+
+
+class Guidance(LogitsProcessor):
+    """Eq. 7 by passes from scratch."""
+
+    def __init__(self, models):
+        self.models = models
+
+    def __call__(self, input_ids, scores):
+        for index in self.models:
+            with torch.no_grad():
+                scores = scores + 0.7 * FEW[index](input_ids=input_ids).logits[:, -1].double().log_softmax(-1)
+        return scores
+
+
+def law_of(setting):
+    """The probability of each text of `LENGTH` new tokens, ended ones padded: a product of `generate`'s own scores."""
+    options = {key: value for key, value in setting.items() if key not in ("drafts", "models", "reference")}
+    it = Contrast() if "reference" in setting else Guidance(setting.get("models", (1,)))
+    ends = "eos_token_id" not in setting
+    law = {(): 1.0}
+    for n_new in range(LENGTH):
+        going_on = [text for text in law if not (ends and 2 in text)]
+        inputs = torch.cat([PROMPT.repeat(len(going_on), 1), torch.tensor(going_on).long().view(len(going_on), -1)], 1)
+        now = options | {"max_new_tokens": 1, "max_length": None}
+        if "min_new_tokens" in now:
+            now["min_new_tokens"] = max(now["min_new_tokens"] - n_new, 0)
+        output = FEW[0].generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            logits_processor=[it],
+            do_sample=True,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **{"top_k": 0} | now,
+        )
+        rows = dict(zip(going_on, output.scores[0].softmax(-1).tolist(), strict=True))
+        longer = {(*text, v): law[text] * p for text, row in rows.items() for v, p in enumerate(row)}
+        law = longer | {(*text, 0): p for text, p in law.items() if text not in rows}
+    return law
+
+
+def count(setting, n_texts):
+    options = {key: value for key, value in setting.items() if key not in ("drafts", "models", "reference")}
+    models = [FEW[index] for index in setting.get("models", (1,))]
+    processor = GenARMLogitsProcessor(models, 0.7, base_model=FEW[0], reference=setting.get("reference"))
+    assistant, counts = processor.assistant(setting.get("drafts", 2)), {}
+    for _ in range(n_texts):
+        output = FEW[0].generate(
+            input_ids=PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            logits_processor=[processor],
+            assistant_model=assistant,
+            do_sample=True,
+            max_new_tokens=LENGTH,
+            **{"top_k": 0} | options,
+        )
+        text = output[0, PROMPT.shape[1] :].tolist()
+        text = tuple(text + [0] * (LENGTH - len(text)))
+        counts[text] = counts.get(text, 0) + 1
+    return counts
+
+
+def p_values(counts, law, n_resamples=2000):
+    """Of χ² and of the total variation, each against its own distribution for samples of the law."""
+    texts = [text for text, p in law.items() if p > 0]
+    assert set(counts) <= set(texts)
+    p = torch.tensor([law[text] for text in texts], dtype=torch.float64)
+    n, observed = sum(counts.values()), torch.tensor([float(counts.get(text, 0)) for text in texts])
+    samples = torch.distributions.Multinomial(n, p).sample((n_resamples,))
+    distances = [lambda x: ((x - n * p) ** 2 / (n * p)).sum(-1), lambda x: (x / n - p).abs().sum(-1) / 2]
+    return [float((of(samples) >= of(observed)).double().mean()) for of in distances]
+
+
+@pytest.mark.parametrize(
+    ("name", "n_texts"), [("no end", 200), *(pytest.param(x, 2000, marks=pytest.mark.slow) for x in LAWS)]
+)
+def test_sampled_text_has_the_guided_law(name, n_texts):
+    torch.manual_seed(0)
+    law = law_of(LAWS[name])
+    assert abs(sum(law.values()) - 1) < 1e-5
+    assert min(p_values(count(LAWS[name], n_texts), law)) > 1e-3
+
+
+def test_a_wrong_rule_is_noticed(monkeypatch):
+    """The control: what replaces a rejected draft is drawn from the law itself, not from what is left of it."""
+    from transformers.generation import utils
+
+    right = utils._speculative_sampling
+
+    def wrong(candidate_input_ids, candidate_logits, candidate_length, new_logits, *args, **kwargs):
+        valid, n_matches = right(candidate_input_ids, candidate_logits, candidate_length, new_logits, *args, **kwargs)
+        last = new_logits[0, valid.shape[1] - 1].softmax(-1).multinomial(1)[None]
+        return torch.cat([valid[:, :-1], last], dim=1), n_matches
+
+    monkeypatch.setattr(utils, "_speculative_sampling", wrong)
+    torch.manual_seed(0)
+    assert min(p_values(count(LAWS["no end"], 200), law_of(LAWS["no end"]))) < 1e-3
+
+
+def test_a_law_that_drafts_were_not_drawn_from_is_noticed(monkeypatch):
+    """The control for what an assistant says of its drafts."""
+    from hf_genarm.decoding.assistant import DraftingAssistant
+
+    right = DraftingAssistant.generate
+
+    def wrong(self, *args, **kwargs):
+        output = right(self, *args, **kwargs)
+        output.scores = tuple(scores / 8 for scores in output.scores)
+        return output
+
+    monkeypatch.setattr(DraftingAssistant, "generate", wrong)
+    torch.manual_seed(0)
+    assert min(p_values(count(LAWS["no end"], 200), law_of(LAWS["no end"]))) < 1e-3
