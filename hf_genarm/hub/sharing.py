@@ -56,7 +56,7 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     own = copy.deepcopy(model)
     for name in _MERGING:
         vars(own.base_model).pop(name, None)
-    return own.merge_and_unload()  # type: ignore[operator]  # a method of the tuner, which mypy takes for a tensor
+    return own.merge_and_unload()
 
 
 def _refuse_to_merge(name: str, *args: Any, **kwargs: Any) -> None:

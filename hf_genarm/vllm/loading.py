@@ -1,7 +1,8 @@
 """The reward models of a server, each with its slots, and how its vocabulary lines up with that of the served model."""
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class ServedLM:
             self.no_tokens = ids.isnan()
             self._ids = ids.nan_to_num(0.0).long()  # a prompt may have ids that are no token, but no text has
 
-    def log_probs(self, texts: dict[Hashable, list[int]], n_last: Sequence[int]) -> Tensor:
+    def log_probs(self, texts: Mapping[Any, list[int]], n_last: Sequence[int]) -> Tensor:
         """
         Returns:
             `torch.FloatTensor` of shape `(sum of n_last, vocab_size)`: as for [`SlotLM`]; 0 where it has no token.
@@ -98,11 +99,9 @@ def load(
     models = []
     for name in names:
         is_on_served = short_name(base_of(name)) == short_name(served)
+        own: dict[str, Any] = {} if is_on_served else {"dtype": dtype}
         arm = AutoregressiveRewardModel.from_pretrained(
-            name,
-            base if is_on_served else None,
-            trust_remote_code=trust_remote_code,
-            **({} if is_on_served else {"dtype": dtype}),
+            name, base if is_on_served else None, trust_remote_code=trust_remote_code, **own
         )
         objection = why_no_cache(arm.model)
         if objection is not None:
@@ -119,7 +118,8 @@ def _with_slots(
     make_slots: Callable[[PreTrainedModel, str], SlotLM],
     dtype: torch.dtype,
 ) -> ServedLM:
-    network = merged(arm.model).to(dtype).eval().requires_grad_(False)
+    network: Any = merged(arm.model)
+    network = network.to(dtype).eval().requires_grad_(False)
     reward_vocab_size = network.get_output_embeddings().weight.shape[0]
     if tokenizer is None or arm.tokenizer is None:
         if reward_vocab_size != vocab_size:

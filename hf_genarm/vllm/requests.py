@@ -112,7 +112,8 @@ class Offer:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Offer":
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+        reward_models, alpha = tuple(values["reward_models"]), tuple(values["alpha"])
+        return cls(reward_models, alpha, values["target_kl"], values["refuses_bias"])
 
 
 @dataclass(eq=False)

@@ -1,11 +1,13 @@
 """A causal LM that reads a changing set of texts, each at its own position, in one forward pass for all."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.cache import embeddings_of
 from ..hub.limits import fixed_length, why_no_cache
 from .attention import NAME, Packed, Part, SlotKeysAndValues
 
@@ -60,7 +62,7 @@ class SlotLM:
             self._free.append(self._held.pop(owner))
 
     @torch.inference_mode()
-    def __call__(self, texts: dict[Hashable, list[int]], n_last: Sequence[int]) -> Tensor:
+    def __call__(self, texts: Mapping[Any, list[int]], n_last: Sequence[int]) -> Tensor:
         """
         Args:
             texts (`dict`):
@@ -102,7 +104,9 @@ class SlotLM:
         parts = sorted(parts, key=lambda x: x[0].end - x[0].start > 1)
         packed = Packed(self._memory, [part for part, _, _ in parts], self._network.device)
         ids = [token for part, text, _ in parts for token in text[part.start : part.end]]
-        wanted, at, first = {}, [], 0
+        wanted: dict[int, int] = {}
+        at: list[int] = []
+        first = 0
         for part, _, n in parts:
             last = first + part.end - part.start
             if n:
@@ -143,7 +147,7 @@ class SlotLM:
     @torch.inference_mode()
     def _check(self) -> None:
         """Compares two texts that are read in parts with what the network says of them by itself; makes the slots."""
-        n_tokens = self._network.get_input_embeddings().weight.shape[0]
+        n_tokens = len(embeddings_of(self._network))
         size = min(9, self._memory.length)
         texts = [[(7 * i + j * j) % n_tokens for j in range(size - i)] for i in range(min(2, len(self._tokens)))]
         device, owners = self._network.device, [object() for _ in texts]
