@@ -58,7 +58,7 @@ class Packed:
         memory ([`SlotKeysAndValues`]):
             Where keys and values are kept.
         parts (sequence of [`Part`]):
-            The parts, those of one token first, and at most one of each slot.
+            The parts, those of one token first and by their slots, and at most one of each slot.
         device (`torch.device`):
             Of the network.
     """
@@ -77,6 +77,11 @@ class Packed:
         self.positions = torch.tensor(positions, device=self.device)
         self.slots = torch.tensor(slots, device=self.device)
         self.longest_single = max((part.end for part in self.parts[: self.n_singles]), default=0)
+        # Slots that lie side by side are read where they are, others are gathered.
+        of_singles = slots[: self.n_singles]
+        self.slots_of_singles: Any = self.slots[: self.n_singles]
+        if of_singles and of_singles == list(range(of_singles[0], of_singles[0] + self.n_singles)):
+            self.slots_of_singles = slice(of_singles[0], of_singles[0] + self.n_singles)
 
     def mask(self, positions: Tensor, length: int, window: int | None) -> Tensor:
         """Which of `length` tokens each position sees, `(n_positions, length)`; the same for all layers of a kind."""
@@ -124,7 +129,7 @@ def attend(
 
     n_singles, length = packed.n_singles, packed.longest_single
     if n_singles:
-        slots = packed.slots[:n_singles]
+        slots = packed.slots_of_singles
         mask = packed.mask(packed.positions[:n_singles], length, sliding_window)
         attended = nn.functional.scaled_dot_product_attention(
             queries[:, :, :n_singles].permute(2, 0, 1, 3),

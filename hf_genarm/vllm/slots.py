@@ -101,7 +101,7 @@ class SlotLM:
 
     def _read(self, parts: list[tuple[Part, list[int], int]]) -> dict[int, Tensor]:
         """One forward pass; returns the logits that are wanted, by slot."""
-        parts = sorted(parts, key=lambda x: x[0].end - x[0].start > 1)
+        parts = sorted(parts, key=lambda x: (x[0].end - x[0].start > 1, x[0].slot))
         packed = Packed(self._memory, [part for part, _, _ in parts], self._network.device)
         ids = [token for part, text, _ in parts for token in text[part.start : part.end]]
         wanted: dict[int, int] = {}
