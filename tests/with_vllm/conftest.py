@@ -8,8 +8,6 @@ import pytest
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-collect_ignore = []
-
 
 def pytest_collection_modifyitems(items):
     if find_spec("vllm") is None:
