@@ -1,10 +1,14 @@
 """Requests to real engines of vLLM, in this process, against `generate`; and what engines refuse."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_server import Reference, save_tiny
+from tiny_server import Reference, check, save_tiny
+from transformers import AutoTokenizer
+
+from hf_genarm.demo import demo_model
 
 NAME = "hf_genarm.vllm:GenARM"
 OPTIONS = {"enforce_eager": True, "dtype": "float32", "gpu_memory_utilization": 0.1, "disable_log_stats": True}
@@ -235,3 +239,27 @@ def test_an_entry_point_is_refused(folders, monkeypatch):
     monkeypatch.setattr(ours, "entry_points", lambda group: installed)
     with pytest.raises(ValueError, match=r"The entry point `genarm` loads .* into every engine"):
         engine(folders[0], {"reward_models": folders[1][0]})
+
+
+@pytest.mark.slow
+def test_a_shipped_adapter_on_the_real_model():
+    base, adapter = demo_model(), str(Path(__file__).parents[2] / "model_cards" / "arm-smollm2-135m-sentiment")
+    questions = [
+        "How was the hotel?",
+        "Hello",
+        "Describe a rainy Monday in one sentence.",
+        "Is tea better than coffee?",
+    ]
+    chat = AutoTokenizer.from_pretrained(base)
+    prompts = [
+        chat.apply_chat_template([{"role": "user", "content": x}], add_generation_prompt=True, return_dict=False)
+        for x in questions
+    ]
+    strengths = [0.5, 1.0, 2.0, -0.5]
+    llm = engine(base, {"reward_models": adapter}, max_model_len=256, max_num_batched_tokens=256)
+    texts = tokens(answers(llm, prompts, [{"genarm_alpha": x} for x in strengths], 20))
+    reference = Reference(base, [adapter])
+    for prompt, alpha, text in zip(prompts, strengths, texts, strict=True):
+        (expected,) = reference.texts([prompt], alpha, 20)
+        assert check(expected, text) != "wrong"
+        assert expected[0] != reference.texts([prompt], 0.0, 20)[0][0]

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import requests
-from tiny_server import Reference, save_tiny
+from tiny_server import Reference, check, save_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +31,6 @@ LENGTH = 512
 # Fewer blocks of keys and values than eight texts need, and fewer tokens in a step than a long prompt has.
 OPTIONS = ["--max-model-len", LENGTH, "--max-num-seqs", AT_ONCE, "--block-size", 32, "--num-gpu-blocks-override", 20]
 OPTIONS += ["--max-num-batched-tokens", 128, "--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", 0.1]
-# Below this log-ratio of best and second-best token, the two engines may choose differently: a tie.
-TIE = 1e-3
 
 BAD = [
     ({"vllm_xargs": {"genarm_alpah": 1}}, "`genarm_alpah` is 1, but there is no such key"),
@@ -121,15 +119,6 @@ def send(url, kind, body):
 def metric(url, name):
     text = requests.get(f"{url}/metrics", timeout=30).text
     return sum(float(x) for x in re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.MULTILINE))
-
-
-def check(expected, ids):
-    """Whether a text is the expected one: "same", "tie" or "wrong"."""
-    tokens, margins = expected
-    if ids == tokens:
-        return "same"
-    at = next((i for i, (x, y) in enumerate(zip(ids, tokens, strict=False)) if x != y), min(len(ids), len(tokens)))
-    return "tie" if at < len(margins) and margins[at] < TIE else "wrong"
 
 
 def test_soak(tmp_path, capsys):

@@ -8,6 +8,8 @@ from hf_genarm import GenARMLogitsProcessor
 
 # The smallest head that vLLM has attention for on a CPU
 HEAD_SIZE = 32
+# Below this log-ratio of best and second-best token, the two engines may choose differently: a tie.
+TIE = 1e-3
 
 
 def save_tiny(folder, n_adapters=1, **config):
@@ -45,3 +47,12 @@ class Reference:
             best = torch.cat(output.scores).log_softmax(dim=-1).topk(2).values
             results.append((output.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
         return results
+
+
+def check(expected, ids):
+    """Whether a text is the expected one: "same", "tie" or "wrong"."""
+    tokens, margins = expected
+    if ids == tokens:
+        return "same"
+    at = next((i for i, (x, y) in enumerate(zip(ids, tokens, strict=False)) if x != y), min(len(ids), len(tokens)))
+    return "tie" if at < len(margins) and margins[at] < TIE else "wrong"
