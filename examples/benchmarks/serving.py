@@ -1,7 +1,7 @@
 """
 What guidance costs a server: vLLM with and without it, and the same two costs measured alone.
 
-    python examples/benchmarks/serving.py --output examples/benchmarks/serving.json  # about 10 minutes on 2 cores
+    python examples/benchmarks/serving.py --output outputs/serving.json  # about 10 minutes on 2 cores
 
 Four engines take turns in each round, each in a process of its own, with 1 request and with 8: the base without
 guidance; the same engine with it; the merged reward model served by vLLM alone; and the forward passes of the reward
