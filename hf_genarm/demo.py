@@ -136,6 +136,7 @@ def _make_tiny(target: str) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM serves on a CPU
         max_position_embeddings=8192,
         initializer_range=0.3,
         tie_word_embeddings=True,

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SLOW = ("decode_cost.py", "train_cost.py", "train_cost.py --heads", "run.py", "r
 SLOW += ("run.py --size smoke", "token_law.py", "sequence_law.py", "target_kl.py", "capability.py")
 SLOW += ("speculation.py", "speculation.py --simulate")
 NEEDS_HARNESS = ("capability.py",)
+NEEDS_VLLM = ("serving.py",)  # `bash .ci/vllm` runs these where it is installed
 NEEDS_HUB = ("make_harmless.py", "run.py", "run.py --size smoke")  # for data that this repository doesn't have
 
 
@@ -111,6 +113,10 @@ def test_commands_run_as_printed(clone, tmp_path, command):
         assert re.search(
             "`Anthropic/hh-rlhf` can't be read: .* on the Hub: Couldn't reach", done.stderr.splitlines()[-1]
         )
+        assert "Traceback" not in done.stderr
+    elif short(command).split()[0] in NEEDS_VLLM and not find_spec("vllm"):
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("This benchmark needs vLLM: `pip install")
         assert "Traceback" not in done.stderr
     else:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

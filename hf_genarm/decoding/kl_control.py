@@ -1,5 +1,6 @@
 """Strengths that hold the divergence from the base at a set value, token by token."""
 
+import math
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,9 @@ from torch import Tensor
 from ..functional import kl_divergence, weighted
 from .step import Run
 from .texts import Recent, Text, text_keys
+
+# What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
+_HORIZON, _LARGEST = 4, 16.0
 
 
 class KLControl:
@@ -27,14 +31,8 @@ class KLControl:
         ValueError: if the target is not positive.
     """
 
-    # What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
-    HORIZON, LARGEST = 4, 16.0
-
     def __init__(self, target: float):
-        if not target > 0:
-            raise ValueError(
-                f"`target_kl` is {target}, but a divergence per token is positive. Use `alpha=0` for none."
-            )
+        check_target_kl(target)
         self.target = float(target)
         self._missing: WeakKeyDictionary[Run, Recent] = WeakKeyDictionary()
 
@@ -57,21 +55,51 @@ class KLControl:
         Returns:
             `torch.Tensor` of shape `(batch_size, 1)`: what the strengths are to be multiplied with.
         """
-        base = scores.float().log_softmax(dim=-1)
-        parts = [weighted(log_probs, alpha) for log_probs, alpha in zip(rewards, alphas, strict=True)]
-        # Impossible tokens stay so at any factor but 0, which would make them NaN.
-        direction = torch.stack(parts).sum(dim=0).masked_fill(base == -torch.inf, 0.0).clamp(min=-1e9)
         of_run = self._missing.setdefault(text.run, Recent())
         before = text_keys(text.input_ids[:, :-1], n_requests)
         missing = torch.tensor(
             [of_run.find(key, 0.0) if n_new else 0.0 for key, n_new in zip(before, text.n_new, strict=True)],
-            device=base.device,
+            device=scores.device,
         )
-        wanted = (self.target + missing / self.HORIZON).clamp(min=0.0)
-        scale, spent = _solve(base, direction, wanted, self.LARGEST)
-
-        of_run.note(text_keys(text.input_ids, n_requests), (missing + self.target - spent).tolist())
+        scale, missing = controlled_scale(scores, rewards, alphas, torch.full_like(missing, self.target), missing)
+        of_run.note(text_keys(text.input_ids, n_requests), missing.tolist())
         return scale[:, None]
+
+
+def check_target_kl(target: float) -> None:
+    """
+    Raises:
+        ValueError: if no text can be held at it.
+    """
+    if not 0 < target < math.inf:
+        raise ValueError(
+            f"`target_kl` is {target}, but a divergence per token is a positive number. Use `alpha=0` for none."
+        )
+
+
+def controlled_scale(
+    scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence[float | Tensor], target: Tensor, missing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+            Logits or log-probabilities of the base model.
+        rewards, alphas:
+            As for [`KLControl`].
+        target (`torch.Tensor` of shape `(batch_size,)`):
+            Mean divergence per token, in nats.
+        missing (`torch.Tensor` of shape `(batch_size,)`):
+            What the tokens before have spent less than that, in all.
+
+    Returns:
+        Two `torch.Tensor` of shape `(batch_size,)`: the factors of the strengths, and what is missing after this token.
+    """
+    base = scores.float().log_softmax(dim=-1)
+    parts = [weighted(log_probs, alpha) for log_probs, alpha in zip(rewards, alphas, strict=True)]
+    # Impossible tokens stay so at any factor but 0, which would make them NaN.
+    direction = torch.stack(parts).sum(dim=0).masked_fill(base == -torch.inf, 0.0).clamp(min=-1e9)
+    scale, spent = _solve(base, direction, (target + missing / _HORIZON).clamp(min=0.0), _LARGEST)
+    return scale, missing + target - spent
 
 
 def _solve(base: Tensor, direction: Tensor, wanted: Tensor, largest: float) -> tuple[Tensor, Tensor]:

@@ -34,18 +34,17 @@ def tokenizers_to_align(
     for arm, name in zip(reward_models, names, strict=True):
         # Ids that index the same embeddings are the same ids.
         is_shared = base_model is not None and shares_weights(arm.model, base_model)
-        is_same = is_shared or (base_model is not None and _has_same_ids(arm, base_model, tokenizer))
+        is_same = is_shared or (base_model is not None and has_same_ids(arm, len(embeddings_of(base_model)), tokenizer))
         tokenizers.append(None if is_same else arm.tokenizer)
         _warn_of_differences(arm.info, name, tokenizer, is_shared)
     return tokenizers
 
 
-def _has_same_ids(
-    reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> bool:
+def has_same_ids(reward_model: AutoregressiveRewardModel, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a reward model has as many embeddings as the base, and the same tokens under the same ids."""
     own = reward_model.tokenizer
-    sizes = {len(embeddings_of(model)) for model in (reward_model.model, base_model)}
-    return own is not None and len(sizes) == 1 and tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
+    same_size = len(embeddings_of(reward_model.model)) == vocab_size
+    return own is not None and same_size and tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
 
 
 def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokenizerBase, shares_weights: bool) -> None:

@@ -143,7 +143,7 @@ def _why_not_shared(
     if is_same is False:
         return "it was trained on other weights than those of the base"
     trained_on, given = config.base_model_name_or_path, base_model.name_or_path
-    if is_same is None and (not _short_name(given) or _short_name(given) != _short_name(trained_on)):
+    if is_same is None and (not short_name(given) or short_name(given) != short_name(trained_on)):
         return f"it was trained on `{trained_on}`, and the base is `{given}`"
     return None
 
@@ -152,7 +152,7 @@ def _load_base(
     name: str, config: PeftConfig, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     trained_on = config.base_model_name_or_path
-    if trained_on is None or not _short_name(trained_on):
+    if trained_on is None or not short_name(trained_on):
         raise ValueError(
             f"`base_model_name_or_path` of `{name}` is {trained_on!r}, but must be the Hub id or the folder of the "
             f"model that it was trained on. Write it into `{folder / _ADAPTER_CONFIG}`."
@@ -192,6 +192,12 @@ def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTraine
     return model, sorted(found["unexpected_keys"])
 
 
+def base_of(name_or_path: str, **hub_kwargs: Any) -> str | None:
+    """The Hub id or folder of the model that an adapter belongs to; `None` for what is no adapter."""
+    path = download(name_or_path, patterns=[_ADAPTER_CONFIG], **hub_kwargs) / _ADAPTER_CONFIG
+    return _adapter_config(path).base_model_name_or_path if path.exists() else None
+
+
 def _adapter_config(path: Path) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(str(path.parent))
@@ -226,7 +232,7 @@ def _refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None
             )
 
 
-def _short_name(name_or_path: Any) -> str:
+def short_name(name_or_path: Any) -> str:
     """
     `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`, `/models/SmolLM2-135M` and a folder of the Hub's cache; empty if it
     is no name at all.

@@ -21,6 +21,8 @@ _ADDS_ONLY |= {"revision", "target_modules", "task_type", "trainable_token_indic
 # Other initialisations subtract the low-rank product from the weights of the base while an adapter is loaded.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
+_MERGING = ("merge_adapter", "merge_and_unload")
+
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """Other modules around the very parameters and buffers of a model, that nothing done to its modules reaches."""
@@ -42,9 +44,19 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
     for module in model.modules():
         own = {name: x for name, x in module._parameters.items() if x is not None}
         module._parameters.update({name: originals.get(x, x) for name, x in own.items()})
-    for name in ("merge_adapter", "merge_and_unload"):
+    for name in _MERGING:
         vars(model.base_model)[name] = functools.partial(_refuse_to_merge, name)
     return model
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """A model with weights of its own, those of the adapter added to those below; a model without an adapter itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    own = copy.deepcopy(model)
+    for name in _MERGING:
+        vars(own.base_model).pop(name, None)
+    return own.merge_and_unload()
 
 
 def _refuse_to_merge(name: str, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,143 @@
+"""The reward models of a server, each with its slots, and how its vocabulary lines up with that of the served model."""
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..decoding.vocab import VocabMap
+from ..hub.compatibility import has_same_ids
+from ..hub.limits import why_no_cache
+from ..hub.loading import base_of, short_name
+from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
+from ..hub.sharing import merged
+from .slots import SlotLM
+
+logger = logging.getLogger(__name__)
+
+
+class ServedLM:
+    """
+    Next-token log-probabilities of a reward model or reference, in the ids of the served model.
+
+    Args:
+        lm ([`SlotLM`]):
+            The model.
+        vocab_size (`int`):
+            Number of logits of the served model.
+        vocab_map ([`VocabMap`], *optional*):
+            How the vocabularies line up; `None` where the ids are the same.
+        reward_vocab_size (`int`, *optional*):
+            Number of logits of the model, needed with a map.
+
+    Attributes:
+        no_tokens (`torch.BoolTensor` of shape `(vocab_size,)`, *optional*):
+            The logits of the served model that belong to no token of this one.
+    """
+
+    def __init__(self, lm: SlotLM, vocab_size: int, vocab_map: VocabMap | None = None, reward_vocab_size: int = 0):
+        self._lm, self._vocab_size, self._vocab_map = lm, vocab_size, vocab_map
+        self.no_tokens: Tensor | None = None
+        if vocab_map is not None:
+            # The ids go the same way as log-probabilities; float32 holds them exactly.
+            ids = vocab_map.base_log_probs(torch.arange(reward_vocab_size, dtype=torch.float32)[None], vocab_size)[0]
+            self.no_tokens = ids.isnan()
+            self._ids = ids.nan_to_num(0.0).long()  # a prompt may have ids that are no token, but no text has
+
+    def log_probs(self, texts: Mapping[Any, list[int]], n_last: Sequence[int]) -> Tensor:
+        """
+        Returns:
+            `torch.FloatTensor` of shape `(sum of n_last, vocab_size)`: as for [`SlotLM`]; 0 where it has no token.
+        """
+        if self._vocab_map is None:
+            return self._lm(texts, n_last).float().log_softmax(dim=-1)
+        own = {owner: self._ids[torch.tensor(text)].tolist() for owner, text in texts.items()}
+        log_probs = self._lm(own, n_last).float().log_softmax(dim=-1)
+        return self._vocab_map.base_log_probs(log_probs, self._vocab_size).nan_to_num(nan=0.0)
+
+    def release(self, owner: Hashable) -> None:
+        self._lm.release(owner)
+
+
+def load(
+    names: Sequence[str],
+    served: str,
+    tokenizer_name: str,
+    vocab_size: int,
+    make_slots: Callable[[PreTrainedModel, str], SlotLM],
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> list[ServedLM]:
+    """
+    Args:
+        names (sequence of `str`):
+            Hub ids or folders of reward models, or of a reference.
+        served, tokenizer_name (`str`):
+            The model that is served and its tokenizer, Hub ids or folders.
+        vocab_size (`int`):
+            Number of logits of the served model.
+        make_slots (callable):
+            Makes the [`SlotLM`] of a network, given its name.
+        dtype (`torch.dtype`):
+            Of the weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code from the repositories.
+
+    Raises:
+        ValueError: if one of them can't be loaded or served, or lacks tokens of the served model.
+    """
+    tokenizer = find_tokenizer(tokenizer_name, trust_remote_code=trust_remote_code)
+    # An adapter on the served model is loaded onto a copy of its weights, if they are those that it was trained on.
+    base = None
+    if any(short_name(base_of(name)) == short_name(served) for name in names):
+        base = AutoModelForCausalLM.from_pretrained(
+            served, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        ).eval()
+    models = []
+    for name in names:
+        is_on_served = short_name(base_of(name)) == short_name(served)
+        own: dict[str, Any] = {} if is_on_served else {"dtype": dtype}
+        arm = AutoregressiveRewardModel.from_pretrained(
+            name, base if is_on_served else None, trust_remote_code=trust_remote_code, **own
+        )
+        objection = why_no_cache(arm.model)
+        if objection is not None:
+            raise ValueError(f"`{name}` can't be served, because {objection}. Use another reward model.")
+        models.append(_with_slots(arm, name, tokenizer, vocab_size, make_slots, dtype))
+    return models
+
+
+def _with_slots(
+    arm: AutoregressiveRewardModel,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    make_slots: Callable[[PreTrainedModel, str], SlotLM],
+    dtype: torch.dtype,
+) -> ServedLM:
+    network: Any = merged(arm.model)
+    network = network.to(dtype).eval().requires_grad_(False)
+    reward_vocab_size = network.get_output_embeddings().weight.shape[0]
+    if tokenizer is None or arm.tokenizer is None:
+        if reward_vocab_size != vocab_size:
+            raise ValueError(
+                f"`{name}` scores {reward_vocab_size} tokens, but the served model has {vocab_size}, and without the "
+                "tokenizers of both they can't be aligned. Use a reward model with the tokenizer of the served model."
+            )
+        vocab_map = None
+    else:
+        vocab_map = None if has_same_ids(arm, vocab_size, tokenizer) else VocabMap(tokenizer, arm.tokenizer)
+    model = ServedLM(make_slots(network, f"`{name}`"), vocab_size, vocab_map, reward_vocab_size)
+    if model.no_tokens is not None and tokenizer is not None:
+        lacking = [
+            token for token, index in tokenizer.get_vocab().items() if index >= vocab_size or model.no_tokens[index]
+        ]
+        if lacking:
+            raise ValueError(
+                f"`{name}` lacks tokens of the served model, such as {sorted(lacking)[:5]}: it could not read a text "
+                "that has one. Use a reward model trained with the tokenizer of the served model."
+            )
+    return model

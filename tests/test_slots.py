@@ -1,0 +1,158 @@
+"""Texts in slots: what is read in parts, at positions of their own, against forward passes from scratch."""
+
+import random
+
+import pytest
+import torch
+from tiny import VOCAB_SIZE, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from hf_genarm.vllm.slots import SlotLM, shared_length
+
+
+def from_scratch(network, text, n=1):
+    with torch.no_grad():
+        return network(input_ids=torch.tensor([text])).logits[0, -n:]
+
+
+def a_text(generator, length):
+    return [generator.randrange(VOCAB_SIZE) for _ in range(length)]
+
+
+def sliding(window):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=2, sliding_window=window, **sizes)
+    config.initializer_range = 0.4
+    return MistralForCausalLM(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=128, initializer_range=0.4)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [tiny_llama, lambda: tiny_llama(num_attention_heads=4, num_key_value_heads=2), lambda: sliding(5), gpt2],
+    ids=["llama", "grouped", "sliding", "gpt2"],
+)
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_texts_that_come_go_and_are_cut_are_read_as_from_scratch(make, chunk):
+    """A random life of five texts in three slots: growth by one or many, drafts, cuts, release and return."""
+    network, generator = make(), random.Random(0)
+    lm = SlotLM(make(), n_slots=3, length=100, chunk=chunk)
+    texts = {owner: a_text(generator, 1 + generator.randrange(30)) for owner in range(5)}
+    held = set()
+    for _ in range(40):
+        for owner in list(held):
+            if generator.random() < 0.2:
+                lm.release(owner)
+                held.discard(owner)
+        while len(held) < 1 + generator.randrange(3):
+            held.add(generator.randrange(5))
+        called = generator.sample(sorted(held), 1 + generator.randrange(len(held)))
+        n_last = [1 + generator.randrange(3) for _ in called]
+        for owner, n in zip(called, n_last, strict=True):
+            cut = generator.random() < 0.2
+            grown = texts[owner][: generator.randrange(len(texts[owner])) if cut else None]
+            texts[owner] = (grown + a_text(generator, n))[-90:]
+            if generator.random() < 0.1:
+                texts[owner] = a_text(generator, 20)
+        logits = lm({owner: texts[owner] for owner in called}, n_last)
+        expected = torch.cat([from_scratch(network, texts[x], n) for x, n in zip(called, n_last, strict=True)])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_all_texts_take_one_pass_and_only_new_tokens_are_read():
+    network = tiny_llama()
+    seen = []
+    lm = SlotLM(network, n_slots=4, length=64)
+    network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    texts = {owner: a_text(random.Random(owner), 5 + owner) for owner in range(4)}
+    lm(texts, [1] * 4)
+    assert seen == [(1, 5 + 6 + 7 + 8)]
+    lm({owner: [*text, 3] for owner, text in texts.items()}, [1] * 4)
+    assert seen[1:] == [(1, 4)]
+
+
+def test_a_long_text_does_not_hold_up_the_others():
+    """Those that go on by a token are in the first pass; the long one takes what room is left."""
+    network, generator = tiny_llama(), random.Random(0)
+    seen = []
+    lm = SlotLM(network, n_slots=3, length=64, chunk=8)
+    long, short = a_text(generator, 30), a_text(generator, 4)
+    lm({"short": short}, [1])
+    network.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    logits = lm({"long": long, "short": [*short, 5]}, [1, 1])
+    assert [len(ids[0]) for ids in seen] == [8, 8, 8, 7]
+    assert seen[0][0] == [5, *long[:7]]
+    fresh = tiny_llama()
+    torch.testing.assert_close(
+        logits, torch.cat([from_scratch(fresh, long), from_scratch(fresh, [*short, 5])]), atol=1e-4, rtol=0
+    )
+
+
+def test_a_text_that_returns_finds_what_it_has_read():
+    network = tiny_llama()
+    lm = SlotLM(network, n_slots=3, length=64)
+    one, other = a_text(random.Random(0), 20), a_text(random.Random(1), 20)
+    lm({"one": one, "other": other}, [1, 1])
+    lm.release("one")
+    lm.release("other")
+    seen = []
+    network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    lm({"again": [*one, 4], "also": [*other[:10], 9, 9]}, [1, 1])
+    assert seen == [(1, 1 + 2)]
+
+
+def test_an_interrupted_pass_leaves_no_trace():
+    network, fresh = tiny_llama(), tiny_llama()
+    lm = SlotLM(network, n_slots=2, length=64)
+    text = a_text(random.Random(0), 12)
+    lm({"a": text[:6]}, [1])
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = network.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        lm({"a": [*text[:4], 1, 2, 3, 4, 5]}, [1])
+    handle.remove()
+    torch.testing.assert_close(lm({"a": text}, [1]), from_scratch(fresh, text), atol=1e-4, rtol=0)
+
+
+def test_the_cache_is_there_from_the_beginning_and_never_grows():
+    lm = SlotLM(tiny_llama(), n_slots=4, length=64)
+    size = lm.n_bytes
+    assert size == 2 * 2 * 4 * 64 * 8 * 4  # keys and values, layers, slots, tokens, one head of 8, float32
+    lm({owner: a_text(random.Random(owner), 60) for owner in range(4)}, [1] * 4)
+    assert lm.n_bytes == size
+
+
+def test_what_can_not_be_served_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="up to 256 tokens, but the server takes up to 300"):
+        SlotLM(tiny_llama(), n_slots=1, length=300)
+    dynamic = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match="up to 255 tokens"):
+        SlotLM(dynamic, n_slots=1, length=256)
+
+    class Deaf(type(tiny_llama())):
+        def forward(self, genarm_packed=None, **kwargs):
+            self.set_attn_implementation("eager")
+            return super().forward(**kwargs)
+
+    with pytest.raises(ValueError, match="can't be served, because"):
+        SlotLM(Deaf(tiny_llama().config).eval(), n_slots=2, length=32)
+
+
+def test_shared_length():
+    generator = random.Random(0)
+    for _ in range(300):
+        one = [generator.randrange(2) for _ in range(generator.randrange(12))]
+        other = [generator.randrange(2) for _ in range(generator.randrange(12))]
+        same = [x == y for x, y in zip(one, other, strict=False)]
+        assert shared_length(one, other) == (same.index(False) if False in same else len(same))

@@ -1,0 +1,58 @@
+"""A tiny model and adapters that vLLM serves, and what `generate` writes with them."""
+
+import torch
+from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_genarm import GenARMLogitsProcessor
+
+# The smallest head that vLLM has attention for on a CPU
+HEAD_SIZE = 32
+# Below this log-ratio of best and second-best token, the two engines may choose differently: a tie.
+TIE = 1e-3
+
+
+def save_tiny(folder, n_adapters=1, **config):
+    """Saves a model and adapters on it; returns their folders."""
+    tokenizer = tiny_tokenizer()
+    base = str(folder / "tiny")
+    tiny_llama(vocab_size=len(tokenizer), head_dim=HEAD_SIZE, **config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    return base, [save_adapter(base, str(folder / f"adapter-{seed}"), seed=seed) for seed in range(n_adapters)]
+
+
+class Reference:
+    """Greedy texts by `generate`, and how clear each choice was."""
+
+    def __init__(self, base, adapters, **options):
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.processor = GenARMLogitsProcessor.from_pretrained(adapters, self.model, pad_token_id=0, **options)
+
+    @torch.no_grad()
+    def texts(self, prompts, alpha, max_new_tokens, target_kl=None):
+        """What follows each prompt, a list of ids, and the margin of each token: the log-ratio of best and second."""
+        self.processor.alpha, self.processor.target_kl = alpha, target_kl
+        results = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                logits_processor=[self.processor],
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+            best = torch.cat(output.scores).log_softmax(dim=-1).topk(2).values
+            results.append((output.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+        return results
+
+
+def check(expected, ids):
+    """Whether a text is the expected one: "same", "tie" or "wrong"."""
+    tokens, margins = expected
+    if ids == tokens:
+        return "same"
+    at = next((i for i, (x, y) in enumerate(zip(ids, tokens, strict=False)) if x != y), min(len(ids), len(tokens)))
+    return "tie" if at < len(margins) and margins[at] < TIE else "wrong"
