@@ -1,5 +1,6 @@
 """How many drafts pay, by what they and their verification were measured to take."""
 
+import statistics
 from collections import deque
 from typing import Any
 
@@ -42,8 +43,8 @@ class Pace:
         self._verifying.setdefault(n_drafts, deque(maxlen=16)).append((self._cycle, verifying))
 
     def measured(self) -> dict[str, Any]:
-        """Mean seconds for a draft, and for the verification of each number of drafts."""
-        drafting = sum(self._drafting) / max(len(self._drafting), 1)
+        """Median seconds for a draft, and for the verification of each number of drafts."""
+        drafting = statistics.median(self._drafting) if self._drafting else None
         return {"draft": drafting, "verification": {n: self._seconds(n) for n in sorted(self._verifying)}}
 
     def n_drafts(self) -> int:
@@ -58,9 +59,8 @@ class Pace:
     def _tokens_per_second(self, n_drafts: int) -> float:
         n_tokens = sum(self.acceptance**n for n in range(n_drafts + 1))
         known = max((n for n in self._verifying if n <= n_drafts), default=min(self._verifying))
-        return n_tokens / (n_drafts * sum(self._drafting) / len(self._drafting) + self._seconds(known))
+        return n_tokens / (n_drafts * statistics.median(self._drafting) + self._seconds(known))
 
     def _seconds(self, n_drafts: int) -> float:
-        """Mean, of those that verified so many."""
-        verifying = [seconds for _, seconds in self._verifying[n_drafts]]
-        return sum(verifying) / len(verifying)
+        """The median, which other programs on the machine change least."""
+        return statistics.median(seconds for _, seconds in self._verifying[n_drafts])
