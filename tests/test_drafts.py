@@ -440,4 +440,4 @@ def test_a_law_that_drafts_were_not_drawn_from_is_noticed(monkeypatch):
 
     monkeypatch.setattr(DraftingAssistant, "generate", wrong)
     torch.manual_seed(0)
-    assert min(p_values(count(LAWS["no end"], 200), law_of(LAWS["no end"]))) < 1e-3
+    assert min(p_values(count(LAWS["no end"], 600), law_of(LAWS["no end"]))) < 1e-3

@@ -152,7 +152,7 @@ def test_what_generate_pads_with_is_not_drawn(tokenizer):
     run = Run(ids[:, :2])
     for length in range(2, 7):
         text = Text(ids[:, :length], run, [length - 2])
-        table.note(text, 1, uniform, uniform, {0: uniform}, [1.0])
+        table.note(text, 1, uniform, uniform, {0: uniform}, [1.0], torch.zeros(1))
     drawn = table.of(ids)
     assert len(drawn["token"]) == 4
     assert "".join(token.text for token in drawn.token_texts()[0].tokens) == tokenizer.decode([40]) + "<eos>"
