@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import run_command
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import demo
 
@@ -127,10 +128,22 @@ def workspace(tmp_path):
     return tmp_path
 
 
+def save_small_reward_model(folder):
+    """The first layers of the demo model: what it says means nothing, but it is small, and has the same tokens."""
+    model = AutoModelForCausalLM.from_pretrained(demo.demo_model())
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.demo_model()).save_pretrained(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs_as_printed(page, workspace, hub_cache):
     shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-sentiment", workspace / "my-arm")
+    if "a-small-reward-model" in text_of(page):
+        save_small_reward_model(workspace / "a-small-reward-model")
     run_command(sys.executable, "-c", session(page), cwd=workspace, HF_HUB_CACHE=hub_cache)
 
 
