@@ -411,6 +411,7 @@ def test_sampled_text_has_the_guided_law(name, n_texts):
     assert min(p_values(count(LAWS[name], n_texts), law)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_wrong_rule_is_noticed(monkeypatch):
     """The control: what replaces a rejected draft is drawn from the law itself, not from what is left of it."""
     from transformers.generation import utils
@@ -424,9 +425,10 @@ def test_a_wrong_rule_is_noticed(monkeypatch):
 
     monkeypatch.setattr(utils, "_speculative_sampling", wrong)
     torch.manual_seed(0)
-    assert min(p_values(count(LAWS["no end"], 200), law_of(LAWS["no end"]))) < 1e-3
+    assert min(p_values(count(LAWS["no end"], 600), law_of(LAWS["no end"]))) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_law_that_drafts_were_not_drawn_from_is_noticed(monkeypatch):
     """The control for what an assistant says of its drafts."""
     from hf_genarm.decoding.assistant import DraftingAssistant
