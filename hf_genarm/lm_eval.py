@@ -72,7 +72,7 @@ class GuidedHFLM(HFLM):
             )
         self._processor = GenARMLogitsProcessor(
             arms,
-            recommended_alpha(arms) if alpha is None else alpha,
+            recommended_alpha([x.info for x in arms]) if alpha is None else alpha,
             base_model=self.model,
             reference=reference,
             tokenizer=self.tokenizer,

@@ -17,6 +17,7 @@ from tiny import VOCAB_SIZE, save_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.hub.info import RewardInfo
 from hf_genarm.vllm import notice
 from hf_genarm.vllm.guidance import Guidance, Reading
 from hf_genarm.vllm.loading import ServedLM, load
@@ -70,7 +71,18 @@ def test_what_can_not_be_done_is_refused_with_key_value_and_rule(key, value, rul
 def test_configurations():
     config = ServerConfig.of({"genarm": {"reward_models": "a", "alpha": 2}})
     assert (config.reward_models, config.alpha, config.target_kl) == (["a"], [2.0], None)
-    assert ServerConfig.of({"genarm": {"reward_models": ["a", "b"]}}).alpha == [1.0, 1.0]
+    both = ServerConfig.of({"genarm": {"reward_models": ["a", "b"]}})
+    plain, margin = RewardInfo(), RewardInfo(loss={"reference": "base"})
+    tuned = RewardInfo(recommended={"alpha": 0.5, "reference": "base", "temperature": 1.0, "measured": {}})
+    settled = both.with_recommended([plain, plain])
+    assert (settled.alpha, settled.reference) == ([1.0, 1.0], None)
+    settled = both.with_recommended([margin, tuned])
+    assert (settled.alpha, settled.reference) == ([1.0, 0.5], "base")
+    with pytest.raises(ValueError, match=r"different references .* Choose it"):
+        both.with_recommended([plain, margin])
+    chosen = ServerConfig.of({"genarm": {"reward_models": ["a", "b"], "alpha": 2, "reference": None}})
+    settled = chosen.with_recommended([plain, margin])
+    assert (settled.alpha, settled.reference) == ([2.0, 2.0], None)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +94,6 @@ def test_configurations():
         ({"genarm": {"reward_model": "a"}}, "has the key `reward_model`, but knows"),
         ({"genarm": {"reward_models": []}}, r"`reward_models` .* is \[\]"),
         ({"genarm": {"reward_models": "a", "alpha": [1, 2]}}, r"`alpha` .* is \[1, 2\]"),
-        ({"genarm": {"reward_models": "a", "alpha": None}}, "`alpha` .* is None"),
         ({"genarm": {"reward_models": "a", "target_kl": -1}}, "`target_kl` .* is -1"),
         ({"genarm": {"reward_models": "a", "dtype": "float"}}, None),
         ({"genarm": {"reward_models": "a", "dtype": "f32"}}, "`dtype` .* is 'f32'"),

@@ -202,7 +202,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         to_align = None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer)
         processor = cls(
             arms,
-            recommended_alpha(arms) if alpha is None else alpha,
+            recommended_alpha([x.info for x in arms]) if alpha is None else alpha,
             base_model=base_model,
             target_kl=target_kl,
             reference=recommended_reference(arms, names, base_model, to_align) if reference == "auto" else reference,

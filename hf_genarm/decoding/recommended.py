@@ -8,15 +8,33 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..hub.base_weights import same_weights, weights_fingerprint
+from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
 
 logger = logging.get_logger(__name__)
 
 
-def recommended_alpha(arms: Sequence[AutoregressiveRewardModel]) -> list[float]:
+def recommended_alpha(infos: Sequence[RewardInfo]) -> list[float]:
     """The strength that each reward model recommends, or else 1."""
-    return [1.0 if x.info.recommended is None else x.info.recommended["alpha"] for x in arms]
+    return [1.0 if x.recommended is None else x.recommended["alpha"] for x in infos]
+
+
+def wanted_reference(infos: Sequence[RewardInfo], names: Sequence[str]) -> str | None:
+    """
+    `"base"` or `None`, as reward models recommend, or else were trained.
+
+    Raises:
+        ValueError: if they differ, as one reference serves all.
+    """
+    wanted = [(x.recommended or {"reference": x.reference})["reference"] for x in infos]
+    if len(set(wanted)) > 1:
+        said = ", ".join(f"{x!r} for `{name}`" for x, name in zip(wanted, names, strict=True))
+        raise ValueError(
+            f"The reward models are used with different references ({said}), but one serves all. Choose it: "
+            '`reference="base"` or `reference=None`.'
+        )
+    return wanted[0]
 
 
 def recommended_reference(
@@ -31,14 +49,9 @@ def recommended_reference(
     Raises:
         ValueError: if they differ, as one reference serves all.
     """
-    wanted = [(x.info.recommended or {"reference": x.info.reference})["reference"] for x in arms]
-    if len(set(wanted)) > 1:
-        said = ", ".join(f"{x!r} for `{name}`" for x, name in zip(wanted, names, strict=True))
-        raise ValueError(
-            f"The reward models are used with different references ({said}), but one serves all. Choose it: "
-            '`reference="base"` or `reference=None`.'
-        )
-    return None if wanted[0] is None else base_reference(arms, names, base_model, reward_tokenizers)
+    if wanted_reference([x.info for x in arms], names) is None:
+        return None
+    return base_reference(arms, names, base_model, reward_tokenizers)
 
 
 def base_reference(

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .added_tokens import n_added_tokens
 from .base_weights import same_weights, weights_fingerprint
 from .cache import embeddings_of
-from .info import RewardInfo
+from .info import INFO_NAME, RewardInfo
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 from .warning import GuidanceWarning
 
@@ -196,6 +196,12 @@ def base_of(name_or_path: str, **hub_kwargs: Any) -> str | None:
     """The Hub id or folder of the model that an adapter belongs to; `None` for what is no adapter."""
     path = download(name_or_path, patterns=[_ADAPTER_CONFIG], **hub_kwargs) / _ADAPTER_CONFIG
     return _adapter_config(path).base_model_name_or_path if path.exists() else None
+
+
+def info_of(name_or_path: str, **hub_kwargs: Any) -> RewardInfo:
+    """What a reward model says about itself; nothing, if it has no `genarm_config.json`."""
+    path = download(name_or_path, patterns=[INFO_NAME], **hub_kwargs) / INFO_NAME
+    return RewardInfo.load(path) if path.exists() else RewardInfo()
 
 
 def _adapter_config(path: Path) -> PeftConfig:

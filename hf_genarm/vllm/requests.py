@@ -1,14 +1,16 @@
 """What a server is configured with, and what a request may ask of it."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from ..decoding.kl_control import check_target_kl
+from ..decoding.recommended import recommended_alpha, wanted_reference
 from ..decoding.strength import check_alpha
+from ..hub.info import RewardInfo
 
 _PREFIX = "genarm_"
 
@@ -21,12 +23,13 @@ class ServerConfig:
     Parameters:
         reward_models (`str` or list of `str`):
             Hub ids or folders.
-        alpha (`float` or list of `float`, *optional*, defaults to 1.0):
-            Strengths of requests that give none.
+        alpha (`float` or list of `float`, *optional*):
+            Strengths of requests that give none. Defaults to what the reward models recommend, or else 1.
         target_kl (`float`, *optional*):
             Divergence per token of requests that give none.
-        reference (`str`, *optional*):
-            `"base"`, or the Hub id or folder of the model that all reward models are contrasted with.
+        reference (`str`, *optional*, defaults to `"auto"`):
+            `"base"`, or the Hub id or folder of the model that all reward models are contrasted with; `None` for none.
+            `"auto"` is what they recommend, or else were trained with.
         dtype (`str`, *optional*):
             Of the reward models, such as `"float32"`. Defaults to that of the engine.
         slots (`int`, *optional*):
@@ -40,9 +43,9 @@ class ServerConfig:
     """
 
     reward_models: Any = None
-    alpha: Any = 1.0
+    alpha: Any = None
     target_kl: Any = None
-    reference: Any = None
+    reference: Any = "auto"
     dtype: Any = None
     slots: Any = None
     chunk: Any = 512
@@ -58,10 +61,8 @@ class ServerConfig:
                 setattr(self, name, _RULES[name](value, len(names)) if value is not None else None)
             except ValueError as error:
                 raise self._wrong(name, str(error)) from error
-        if self.alpha is None:
-            raise self._wrong("alpha", "a number, or a list with one for each reward model")
         if self.reference is not None and not (isinstance(self.reference, str) and self.reference):
-            raise self._wrong("reference", '"base", a Hub id or a folder')
+            raise self._wrong("reference", '"auto", "base", a Hub id or a folder')
         if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
             raise self._wrong("dtype", 'the name of a dtype, such as "float32"')
         for name, missing in (("slots", self.slots is None), ("chunk", False)):
@@ -84,6 +85,19 @@ class ServerConfig:
             if key not in known:
                 raise ValueError(f"`genarm` of `additional_config` has the key `{key}`, but knows {known} only.")
         return cls(**given)
+
+    def with_recommended(self, infos: Sequence[RewardInfo]) -> "ServerConfig":
+        """
+        With the settings that were left open, as the reward models say.
+
+        Raises:
+            ValueError: if they want different references.
+        """
+        return replace(
+            self,
+            alpha=recommended_alpha(infos) if self.alpha is None else self.alpha,
+            reference=wanted_reference(infos, self.reward_models) if self.reference == "auto" else self.reference,
+        )
 
     def _wrong(self, name: str, rule: str) -> ValueError:
         return ValueError(
