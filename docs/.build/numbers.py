@@ -128,12 +128,39 @@ def sequence_law() -> str:
     )
 
 
+def speculation() -> str:
+    rows = []
+    for run in runs("speculation"):
+        for result in run["results"]:
+            base = (
+                f"simulated, {result['simulated']} times the reward model" if "simulated" in result else "SmolLM2-135M"
+            )
+            cells = [f"{result['acceptance']:.2f}", spread(result["tokens_per_base_pass"])]
+            ratios = ("guided_to_unguided", "drafted_to_guided", "drafted_to_unguided")
+            rows.append([base, result["mode"], *cells, *(spread(result[ratio]) for ratio in ratios)])
+    head = ["base", "", "drafts accepted", "tokens per base pass"]
+    return table([*head, "guided / unguided", "drafted / guided", "drafted / unguided"], rows)
+
+
+def serving() -> str:
+    return table(
+        ["requests at once", "guided / unguided throughput", "ideal", "share of the ideal"],
+        [
+            [str(row["requests"]), *(spread(row[name]) for name in ("guided_over_unguided", "ideal", "of_ideal"))]
+            for run in runs("serving")
+            for row in run["results"]
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "capability": capability,
     "decode_cost": decode_cost,
     "train_cost": train_cost,
     "headline": headline,
     "sequence_law": sequence_law,
+    "serving": serving,
+    "speculation": speculation,
 }
 
 
