@@ -11,6 +11,7 @@ from tiny import EOS, tiny_llama
 from transformers import LogitsProcessor, TextStreamer
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.decoding.fusion.network import JointNetwork
 from hf_genarm.decoding.pace import Pace
 
 ARM = tiny_llama(1, num_hidden_layers=1)
@@ -243,6 +244,34 @@ def test_each_token_is_read_once():
         assert set(read[1:]) == {1}
         assert sum(read) <= sum(by_base)
         assert len(by_other) <= len(by_base)
+
+
+def test_the_base_verifies_in_passes_for_a_few_tokens(monkeypatch):
+    """Over other modules, unless something acts on its own; and over its weights as they are now."""
+    passes, call = [], JointNetwork.__call__
+    monkeypatch.setattr(JointNetwork, "__call__", lambda self, *args: passes.append(1) or call(self, *args))
+    base = copy.deepcopy(BASE)
+    processor = GenARMLogitsProcessor(ARM, base_model=base)
+    drafted = {"assistant_model": processor.assistant(3)} | LONG
+    assert_same(generate([processor], base, **drafted), generate([oracle(ARM)], base, **LONG))
+    n_passes = len(passes)
+    assert n_passes > 2
+
+    before = generate([oracle(ARM)], base, **LONG)
+    layer = base.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().flip(0))
+    changed = generate([oracle(ARM)], base, **LONG)
+    assert changed.sequences.tolist() != before.sequences.tolist()
+    assert_same(generate([processor], base, **drafted), changed)
+    assert len(passes) > n_passes
+
+    n_passes = len(passes)
+    handle = layer.register_forward_hook(lambda module, args, output: -output)
+    hooked = generate([oracle(ARM)], base, **LONG)
+    assert hooked.sequences.tolist() != changed.sequences.tolist()
+    assert_same(generate([processor], base, **drafted), hooked)
+    assert len(passes) == n_passes
+    handle.remove()
 
 
 def test_nothing_is_read_after_a_token_that_is_rejected():

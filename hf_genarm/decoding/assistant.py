@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..hub.cache import network_of
 from .drafts import Draft
+from .fusion.joint_pass import Fusion
 from .pace import Pace
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class DraftingAssistant:
                 "Pass it: `GenARMLogitsProcessor(reward_model, base_model=model)`."
             )
         self._processor, self._base, self._watch = processor, processor._base, processor._watch
-        self._index = _smallest(processor, self._base)
+        self._index, self._fusion = _smallest(processor, self._base), Fusion.of(self._watch)
         self._number, self.pace = num_assistant_tokens, Pace()
         self.config = self._base.config  # drafts are tokens of the base, also if those of the reward model differ
         self.generation_config = GenerationConfig(
@@ -113,6 +114,7 @@ class DraftingAssistant:
             self._call = generation_config
             processor._reader.begin(input_ids)
             processor.reset()
+            self._fusion.forget()
         self._note_last(input_ids, is_new, begins_at)
         ends, stops = _ends_of(generation_config), self._stops_of(generation_config)
         n_drafts = self.pace.n_drafts() if self._number is None else self._number
@@ -140,6 +142,7 @@ class DraftingAssistant:
             text, law = self._draft_of_nothing(input_ids, ends, stops)
             laws, is_over = [law], bool(ends)
         draft.close(text, is_over, self._decides(generation_config, logits_processor))
+        self._fusion.hasten_next_pass()
         ends_at = time.perf_counter()
         self._last = _Cycle(text, input_ids.shape[1], n_drafts, is_new, ends_at - begins_at, ends_at)
         # They are said to be a `LongTensor`, which no tensor is for mypy, and a tuple of one.
