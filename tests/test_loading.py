@@ -568,7 +568,7 @@ def test_encodings_are_named(path):
         if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("open", "read_text", "write_text"):
             modes = [x.value for x in call.args if isinstance(x, ast.Constant) and isinstance(x.value, str)]
             named = any(keyword.arg == "encoding" for keyword in call.keywords)
-            assert named or {"rb", "wb"} & set(modes), f"line {call.lineno}: {ast.unparse(call)}"
+            assert named or {"rb", "r+b", "wb"} & set(modes), f"line {call.lineno}: {ast.unparse(call)}"
 
 
 def test_other_languages_where_the_locale_is_ascii(saved):

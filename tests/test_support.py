@@ -96,13 +96,15 @@ def test_one_instance_in_random_order(data):
         assert_same(output, expected)
 
 
-def test_many_threads_each_with_its_own_instance():
-    expected = [generate([oracle(BATCH)], BATCH, **{"num_beams": beams}) for beams in (1, 2, 3)]
+@pytest.mark.parametrize("reference", [None, "base"])
+def test_many_threads_each_with_its_own_instance(reference):
+    alone = oracle(BATCH) if reference is None else GenARMLogitsProcessor(ARM, base_model=BASE, reference=reference)
+    expected = [generate([alone], BATCH, **{"num_beams": beams}) for beams in (1, 2, 3)]
     outputs = [None] * 3
 
     def work(index):
-        processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-        for _ in range(3):
+        processor = GenARMLogitsProcessor(ARM, base_model=BASE, reference=reference)
+        for _ in range(5):
             outputs[index] = generate([processor], BATCH, **{"num_beams": index + 1})
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
@@ -147,8 +149,11 @@ def test_each_token_is_forwarded_once(options):
         lambda _, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     inputs = ONE if "assistant_model" in options else left_padded([8, 8])
-    processor = Recording(arm, base_model=BASE)
-    output = generate([processor], inputs, **options)
+    base = copy.deepcopy(BASE)
+    if options.get("assistant_model") is BASE:
+        options = {"assistant_model": base}
+    processor = Recording(arm, base_model=base)
+    output = generate([processor], inputs, base=base, **options)
     rows = len(inputs["input_ids"]) * options.get("num_beams", 1)
     prompt = rows * inputs["input_ids"].shape[1]
     if "assistant_model" in options:

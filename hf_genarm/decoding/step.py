@@ -211,11 +211,12 @@ class StepWatch:
     def _note_logits(self, step: Step) -> None:
         """Puts a hook on the model for one pass."""
 
-        def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if _what_is_read(kwargs) is step.read:
+        def hook(module: torch.nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
+            # A pass of another thread that found this hook before it was taken off calls it without `kwargs`.
+            if len(kwargs_and_output) == 2 and _what_is_read(kwargs_and_output[0]) is step.read:
                 handle.remove()
                 # Assisted decoding writes what processors return into the logits of the base.
-                step.logits = output.logits[:, -Step.KEPT_LOGITS :].detach().clone()
+                step.logits = kwargs_and_output[1].logits[:, -Step.KEPT_LOGITS :].detach().clone()
 
         stale = vars(self._local).get("handle")
         if stale is not None:  # of a pass that was never run
