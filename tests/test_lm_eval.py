@@ -215,5 +215,5 @@ def test_the_command_is_that_of_the_harness(folders, tmp_path, monkeypatch, caps
 
 
 def test_a_reference_that_is_none_is_refused(folders):
-    with pytest.raises(ValueError, match="`reference` is 'arm', but must be 'base'"):
+    with pytest.raises(ValueError, match="`reference` is 'arm', but must be 'auto', 'base' or None"):
         GuidedHFLM(folders[0], folders[1][0], reference="arm")
