@@ -23,6 +23,8 @@ PAIRS = ROOT / "examples" / "data" / "sentiment"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 # What is run elsewhere than here and in test_commands.py
 ELSEWHERE = {
+    "hf-genarm tune --arm outputs/quickstart/adapter --prompts examples/data/sentiment/dev.jsonl "
+    "--scorer examples.scorers:sentiment": "tests/test_tune.py",
     "hf-genarm demo --export FOLDER": "tests/test_playground.py",
 }
 
