@@ -371,9 +371,14 @@ class Guidance(LogitsProcessor):
         return scores
 
 
+def options_of(setting):
+    """Those of `generate`."""
+    return {key: value for key, value in setting.items() if key not in ("drafts", "models", "reference")}
+
+
 def law_of(setting):
     """The probability of each text of `LENGTH` new tokens, ended ones padded: a product of `generate`'s own scores."""
-    options = {key: value for key, value in setting.items() if key not in ("drafts", "models", "reference")}
+    options = options_of(setting)
     it = Contrast() if "reference" in setting else Guidance(setting.get("models", (1,)))
     ends = "eos_token_id" not in setting
     law = {(): 1.0}
@@ -399,7 +404,7 @@ def law_of(setting):
 
 
 def count(setting, n_texts):
-    options = {key: value for key, value in setting.items() if key not in ("drafts", "models", "reference")}
+    options = options_of(setting)
     models = [FEW[index] for index in setting.get("models", (1,))]
     processor = GenARMLogitsProcessor(models, 0.7, base_model=FEW[0], reference=setting.get("reference"))
     assistant, counts = processor.assistant(setting.get("drafts", 2)), {}

@@ -19,7 +19,7 @@ from hf_genarm.functional import kl_divergence
 from hf_genarm.hub.recommendation import recommendation, with_recommendation
 from hf_genarm.scripts.judge import Judge
 from hf_genarm.scripts.plots import plot_settings
-from hf_genarm.scripts.sweep import Answers, Setting, Sweep, tokenized
+from hf_genarm.scripts.sweep import Answers, Setting, Sweep
 from hf_genarm.scripts.tune import choose, statistics
 
 SETTING = {"alpha": 0.6, "reference": "base", "temperature": 0.7, "measured": {}}
@@ -118,7 +118,9 @@ def test_what_is_measured_is_what_was_sampled_from(folder):
     processor = GenARMLogitsProcessor(arm, base_model=model, reference="base")
     sweep = Sweep(model, tokenizer, prompts, folder / "answers", 6, 3, seed=0)
     answers = sweep(Setting(1.5, "base", 0.6), processor, "an arm", lambda _: None)
-    inputs = tokenized(tokenizer, prompts)
+    inputs = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
     torch.manual_seed(0)
     output = model.generate(
         **inputs, logits_processor=[processor], temperature=0.6, do_sample=True, top_k=0, max_new_tokens=6

@@ -60,16 +60,14 @@ def train_cost() -> str:
     )
 
 
-def effects(name: str) -> dict[str, str]:
+def effects(card: str) -> dict[str, str]:
     """What an adapter does to generated text, by the strength, as its card says."""
-    card = (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
     return dict(re.findall(r"^\| (unguided|α = [\d.]+) \| (\S+ \[.*?\]) \|", card, re.MULTILINE))
 
 
 def headline() -> str:
-    of_card = (ROOT / "model_cards" / SENTIMENT / "README.md").read_text(encoding="utf-8")
-    effect = effects(SENTIMENT)
-    control = re.search(r"only sharpens the base: (\S+ \[.*?\])", of_card)[1]
+    card = (ROOT / "model_cards" / SENTIMENT / "README.md").read_text(encoding="utf-8")
+    effect, control = effects(card), re.search(r"only sharpens the base: (\S+ \[.*?\])", card)[1]
     pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
     cost = next(x for run in runs("decode_cost") for x in run["results"] if x["batch_size"] == x["adapters"] == 1)

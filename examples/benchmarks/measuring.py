@@ -6,7 +6,9 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +56,16 @@ def memory_mb(name: str = "VmHWM") -> float:
     """Peak memory of this process, or with `VmRSS` the memory in use, in megabytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[name].split()[0]) / 1024
+
+
+def save_over_logs(figure: Any, axis: Any, values: Sequence[float], path: Path) -> None:
+    """Labels the values of a logarithmic axis, and them alone, and writes the picture."""
+    axis.minorticks_off()
+    axis.set_xticks(values, [f"{value:.3g}" for value in values])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def add_record(output: Path | None, script: str, results: list[dict]) -> None:

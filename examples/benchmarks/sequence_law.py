@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from measuring import add_record, output_file, sized
+from measuring import add_record, output_file, save_over_logs, sized
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -205,13 +205,8 @@ def plot(results: list[dict], token_law: float, path: Path) -> None:
     axis.plot(numbers, centres, "o-", color="#1f77b4", label="SMC with N particles")
     axis.fill_between(numbers, lows, highs, color="#1f77b4", alpha=0.2, linewidth=0)
     axis.set(xscale="log", yscale="log", xlabel="texts written for each one that is returned, N")
-    axis.minorticks_off()
-    axis.set_xticks(numbers, [str(n) for n in numbers])
     axis.set_title("Total variation distance to the optimum over whole texts")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+    save_over_logs(figure, axis, numbers, path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from measuring import cell, output_file, sized, spread
+from measuring import cell, output_file, save_over_logs, sized, spread
 
 from hf_genarm.functional import guided_log_probs
 
@@ -87,13 +87,8 @@ def plot(rows: list, path: Path) -> None:
         axis.plot(betas, medians, "o-", color=colour, label=name)
         axis.fill_between(betas, lows, highs, color=colour, alpha=0.15, linewidth=0)
     axis.set(xscale="log", xlabel="KL temperature β = β_r / α", ylim=(0, 1.02))
-    axis.minorticks_off()
-    axis.set_xticks(betas, [f"{beta:.3g}" for beta in betas])
     axis.set_title("Sampling token by token against the optimum over whole texts")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+    save_over_logs(figure, axis, betas, path)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from .guidance import GuidanceArguments, load_guided
-from .prompts import completion_of, load_prompts, token_ids
+from .prompts import completion_of, left_padded, load_prompts, token_ids
 from .shards import Shards, digest
 
 
@@ -101,11 +101,7 @@ def batches_by_length(ids: list[list[int]], size: int) -> Iterator[list[int]]:
 
 def answer(model: Any, tokenizer: Any, ids: list[list[int]], processor: Any, options: dict[str, Any]) -> list[str]:
     """The guided answers to the tokens of prompts, without special tokens."""
-    width = max(map(len, ids))
+    inputs = left_padded(tokenizer, ids, model.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    inputs = torch.tensor([[pad or 0] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    output = model.generate(
-        input_ids=inputs, attention_mask=mask, logits_processor=[processor], pad_token_id=pad, **options
-    )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    output = model.generate(**inputs, logits_processor=[processor], pad_token_id=pad, **options)
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

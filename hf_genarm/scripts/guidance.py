@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..decoding.kl_control import KLControl
+from ..decoding.kl_control import check_target_kl
 from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.strength import check_alpha
 from ..demo import DEMO_MODEL_ID, demo_model
@@ -69,7 +69,7 @@ class GuidanceArguments:
             strengths: Any = check_alpha(self.alpha[0] if len(self.alpha) == 1 else self.alpha, len(self.arm))
             self.alpha = strengths  # one for each
         if self.target_kl is not None:
-            KLControl(self.target_kl)  # says what is wrong with it, before models are loaded
+            check_target_kl(self.target_kl)
 
 
 def load_guided(args: GuidanceArguments, device: torch.device) -> tuple[Any, Any, GenARMLogitsProcessor]:

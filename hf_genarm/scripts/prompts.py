@@ -1,8 +1,12 @@
 """Prompts from a JSONL file, each row as it stands there, and how a base reads them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 COMPLETION = "completion"
 
@@ -85,6 +89,16 @@ def token_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
             "model as `--base`, or write prompts as text."
         )
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def left_padded(tokenizer: Any, ids: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """The tokens of prompts as `input_ids` and `attention_mask` of `generate`, each `(n_prompts, longest)`."""
+    width = max(map(len, ids))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {
+        "input_ids": torch.tensor([[pad or 0] * (width - len(row)) + row for row in ids], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device),
+    }
 
 
 def completion_of(prompt: str | list[dict[str, str]], text: str) -> str | list[dict[str, str]]:

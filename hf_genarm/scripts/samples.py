@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..decoding.processor import GenARMLogitsProcessor
 from ..hub.sharing import without_adapter
+from .prompts import left_padded, token_ids
 
 logger = logging.get_logger(__name__)
 
@@ -80,13 +81,7 @@ class SamplesCallback(TrainerCallback):
         tokenizer: Any = self._trainer.processing_class
         processor = GenARMLogitsProcessor(model, base_model=network, reference=self._trainer.args.reference)
         for prompt in self._prompts:
-            if isinstance(prompt, str):
-                inputs = tokenizer(prompt, return_tensors="pt")
-            else:
-                inputs = tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-                )
-            inputs = {name: inputs[name].to(network.device) for name in ("input_ids", "attention_mask")}
+            inputs = left_padded(tokenizer, [token_ids(tokenizer, prompt)], network.device)
             options = {"do_sample": False, "max_new_tokens": self._max_new_tokens}
             answers = [
                 network.generate(**inputs, logits_processor=processors, **options)[0, inputs["input_ids"].shape[1] :]

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from .guidance import GuidanceArguments, load_guided
+from .prompts import left_padded, token_ids
 
 _LEARNED = "{} less base, nats"
 
@@ -50,12 +51,9 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
         raise ValueError(f"`alpha` is {guidance_args.alpha}, at which nothing is guided. Give a strength other than 0.")
     model, tokenizer, processor = load_guided(guidance_args, PartialState().device)
     strengths: Any = processor.alpha  # one for each
-    if tokenizer.chat_template is None:
-        inputs = tokenizer(args.prompt, return_tensors="pt")
-    else:
-        chat = [{"role": "user", "content": args.prompt}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    rows = {name: inputs[name].repeat(2, 1).to(model.device) for name in ("input_ids", "attention_mask")}
+    is_chat = tokenizer.chat_template is not None
+    ids = token_ids(tokenizer, [{"role": "user", "content": args.prompt}] if is_chat else args.prompt)
+    rows = left_padded(tokenizer, [ids] * 2, model.device)
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True
     set_seed(args.seed)

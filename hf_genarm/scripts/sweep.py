@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..hub.base_weights import weights_fingerprint
 from ..hub.end_of_turn import end_token_ids
 from ..hub.info import chat_template_fingerprint, package_versions
 from ..hub.sharing import adapter_tensors
+from .prompts import left_padded, token_ids
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Sweep:
     def _answer(
         self, prompts: list, setting: Setting, processor: GenARMLogitsProcessor | None, answers: Answers
     ) -> None:
-        inputs = tokenized(self._tokenizer, prompts).to(self._model.device)
+        ids = [token_ids(self._tokenizer, prompt) for prompt in prompts]
+        inputs = left_padded(self._tokenizer, ids, self._model.device)
         meter = Meter()
         processors: list[LogitsProcessor] = [] if processor is None else [processor]
         # Here, and not in `generate`, temperature is seen by the meter.
@@ -160,15 +162,6 @@ class Sweep:
 def base_id(model: PreTrainedModel) -> str:
     """What tells a base from others, for what is kept."""
     return weights_fingerprint(model) or str(model.name_or_path)
-
-
-def tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence) -> Any:
-    """Prompts, text or messages, padded on the left."""
-    if isinstance(prompts[0], str):
-        return tokenizer(list(prompts), return_tensors="pt", padding=True)
-    return tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-    )
 
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:

@@ -37,6 +37,7 @@ from .judge import Judge
 from .output import make_output_dir
 from .pairs import load_prompts
 from .plots import plot_settings
+from .prompts import completion_of
 from .sweep import Answers, Setting, Sweep, base_id, fingerprint
 
 Scorer = Callable[..., Sequence[float]]
@@ -253,8 +254,7 @@ def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.
     Raises:
         ValueError: if it doesn't give a finite number to each.
     """
-    is_text = isinstance(prompts[0], str)
-    completions = texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
+    completions = [completion_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     scores = np.array(scorer(prompts=prompts, completions=completions), dtype=float)
     if scores.shape != (len(texts),) or not np.isfinite(scores).all():
         raise ValueError(

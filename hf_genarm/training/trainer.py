@@ -159,7 +159,6 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         multiple: Any = args.pad_to_multiple_of
         if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
             self.data_collator: Any = DataCollatorForPairs(self.processing_class.pad_token_id, multiple)
-        has_base = is_peft_model(self.model) or args.reference is not None
         self._starting_point = StartingPoint(self.model, self.accelerator) if has_base else None
         self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
         self.add_callback(PushWhole(self._describe))

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 from vllm.config import VllmConfig
 
-from ..hub.loading import base_of, info_of, short_name
+from ..hub.loading import info_of
 from . import notice
 from .fast_linear import use_linear_layers_of_vllm
 from .guidance import Guidance
-from .loading import load
+from .loading import is_on, load
 from .requests import Offer, ServerConfig
 from .slots import SlotLM
 
@@ -33,12 +33,13 @@ def guidance_of(vllm_config: VllmConfig, device: torch.device) -> tuple[Guidance
     given = ServerConfig.of(vllm_config.additional_config)
     config = given.with_recommended([info_of(name) for name in given.reward_models])
     model, most = vllm_config.model_config, vllm_config.scheduler_config.max_num_seqs
-    others = [name for name in config.reward_models if short_name(base_of(name)) != short_name(model.model)]
-    if (given.reference, config.reference) == ("auto", "base") and others:
-        raise ValueError(
-            f"The rewards of `{others[0]}` are less those of the model that it was trained from, which is not the "
-            'served one. Choose in `genarm` of `additional_config`: `"reference": "base"`, `null`, or that model.'
-        )
+    if (given.reference, config.reference) == ("auto", "base"):
+        others = [name for name in config.reward_models if not is_on(name, model.model)]
+        if others:
+            raise ValueError(
+                f"The rewards of `{others[0]}` are less those of the model that it was trained from, which is not the "
+                'served one. Choose in `genarm` of `additional_config`: `"reference": "base"`, `null`, or that model.'
+            )
     if model.enable_prompt_embeds:
         raise ValueError("Reward models read tokens, and can't be served with `--enable-prompt-embeds`. Leave it out.")
     if model.is_multimodal_model and not model.multimodal_config.language_model_only:

@@ -91,14 +91,14 @@ def load(
     """
     tokenizer = find_tokenizer(tokenizer_name, trust_remote_code=trust_remote_code)
     # An adapter on the served model is loaded onto a copy of its weights, if they are those that it was trained on.
+    are_on_served = [is_on(name, served) for name in names]
     base = None
-    if any(short_name(base_of(name)) == short_name(served) for name in names):
+    if any(are_on_served):
         base = AutoModelForCausalLM.from_pretrained(
             served, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         ).eval()
     models = []
-    for name in names:
-        is_on_served = short_name(base_of(name)) == short_name(served)
+    for name, is_on_served in zip(names, are_on_served, strict=True):
         own: dict[str, Any] = {} if is_on_served else {"dtype": dtype}
         arm = AutoregressiveRewardModel.from_pretrained(
             name, base if is_on_served else None, trust_remote_code=trust_remote_code, **own
@@ -108,6 +108,11 @@ def load(
             raise ValueError(f"`{name}` can't be served, because {objection}. Use another reward model.")
         models.append(_with_slots(arm, name, tokenizer, vocab_size, make_slots, dtype))
     return models
+
+
+def is_on(name: str, served: str) -> bool:
+    """Whether a reward model is an adapter that names the served model as its base."""
+    return short_name(base_of(name)) == short_name(served)
 
 
 def _with_slots(

@@ -28,6 +28,7 @@ from .network import JointNetwork, NotFusableError, Product, check_heard, produc
 
 logger = logging.getLogger(__name__)
 
+_APART = "Base and reward model run apart, because %s."
 # What a decoding step gives to the base, beside what is `None` or `False`.
 _STEP_INPUTS = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"}
 _STEP_INPUTS |= {"logits_to_keep"}
@@ -157,21 +158,23 @@ class Fusion:
         known: dict[FusedLM, list[tuple[str, Product]] | None] = vars(self._local).setdefault("products", {})
         if reward_model not in known:
             try:
-                check_heard(self.base, "the base")
                 known[reward_model] = products_of(reward_model, self.base)
             except NotFusableError as error:
-                logger.info("Base and reward model run apart, because %s.", error)
+                logger.info(_APART, error)
                 known[reward_model] = None
         return known[reward_model]
 
     def _network(self, reward_models: list[FusedLM]) -> JointNetwork | None:
+        """Of the base and products of reward models; `None` if something acts on the base that it would not hear."""
         networks: dict[tuple, JointNetwork | None] = vars(self._local).setdefault("networks", {})
         key = tuple(reward_models)
         if key not in networks:
             try:
                 check_heard(self.base, "the base")
                 networks[key] = JointNetwork(self.base, [self._products(x) or [] for x in reward_models])
-            except NotFusableError:
+            except NotFusableError as error:
+                if reward_models:
+                    logger.info(_APART, error)
                 networks[key] = None
         return networks[key]
 
