@@ -1,0 +1,228 @@
+"""What the experiments share: the base, and work whose outcome is kept under a key of all that it depends on."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from fingerprint import fingerprint
+from settings import Size
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
+
+from hf_genarm.decoding.meter import Meter, answer_lengths
+from hf_genarm.demo import demo_model
+from hf_genarm.hub.info import package_versions
+
+Judge = Callable[[Sequence[str], Sequence[str]], Iterable[float]]
+Processors = Callable[[Tensor], list[LogitsProcessor]]
+
+_ROWS_AT_ONCE = 96
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Attributes:
+        name: of the file of answers.
+        pairs: what is trained on, with messages or texts.
+        dev, test: prompts, for choosing settings and for the results.
+        judges: what gives an answer its numbers, of prompts and texts.
+        size: how large a run is.
+    """
+
+    name: str
+    pairs: Dataset = field(repr=False)
+    dev: list[str]
+    test: list[str]
+    judges: dict[str, Judge] = field(repr=False)
+    size: Size
+    is_chat: bool = True
+
+    def prompts(self, split: str) -> list[str]:
+        return self.dev if split == "dev" else self.test
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting of a method: its strength, and the temperature."""
+
+    strength: float
+    temperature: float = 1.0
+
+
+@dataclass
+class Step:
+    """
+    A piece of work that is done when `path` is there. `run` writes somewhere else, and what it has written moves to
+    `path` when it is complete; what is left of a run that was stopped is given to it again.
+    """
+
+    path: Path
+    run: Callable[[Path], None]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return self.path.exists()
+
+    def __call__(self, wait: bool = True) -> bool:
+        """Whether it is done. Without `wait`, it is left to another process that is at it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(self.path.name + ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if not self.is_done:
+                partial = self.path.with_name(self.path.name + ".partial")
+                self.run(partial)
+                os.replace(partial, self.path)
+        return True
+
+
+class Bench:
+    """Keeps adapters and answers in a folder."""
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.model_path = demo_model()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_path, padding_side="left")
+        self._base_key = fingerprint(Path(self.model_path), package_versions())
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
+
+    def training(self, name: str, task: Task, train: Callable[[Path], None], *settings: object) -> Step:
+        """A folder of weights that `train` makes of the pairs and the settings."""
+
+        def run(partial: Path) -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            print(f"\ntraining {name}", file=sys.stderr)
+            train(partial)
+
+        key = fingerprint(self._base_key, task.pairs.to_list(), settings)
+        return Step(self.output / f"{task.name}-{name}-{key}", run)
+
+    def answering(
+        self,
+        task: Task,
+        split: str,
+        method: str,
+        seed: int,
+        points: Sequence[Point],
+        adapters: Sequence[Step],
+        answer: Callable[[list[str], list[Point]], list[dict[str, Any]]],
+        *settings: object,
+        n_prompts: int | None = None,
+    ) -> Step:
+        """
+        A file with an answer to each prompt at each point.
+
+        Args:
+            method: names it, in the report.
+            seed: of the training run, and of the sampling; the same numbers for every method.
+            points: settings, of which a batch may have several.
+            adapters: what it takes, made if it isn't there.
+            answer: of prompts and as many points, the answers with what is measured.
+            settings: what else the answers depend on.
+        """
+        prompts = task.prompts(split)[:n_prompts]
+        rows = [(index, point) for point in points for index in range(len(prompts))]
+
+        def write(partial: Path) -> None:
+            n_done = len(partial.read_text(encoding="utf-8").splitlines()) if partial.exists() else 0
+            for start in range(n_done, len(rows), _ROWS_AT_ONCE):
+                batch = rows[start : start + _ROWS_AT_ONCE]
+                print(f"\n{split} {method}, seed {seed}: {start} of {len(rows)}", file=sys.stderr)
+                set_seed(1000 * seed + start)
+                answers = answer([prompts[index] for index, _ in batch], [point for _, point in batch])
+                with partial.open("a", encoding="utf-8") as file:
+                    for (index, point), row in zip(batch, answers, strict=True):
+                        setting = {"strength": point.strength, "temperature": point.temperature}
+                        file.write(json.dumps({"prompt": index} | setting | row) + "\n")
+
+        key = (points, prompts, task.size.max_new_tokens, _ROWS_AT_ONCE, settings)
+        return self.file(task, split, method, seed, adapters, write, *key)
+
+    def file(
+        self,
+        task: Task,
+        split: str,
+        method: str,
+        seed: int,
+        needed: Sequence[Step],
+        write: Callable[[Path], None],
+        *settings: object,
+    ) -> Step:
+        """Of answers, a line each. What is `needed` is made first, if it isn't there."""
+
+        def run(partial: Path) -> None:
+            for step in needed:
+                step()
+            write(partial)
+
+        about = {"split": split, "method": method, "seed": seed}
+        key = fingerprint(self._base_key, about, [step.path.name for step in needed], settings)
+        name = re.sub(r"\W+", "-", method)
+        return Step(self.output / f"{task.name}-{split}-{name}-{seed}-{key}.jsonl", run, about)
+
+    def inputs(self, task: Task, prompts: Sequence[str]) -> Any:
+        if not task.is_chat:
+            return self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        options = {"return_dict": True, "return_tensors": "pt", "padding": True}
+        return self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+
+    def sampler(self, task: Task, processors: Processors | None) -> Callable[[list[str], list[Point]], list[dict]]:
+        """
+        Samples answers.
+
+        Args:
+            processors: makes the method of the base, of a strength `(n_prompts,)` for each prompt.
+        """
+
+        def answer(prompts: list[str], points: list[Point]) -> list[dict]:
+            inputs, meter = self.inputs(task, prompts), Meter()
+            strengths = torch.tensor([point.strength for point in points])
+            temperatures = torch.tensor([point.temperature for point in points])
+            method = processors(strengths) if processors else []
+            output = self.model.generate(
+                **inputs,
+                logits_processor=meter.around([*method, RowTemperature(temperatures)]),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=task.size.max_new_tokens,
+            )[:, inputs["input_ids"].shape[1] :]
+            lengths = answer_lengths(output, [self.tokenizer.eos_token_id])
+            kl, log_prob = meter.read(output, lengths)
+            numbers = zip(lengths.tolist(), kl.tolist(), log_prob.tolist(), strict=True)
+            texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+            return [
+                {"text": text, "n_tokens": n, "kl": round(k, 3), "base_log_prob": round(p, 3)}
+                for text, (n, k, p) in zip(texts, numbers, strict=True)
+            ]
+
+        return answer
+
+
+class RowTemperature(LogitsProcessor):
+    """Of each row its own. Here, and not in `generate`, it is seen by the meter."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, temperatures: Tensor):
+        self.temperatures = temperatures[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.float() / self.temperatures

@@ -1,0 +1,50 @@
+"""Which answers it takes."""
+
+from bench import Bench, Point, Step, Task
+from methods import (
+    GRID,
+    GUIDED,
+    args_step,
+    base_step,
+    best_of_step,
+    guided_step,
+    rollout_step,
+    smc_step,
+)
+from settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, WEIGHTS
+
+DPO = [objective for objective in OBJECTIVES if objective.startswith("dpo")]
+
+
+def dev_steps(bench: Bench, task: Task) -> list[Step]:
+    """The wide grid: sixteen settings of each method (twelve of DPO: three training runs at four temperatures)."""
+    seeds = task.size.dev_seeds
+    steps = [base_step(bench, task, "dev", "base", [Point(0.0, x) for x in SHARPENED])]
+    for name, (objective, reference) in GUIDED.items():
+        steps += [guided_step(bench, task, "dev", name, objective, reference, seed, GRID) for seed in seeds]
+    for objective in DPO:
+        points = [Point(1.0, temperature) for temperature in TEMPERATURES]
+        steps += [guided_step(bench, task, "dev", objective, objective, "base", seed, points) for seed in seeds]
+    points = [Point(weight, temperature) for temperature in TEMPERATURES for weight in WEIGHTS]
+    return [*steps, args_step(bench, task, "dev", seeds[0], points)]
+
+
+def test_steps(bench: Bench, task: Task) -> list[Step]:
+    """The finalists, on prompts that nothing was chosen with."""
+    size, final = task.size, FINAL
+    samples = base_step(bench, task, "test", "base", [Point(0.0)] * max(size.n_best_of))
+    sharpened = base_step(bench, task, "test", "base, sharpened", [Point(0.0, x) for x in final["base, sharpened"]])
+    steps = [samples, sharpened]
+    for seed in size.seeds:
+        for name, (objective, reference) in GUIDED.items():
+            if name in final:
+                points = [Point(*point) for point in final[name]]
+                steps.append(guided_step(bench, task, "test", name, objective, reference, seed, points))
+        for objective in DPO:
+            points = [Point(1.0, temperature) for temperature in final["DPO"]]
+            steps.append(guided_step(bench, task, "test", objective, objective, "base", seed, points))
+        steps += [best_of_step(bench, task, "test", seed, samples, by) for by in ("reward model", "classifier")]
+    # The slowest methods have fewer training runs.
+    steps += [smc_step(bench, task, "test", seed, [Point(x) for x in final["SMC"]]) for seed in size.few_seeds]
+    steps += [args_step(bench, task, "test", seed, [Point(*x) for x in final["ARGS"]]) for seed in size.few_seeds]
+    return [*steps, rollout_step(bench, task, "test", size.seeds[0], [Point(final["Transfer-Q"])])]

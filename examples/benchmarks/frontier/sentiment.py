@@ -1,0 +1,59 @@
+"""The sentiment of answers to neutral questions: pairs labelled by VADER, answers judged by it and by another lexicon."""
+
+import json
+
+from bench import Task
+from datasets import Dataset
+from make_sentiment_pairs import TEMPLATES, TOPICS
+from quickstart import DATA, training_pairs
+from settings import Size
+from textblob import TextBlob
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+
+
+# In no split of the pairs, and in no experiment before this one
+_TEST_TOPICS = """
+the lost property office|a paper boat|the evening class|a set of keys|the bus driver|an ironing board|the quiz night
+a packed lunch|the library card|a lemon tree|the boat rental|a bedside lamp|the car park attendant|a wool blanket
+the reception desk|a coin collection|the railway bridge|a garden gnome|the choir rehearsal|a second helping
+the seaside pier|a spare room|the repair café|a phone charger|the sports day|a picnic table|the village pond
+a cardboard box|the night porter|a folding chair|the model railway|a bag of apples|the art class|a pair of gloves
+the coach trip|a kitchen timer|the allotment|a door handle|the local paper|a walking stick|the tram stop|a tin of soup
+the charity shop|a bunk bed|the travel agent|a window seat|the science fair|a jar of honey
+"""
+TEST_TOPICS = [topic for line in _TEST_TOPICS.split("\n") for topic in line.split("|") if topic]
+
+
+def task(size: Size) -> Task:
+    pairs: Dataset = training_pairs(size.n_pairs).select_columns(["prompt", "chosen", "rejected"])
+    return Task("sentiment", pairs, dev_prompts(size.n_dev_prompts), test_prompts(size.n_test_prompts), JUDGES, size)
+
+
+def dev_prompts(n_prompts: int) -> list[str]:
+    """Of the topics of the dev split, evenly over topics and templates."""
+    lines = (DATA / "dev.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"][0]["content"] for line in lines))
+    return [prompts[index * len(prompts) // n_prompts] for index in range(n_prompts)]
+
+
+def test_prompts(n_prompts: int) -> list[str]:
+    """One for each of the new topics, the templates in turn."""
+    assert not set(TEST_TOPICS) & set(TOPICS) and n_prompts <= len(TEST_TOPICS)
+    return [TEMPLATES[index % len(TEMPLATES)].format(topic) for index, topic in enumerate(TEST_TOPICS[:n_prompts])]
+
+
+_VADER = SentimentIntensityAnalyzer()
+
+
+def vader(prompts, texts):
+    """From −1 to 1: the program that labelled the pairs."""
+    return [_VADER.polarity_scores(text)["compound"] for text in texts]
+
+
+def textblob(prompts, texts):
+    """From −1 to 1: another lexicon, of adjectives, by other people."""
+    return [round(TextBlob(text).sentiment.polarity, 4) for text in texts]
+
+
+JUDGES = {"reward": vader, "second": textblob}

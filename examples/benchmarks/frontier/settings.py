@@ -1,0 +1,90 @@
+"""All that results depend on, besides the data: how large a run is, how everything is trained, and what is tried."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    How large a run is. Every size does the same; only the numbers differ.
+
+    Attributes:
+        n_pairs: what every method is trained on, once.
+        n_dev_prompts, n_test_prompts: prompts for choosing settings, and for the results.
+        dev_seeds, seeds, few_seeds: of the training runs, for choosing settings, for the results, and for the results of
+            the slowest methods.
+        max_new_tokens: length at which answers are cut that have not ended.
+        n_best_of: answers that the best is taken of.
+        n_particles: of sequential Monte Carlo.
+        n_rollout_prompts: prompts that the rollouts of Transfer-Q are affordable for, of at most 24 tokens.
+    """
+
+    n_pairs: int = 128
+    n_dev_prompts: int = 16
+    n_test_prompts: int = 48
+    dev_seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    few_seeds: tuple[int, ...] = (0, 1, 2)
+    max_new_tokens: int = 64
+    n_best_of: tuple[int, ...] = (4, 16)
+    n_particles: int = 4
+    n_rollout_prompts: int = 6
+
+
+SIZES = {
+    "smoke": Size(
+        n_pairs=4,
+        n_dev_prompts=3,
+        n_test_prompts=4,
+        dev_seeds=(0,),
+        seeds=(0, 1),
+        few_seeds=(0, 1),
+        max_new_tokens=3,
+        n_best_of=(2,),
+        n_particles=2,
+        n_rollout_prompts=2,
+    ),
+    "laptop": Size(),
+}
+
+# How every method is trained, and its adapter on the upper half of the layers
+TRAINING: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "max_length": 1024,  # all texts are shorter
+}
+ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+
+# What is trained: Eq. 5, which makes log π_r the reward, and the loss of DPO, which makes it log π_r − log π_base
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "eq5": {"beta": 0.01},
+    "dpo-0.03": {"beta": 0.03, "reference": "base"},
+    "dpo-0.1": {"beta": 0.1, "reference": "base"},
+    "dpo-0.3": {"beta": 0.3, "reference": "base"},
+}
+MARGIN = "dpo-0.1"  # the one that is also used as a reward model
+
+# What is tried on the dev prompts: sixteen settings for each method
+ALPHAS = (0.5, 1.0, 2.0, 4.0)
+TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
+SHARPENED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25)
+WEIGHTS = (0.0, 1.0, 2.0, 4.0)  # of the reward in ARGS
+TOP_K = 10  # candidates that ARGS scores at each step, the paper's
+ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
+
+# What answers the test prompts, chosen on the dev prompts: strength and temperature
+FINAL: dict[str, Any] = {
+    "Eq. 5, Eq. 7": [(0.5, 1.0), (1.0, 1.0), (4.0, 1.0)],
+    "Eq. 5, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
+    "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
+    "DPO": [1.0],
+    "SMC": [0.5, 1.0],
+    "base, sharpened": [0.7, 0.5, 0.3],
+    "ARGS": [(1.0, 1.0), (4.0, 1.0)],
+    "Transfer-Q": 4.0,
+}
