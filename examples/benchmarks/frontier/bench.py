@@ -34,6 +34,7 @@ class Task:
     """
     Attributes:
         name: of the file of answers.
+        title, described: for the report.
         pairs: what is trained on, with messages or texts.
         dev, test: prompts, for choosing settings and for the results.
         judges: what gives an answer its numbers, of prompts and texts.
@@ -41,6 +42,8 @@ class Task:
     """
 
     name: str
+    title: str
+    described: str
     pairs: Dataset = field(repr=False)
     dev: list[str]
     test: list[str]

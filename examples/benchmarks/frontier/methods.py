@@ -154,8 +154,8 @@ def scorer(bench: Bench, task: Task, adapter: Step) -> Callable[[list[str], list
 
 def best_of_step(bench: Bench, task: Task, split: str, seed: int, samples: Step, by: str) -> Step:
     r"""
-    The best of the first n answers of the base, by what was learned (`"reward model"`) or by a classifier of whole texts
-    (`"classifier"`). Its divergence is at most $\log n - (n - 1) / n$ (https://hf.co/papers/2401.01879).
+    The best of the first n answers of the base, by what was learned (`"reward model"`) or by a classifier of whole
+    texts (`"classifier"`). Its divergence is at most $\log n - (n - 1) / n$ (https://hf.co/papers/2401.01879).
     """
     adapter = trajectory_rm(bench, task, seed) if by == "classifier" else arm(bench, task, MARGIN, seed)
 

@@ -7,7 +7,7 @@ Reward against divergence: GenARM, DPO, ARGS, best of n and others on SmolLM2-13
 
 Every training run and every file of answers is kept in the output folder, under a key of all that it depends on; what
 is there is not done again. Start it twice to use two cores. At the end all answers with their scores are written to one
-compressed file, and the report is made of that (`report.py`).
+compressed file for each experiment, and the report is made of these (`report.py` makes it again, in seconds).
 """
 
 import argparse
@@ -15,19 +15,32 @@ import gzip
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parent.parent.parent / folder) for folder in ("", "data")]
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("", "data", "benchmarks", "../model_cards")]
 
+import report
 import sentiment
+import two_objectives
+import weak_to_strong
 from bench import Bench, Step, Task
 from datasets import disable_progress_bars
+from measuring import machine
 from plan import dev_steps, test_steps
-from settings import SIZES
+from settings import SIZES, Size
 from small import output_folder, sized
 from transformers.utils import logging
 
-TASKS = {"sentiment": sentiment.task}
+from hf_genarm.demo import is_smoke
+from hf_genarm.hub.info import package_versions
+
+# What each is about, and the answers that it takes
+EXPERIMENTS: dict[str, tuple[Callable[[Size], Task], list[Callable[[Bench, Task], list[Step]]]]] = {
+    "sentiment": (sentiment.task, [dev_steps, test_steps, weak_to_strong.steps]),
+    "two_objectives": (two_objectives.task, [two_objectives.steps]),
+}
 
 
 def run(steps: list[Step]) -> None:
@@ -39,9 +52,19 @@ def run(steps: list[Step]) -> None:
 
 
 def write(task: Task, steps: list[Step], path: Path) -> None:
-    """All answers with their scores, a line each; texts that are judged twice are judged once."""
+    """What they are, and then all answers with their scores, a line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "name": task.name,
+        "title": task.title,
+        "described": task.described,
+        "is_smoke": is_smoke(),
+        "size": asdict(task.size),
+        "machine": machine(),
+        "versions": package_versions(),
+    }
     with gzip.GzipFile(path, "wb", mtime=0) as file:
+        file.write(json.dumps(about, ensure_ascii=False).encode() + b"\n")
         for step in steps:
             rows = [json.loads(line) for line in step.path.read_text(encoding="utf-8").splitlines()]
             prompts = [task.prompts(step.about["split"])[row["prompt"]] for row in rows]
@@ -55,7 +78,7 @@ def write(task: Task, steps: list[Step], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default=sized("laptop", "smoke"))
-    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"])
     parser.add_argument("--output", type=output_folder, help="folder of all that is kept (outputs/frontier/SIZE)")
     args = parser.parse_args()
@@ -67,11 +90,15 @@ def main() -> None:
     disable_progress_bars()
     bench = Bench(output / "kept")
     for name in args.only:
-        task = TASKS[name](SIZES[args.size])
-        steps = dev_steps(bench, task) * ("dev" in args.split) + test_steps(bench, task) * ("test" in args.split)
-        run(steps)
-        write(task, steps, output / f"{name}.jsonl.gz")
-        print(f"The answers are in {os.path.relpath(output / f'{name}.jsonl.gz')}")
+        make, plans = EXPERIMENTS[name]
+        task = make(SIZES[args.size])
+        steps = [step for plan in plans for step in plan(bench, task)]
+        run([step for step in steps if step.about["split"] in args.split])
+        if all(step.is_done for step in steps):
+            write(task, steps, output / f"{name}.jsonl.gz")
+    if any(output.glob("*.jsonl.gz")):
+        path = report.write(output, output)
+        print(f"The answers are in {os.path.relpath(output)}, and the report in {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sentiment of answers to neutral questions: pairs labelled by VADER, answers judged by it and by another lexicon."""
+"""The sentiment of answers: pairs are labelled by a word list, answers judged by it and by another."""
 
 import json
 
@@ -9,8 +9,6 @@ from quickstart import DATA, training_pairs
 from settings import Size
 from textblob import TextBlob
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-
 
 # In no split of the pairs, and in no experiment before this one
 _TEST_TOPICS = """
@@ -27,7 +25,17 @@ TEST_TOPICS = [topic for line in _TEST_TOPICS.split("\n") for topic in line.spli
 
 def task(size: Size) -> Task:
     pairs: Dataset = training_pairs(size.n_pairs).select_columns(["prompt", "chosen", "rejected"])
-    return Task("sentiment", pairs, dev_prompts(size.n_dev_prompts), test_prompts(size.n_test_prompts), JUDGES, size)
+    return Task(
+        "sentiment",
+        "Sentiment",
+        f"{len(pairs)} pairs, labelled by VADER, a word list. The reward is VADER's score of the answer, from −1 to 1; "
+        "the second judge is TextBlob, another lexicon by other people.",
+        pairs,
+        dev_prompts(size.n_dev_prompts),
+        test_prompts(size.n_test_prompts),
+        JUDGES,
+        size,
+    )
 
 
 def dev_prompts(n_prompts: int) -> list[str]:
@@ -39,7 +47,8 @@ def dev_prompts(n_prompts: int) -> list[str]:
 
 def test_prompts(n_prompts: int) -> list[str]:
     """One for each of the new topics, the templates in turn."""
-    assert not set(TEST_TOPICS) & set(TOPICS) and n_prompts <= len(TEST_TOPICS)
+    assert not set(TEST_TOPICS) & set(TOPICS)
+    assert n_prompts <= len(TEST_TOPICS)
     return [TEMPLATES[index % len(TEMPLATES)].format(topic) for index, topic in enumerate(TEST_TOPICS[:n_prompts])]
 
 

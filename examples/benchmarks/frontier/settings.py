@@ -12,8 +12,8 @@ class Size:
     Attributes:
         n_pairs: what every method is trained on, once.
         n_dev_prompts, n_test_prompts: prompts for choosing settings, and for the results.
-        dev_seeds, seeds, few_seeds: of the training runs, for choosing settings, for the results, and for the results of
-            the slowest methods.
+        dev_seeds, seeds: of the training runs, for choosing settings and for the results.
+        few_seeds: for the results of the slowest methods.
         max_new_tokens: length at which answers are cut that have not ended.
         n_best_of: answers that the best is taken of.
         n_particles: of sequential Monte Carlo.
@@ -88,3 +88,9 @@ FINAL: dict[str, Any] = {
     "ARGS": [(1.0, 1.0), (4.0, 1.0)],
     "Transfer-Q": 4.0,
 }
+
+WEAK = (0.5, 1.0, 2.0)  # strengths of the weak reward model
+
+# Two objectives: the weight of the first, and the strength that they share
+WEIGHTINGS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTHS_OF_TWO = (1.0, 2.0)

@@ -1,0 +1,51 @@
+"""Reads the files of answers."""
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+def load(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What the file says of itself, and a row for each answer, with its words and whether it has ended."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        about = json.loads(next(file))
+        rows = pd.DataFrame.from_records([json.loads(line) for line in file])
+    rows["words"] = rows["text"].str.split().str.len().astype(float)
+    rows["ended"] = (rows["n_tokens"] < about["size"]["max_new_tokens"]).astype(float)
+    return about, rows
+
+
+@dataclass(frozen=True)
+class Runs:
+    """
+    A method at its settings.
+
+    Attributes:
+        points: strength and temperature of each setting.
+        values: by name, `(n_seeds, n_prompts, n_points)`, means over the answers to a prompt.
+    """
+
+    points: list[tuple[float, float]]
+    values: dict[str, np.ndarray]
+
+    @property
+    def n_seeds(self) -> int:
+        return len(self.values["kl"])
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> "Runs":
+        """Of the answers of one method, or of several that are one curve."""
+        names = rows.select_dtypes("number").columns.difference(["prompt", "seed", "strength", "temperature"])
+        cells = rows.groupby(["seed", "prompt", "strength", "temperature"])[list(names)].mean()
+        points = sorted(set(zip(rows["strength"], rows["temperature"], strict=True)))
+        seeds, prompts = sorted(rows["seed"].unique()), sorted(rows["prompt"].unique())
+        index = pd.MultiIndex.from_tuples([(s, p, *point) for s in seeds for p in prompts for point in points])
+        assert len(cells) == len(index), "an answer is missing"
+        table = cells.reindex(index)
+        shape = (len(seeds), len(prompts), len(points))
+        return cls(points, {name: table[name].to_numpy(dtype=float).reshape(shape) for name in names})

@@ -1,0 +1,75 @@
+"""Means over training seeds and prompts, with intervals from a bootstrap of both together."""
+
+from functools import cache
+
+import numpy as np
+
+N_RESAMPLES = 2_000
+
+
+@cache
+def draws(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    How often each training seed and each prompt occurs in each resample, as shares, of shapes `(n_resamples, n_seeds)`
+    and `(n_resamples, n_prompts)`. The first is what is: no resample. Whatever has as many seeds, or as many prompts,
+    has the same draws, so that differences are paired.
+    """
+
+    def shares(n: int, key: int) -> np.ndarray:
+        rng = np.random.default_rng([key, n])
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
+        return np.concatenate([np.full((1, n), 1 / n), counts])
+
+    return shares(n_seeds, 0), shares(n_prompts, 1)
+
+
+def means(values: np.ndarray) -> np.ndarray:
+    """Of values `(n_seeds, n_prompts, n_points)`: their mean and that of each resample, `(1 + n_resamples, n_points)`."""
+    seeds, prompts = draws(*values.shape[:2])
+    return np.einsum("rs,spk,rp->rk", seeds, values, prompts, optimize=True)
+
+
+def interpolated(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """
+    Reads curves at some `x`, between their points along straight lines.
+
+    Args:
+        x, y (`np.ndarray` of shape `(n_curves, n_points)`):
+            The points of each.
+        targets (`np.ndarray` of shape `(n_targets,)`):
+            Where they are read.
+
+    Returns:
+        `np.ndarray` of shape `(n_curves, n_targets)`; NaN in all of them where the first curve does not reach. Another
+        that does not has the value of its end there.
+    """
+    order = x.argsort(axis=1)
+    x, y = np.take_along_axis(x, order, axis=1), np.take_along_axis(y, order, axis=1)
+    values = np.stack([np.interp(targets, one, other) for one, other in zip(x, y, strict=True)])
+    values[:, (targets < x[0, 0]) | (targets > x[0, -1])] = np.nan
+    return values
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float, float]:
+    """The value, and its 95 % interval, of what was computed of the mean and of each resample, `(1 + n_resamples,)`."""
+    low, high = np.quantile(resampled[1:], [0.025, 0.975])
+    return float(resampled[0]), float(low), float(high)
+
+
+def shown(resampled: np.ndarray, form: str = ".2f") -> str:
+    """Nothing, where there is no value."""
+    if np.isnan(resampled[0]):
+        return ""
+    value, low, high = interval(resampled)
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def hypervolume(points: np.ndarray, worst: np.ndarray) -> float:
+    """Of the area that points `(n, 2)` dominate, larger being better, above the worst value of each."""
+    points = points[(points > worst).all(axis=1)]
+    volume, height = 0.0, worst[1]
+    for x, y in points[points[:, 0].argsort()[::-1]]:
+        if y > height:
+            volume += (x - worst[0]) * (y - height)
+            height = y
+    return float(volume)

@@ -1,0 +1,76 @@
+"""The methods as curves of reward against divergence, one for each, with their resamples."""
+
+import numpy as np
+import pandas as pd
+from answers import Runs
+from bootstrap import N_RESAMPLES, interpolated, means
+
+OURS, DPO = "GenARM: DPO loss, ratio", "DPO, a training run per point"
+EQ7 = "GenARM: Eq. 5, Eq. 7 (the paper)"
+NAMES = {
+    "DPO loss, ratio": OURS,
+    "Eq. 5, ratio": "GenARM: Eq. 5, ratio",
+    "Eq. 5, Eq. 7": EQ7,
+    "DPO loss, Eq. 7": "GenARM: DPO loss, Eq. 7",
+}
+
+
+class Curves:
+    """
+    Of the answers of one split.
+
+    Attributes:
+        runs: the methods by name, DPO's policies as one with 1 / β as strength.
+        base: the base as it is.
+        n_prompts: that it has answered.
+    """
+
+    def __init__(self, rows: pd.DataFrame):
+        is_base = rows["method"] == "base"
+        self.base = Runs.of(rows[is_base & (rows["temperature"] == 1)])
+        self.n_prompts = self.base.values["kl"].shape[1]
+        rows = rows[~is_base | (rows["temperature"] != 1)].copy()
+        rows.loc[rows["method"] == "base", "method"] = "base, sharpened"
+        is_dpo = rows["method"].str.startswith("dpo-")
+        rows.loc[is_dpo, "strength"] = 1 / rows.loc[is_dpo, "method"].str.removeprefix("dpo-").astype(float)
+        rows.loc[is_dpo, "method"] = DPO
+        runs = {NAMES.get(name, name): Runs.of(group) for name, group in rows.groupby("method")}
+        first = [OURS, DPO, *(name for name in NAMES.values() if name != OURS)]
+        order = [name for name in first if name in runs] + [name for name in runs if name not in first]
+        self.runs = {name: runs[name] for name in order}
+
+    def mean(self, name: str, what: str) -> np.ndarray:
+        """Of each setting, and of its resamples: `(1 + n_resamples, n_points)`."""
+        values = (self.runs[name] if name != "base" else self.base).values
+        if what == "perplexity":
+            return np.exp(-means(values["base_log_prob"]) / means(values["n_tokens"]))
+        return means(values[what])
+
+    def at(self, name: str, what: str, against: str, targets: np.ndarray) -> np.ndarray:
+        """
+        Read where the divergence or the perplexity has some values. Each curve starts at the base.
+        `(1 + n_resamples, n_targets)`, NaN of a method that has answered fewer prompts.
+        """
+        if self.runs[name].values["kl"].shape[1] != self.n_prompts:
+            return np.full((1 + N_RESAMPLES, len(targets)), np.nan)
+        x, y = (np.concatenate([self.mean("base", n), self.mean(name, n)], axis=1) for n in (against, what))
+        return interpolated(x, y, targets)
+
+    def of_seed(self, name: str, seed: int, what: str, against: str, target: float) -> float:
+        """The same of one training run."""
+        x, y = (
+            np.concatenate([self.base.values[n].mean(axis=1)[0], self.runs[name].values[n][seed].mean(axis=0)])
+            for n in (against, what)
+        )
+        return interpolated(x[None], y[None], np.array([target]))[0, 0]
+
+
+def setting(name: str, point: tuple[float, float]) -> str:
+    """As it is written in tables."""
+    strength, temperature = point
+    if name.startswith("base"):
+        return "" if temperature == 1 else f"T = {temperature:g}"
+    symbols = {DPO: "β", "best of": "n", "ARGS": "w", "Transfer-Q": "w", "GenARM, total": "w", "rewarded soups": "w"}
+    symbol = next((symbol for start, symbol in symbols.items() if name.startswith(start)), "α")
+    text = f"{symbol} = {1 / strength if name == DPO else strength:g}"
+    return text if temperature == 1 else f"{text}, T = {temperature:g}"

@@ -1,0 +1,210 @@
+"""
+Writes RESULTS.md and its figures from the answers that are kept in `results/`, in seconds.
+
+    python examples/benchmarks/frontier/report.py
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from answers import load  # noqa: E402
+from bootstrap import hypervolume, shown  # noqa: E402
+from curves import DPO, EQ7, NAMES, OURS, Curves, setting  # noqa: E402
+from figures import frontier, pareto  # noqa: E402
+from small import output_folder, sized  # noqa: E402
+
+TARGETS = np.array([2.0, 4.0, 8.0, 16.0])  # nats per answer
+PERPLEXITIES = np.array([8.0, 16.0, 24.0, 32.0])
+SMOKE = "**A smoke run: everything once, on a tiny model with random weights. The numbers mean nothing.**"
+SOUPS = "rewarded soups"
+
+INTRODUCTION = """# Reward against divergence
+
+Made by `python examples/benchmarks/frontier/report.py` from the answers in `results/`, which
+`python examples/benchmarks/frontier/run.py` has sampled.
+
+**One small model (SmolLM2-135M-Instruct) and programs as judges: what holds here need not hold for large models and
+people's preferences.**
+
+- *Ratio* steers by log π_r − log π_base (`reference="base"`), *Eq. 7* by log π_r, as the paper does. The strength α is
+  all that differs between the points of a curve: one adapter for each training seed.
+- *DPO* is a training run for each point: β = 0.3, 0.1 and 0.03. The reward model of *DPO loss* is the one of β = 0.1.
+- The divergence is the sum over the answer of KL(method ‖ base) at each token: exact, but for *best of n*, where it is
+  the bound log n − (n − 1) / n, and for *SMC*, where it is an estimate of that of its target.
+- Everything is trained on the same pairs in as many steps, with the same adapter and learning rate."""
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def matched(curves: Curves, what: str, against: str, targets: np.ndarray, unit: str) -> str:
+    """Of all methods, at the same divergence or perplexity."""
+    rows = []
+    for name, runs in curves.runs.items():
+        values = curves.at(name, what, against, targets)
+        if not np.isnan(values[0]).all():
+            rows.append([name, str(runs.n_seeds), *(shown(column) for column in values.T)])
+    return table(["", "training seeds", *(f"{unit} {target:g}" for target in targets)], rows)
+
+
+def differences(curves: Curves, pairs: list[tuple[str, str]]) -> str:
+    rows = []
+    for one, other in pairs:
+        if one in curves.runs and other in curves.runs:
+            first, second = (curves.at(name, "reward", "kl", TARGETS) for name in (one, other))
+            cells = [shown(column, "+.2f") for column in (first - second).T]
+            rows += [[one, other, *cells]] * any(cells)
+    return table(["", "less", *(f"KL {target:g}" for target in TARGETS)], rows)
+
+
+def levels(curves: Curves, names: list[str]) -> str:
+    """All settings."""
+    rows = []
+    for name in names:
+        measures = [
+            (curves.mean(name, what), form)
+            for what, form in (("reward", ".2f"), ("second", ".2f"), ("kl", ".1f"), ("perplexity", ".1f"))
+        ]
+        words, ended = curves.mean(name, "words"), curves.mean(name, "ended")
+        points = (curves.runs[name] if name != "base" else curves.base).points
+        for index, point in enumerate(points):
+            cells = [shown(values[:, index], form) for values, form in measures]
+            rows.append([name, setting(name, point), *cells, f"{words[0, index]:.1f}", f"{ended[0, index]:.0%}"])
+    header = ["", "", "reward", "second judge", "KL per answer, nats", "perplexity under the base", "words", "ended"]
+    return table(header, rows)
+
+
+def seeds(curves: Curves, target: float) -> str:
+    """One training run at a time."""
+    rows = []
+    for name, runs in curves.runs.items():
+        if runs.n_seeds > 1:
+            cells = [curves.of_seed(name, seed, "reward", "kl", target) for seed in range(runs.n_seeds)]
+            if not np.isnan(cells).all():
+                rows.append([name, *("" if np.isnan(x) else f"{x:.2f}" for x in cells)])
+    width = max((len(row) for row in rows), default=1)
+    rows = [row + [""] * (width - len(row)) for row in rows]
+    return table(["", *(f"seed {seed}" for seed in range(width - 1))], rows)
+
+
+def header(about: dict, n_prompts: int) -> list[str]:
+    return [
+        f"## {about['title']}",
+        about["described"],
+        f"{n_prompts} test prompts, which nothing was chosen with; answers to their end, or "
+        f"{about['size']['max_new_tokens']} tokens. Intervals: 95 %, 2,000 resamples of training seeds and prompts "
+        "together.",
+    ]
+
+
+def footer(about: dict) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    return f"Made on {about['machine']['cpu']}, {about['machine']['threads']} thread a process, with {versions}."
+
+
+def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
+    """The section of a task with one reward."""
+    dev, test = (Curves(rows[rows["split"] == split]) for split in ("dev", "test"))
+    name = about["name"]
+    frontier(test, TARGETS, folder / "figures" / f"{name}.png", about["title"])
+    pairs = [(ours, DPO) for ours in NAMES.values()]
+    pairs += [(ours, EQ7) for ours in NAMES.values() if ours != EQ7]
+    pairs += [(other, OURS) for other in test.runs if other not in (*NAMES.values(), DPO)]
+    return "\n\n".join(
+        [
+            *header(about, test.n_prompts),
+            f"![Reward against divergence](figures/{name}.png)",
+            f"### Reward at matched divergence\n\nThe base has {shown(test.mean('base', 'reward')[:, 0])}. Nothing "
+            "stands where the settings of a method do not reach.",
+            matched(test, "reward", "kl", TARGETS, "KL"),
+            "Differences, paired by prompt, and by training seed where both have as many:",
+            differences(test, pairs),
+            "By the second judge:",
+            matched(test, "second", "kl", TARGETS, "KL"),
+            "### Reward at matched perplexity\n\nUnder the base, whose own answers have "
+            f"{test.mean('base', 'perplexity')[0, 0]:.1f}.",
+            matched(test, "reward", "perplexity", PERPLEXITIES, "perplexity"),
+            "### Training seeds\n\nReward at KL 8 of each training run.",
+            seeds(test, 8.0),
+            "### Every setting of the test",
+            levels(test, ["base", *test.runs]),
+            f"### Every setting that was tried\n\n<details><summary>On {dev.n_prompts} dev prompts</summary>",
+            levels(dev, ["base", *dev.runs]),
+            "</details>",
+            footer(about),
+        ]
+    )
+
+
+def two_objectives(about: dict, rows: pd.DataFrame, folder: Path) -> str:
+    """
+    Fronts of sentiment and brevity, and what they are worth: the hypervolume of the points that are not too odd, and
+    the mean over weightings of the weighted sum, both in standard deviations of the base's answers.
+    """
+    curves = Curves(rows)
+    answers_of_base = rows[rows["method"] == "base"]
+    scale = [answers_of_base[what].std() or 1.0 for what in ("reward", "words")]
+    limit = 3 * curves.mean("base", "perplexity")[0, 0]
+    points, are_odd, products = {}, {}, {}
+    for name, runs in curves.runs.items():
+        sentiment, words = curves.mean(name, "reward") / scale[0], -curves.mean(name, "words") / scale[1]
+        weights = np.array([strength for strength, _ in runs.points])
+        products[name] = (weights * sentiment + (1 - weights) * words).mean(axis=1)
+        points[name], are_odd[name] = np.stack([sentiment, words], axis=2), curves.mean(name, "perplexity") > limit
+    worst = np.min([values[0].min(axis=0) for values in points.values()], axis=0)
+    areas = {
+        name: np.array([hypervolume(x[~is_odd], worst) for x, is_odd in zip(points[name], are_odd[name], strict=True)])
+        for name in points
+    }
+    pareto(curves, folder / "figures" / "two_objectives.png")
+    rows_of_table = []
+    for name in curves.runs:
+        cells = []
+        for values in (areas, products):
+            cells += [shown(values[name]), "" if name == SOUPS else shown(values[name] - values[SOUPS], "+.2f")]
+        rows_of_table.append([name, *cells])
+    return "\n\n".join(
+        [
+            *header(about, curves.n_prompts),
+            "![Sentiment against words](figures/two_objectives.png)",
+            f"Hypervolume counts points of a perplexity of at most three times the base's ({limit:.0f}); the inner "
+            "product is the mean over weightings of w · sentiment − (1 − w) · words. Both are in standard deviations "
+            "of the base's answers.",
+            table(["", "hypervolume", "less that of soups", "mean inner product", "less that of soups"], rows_of_table),
+            levels(curves, ["base", *curves.runs]),
+            footer(about),
+        ]
+    )
+
+
+SECTIONS = {"sentiment": rewards, "detox": rewards, "two_objectives": two_objectives}
+
+
+def write(results: Path, output: Path) -> Path:
+    """The report of all files of answers in a folder."""
+    files = {name: load(path) for name in SECTIONS if (path := results / f"{name}.jsonl.gz").exists()}
+    text = [SMOKE] * any(about["is_smoke"] for about, _ in files.values()) + [INTRODUCTION]
+    text += [SECTIONS[name](about, rows, output) for name, (about, rows) in files.items()]
+    (output / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return output / "RESULTS.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the answers")
+    parser.add_argument("--output", type=output_folder, default=sized(str(HERE), "outputs"), help="of the report")
+    args = parser.parse_args()
+    print(f"The report is in {os.path.relpath(write(args.results, args.output))}")
+
+
+if __name__ == "__main__":
+    main()
