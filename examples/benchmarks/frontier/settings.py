@@ -79,7 +79,7 @@ ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
 
 # What answers the test prompts, chosen on the dev prompts: strength and temperature
 FINAL: dict[str, Any] = {
-    "Eq. 5, Eq. 7": [(0.5, 1.0), (1.0, 1.0), (4.0, 1.0)],
+    "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
     "Eq. 5, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
     "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
     "DPO": [1.0],
