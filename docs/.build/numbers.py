@@ -25,6 +25,30 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def of_report(section: str, after: str) -> list[list[str]]:
+    """The first table that follows some words in a section of the report on reward against divergence, without lines."""
+    text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
+    text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = text[text.index(after) :].split("\n| ", 1)[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")]
+
+
+def matched_kl() -> str:
+    return table(*split_head(of_report("Sentiment", "### Reward at matched divergence")))
+
+
+def differences() -> str:
+    return table(*split_head(of_report("Sentiment", "Differences, paired")))
+
+
+def objectives() -> str:
+    return table(*split_head(of_report("Two objectives", "Hypervolume counts")))
+
+
+def split_head(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    return rows[0], rows[1:]
+
+
 def runs(name: str) -> list[dict]:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -135,8 +159,9 @@ def speculation() -> str:
             )
             cells = [f"{result['acceptance']:.2f}", spread(result["tokens_per_base_pass"])]
             ratios = ("guided_to_unguided", "drafted_to_guided", "drafted_to_unguided")
-            rows.append([base, result["mode"], *cells, *(spread(result[ratio]) for ratio in ratios)])
-    head = ["base", "", "drafts accepted", "tokens per base pass"]
+            cells += [spread(result[ratio]) for ratio in ratios]
+            rows.append([base, str(result["prompt_tokens"]), result["mode"], *cells])
+    head = ["base", "prompt", "", "drafts accepted", "tokens per base pass"]
     return table([*head, "guided / unguided", "drafted / guided", "drafted / unguided"], rows)
 
 
@@ -155,7 +180,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "capability": capability,
     "decode_cost": decode_cost,
     "train_cost": train_cost,
+    "differences": differences,
     "headline": headline,
+    "matched_kl": matched_kl,
+    "objectives": objectives,
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
