@@ -107,7 +107,7 @@ def bootstrap(values: np.ndarray, seed: int, n_resamples: int = 10_000) -> tuple
     return float(values.mean()), float(low), float(high)
 
 
-def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: Path) -> None:
+def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: Path, strength: float = 1.0) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +120,13 @@ def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: 
     axis.plot(alphas, means, "o-", color="#1f77b4", linewidth=2, label="guided by the reward model")
     mean, low, high = bootstrap(control, seed)
     axis.errorbar(
-        [1.0], [mean], [[mean - low], [high - mean]], fmt="s", color="#d95f02", capsize=4, label="untrained (control)"
+        [strength],
+        [mean],
+        [[mean - low], [high - mean]],
+        fmt="s",
+        color="#d95f02",
+        capsize=4,
+        label="control: untrained",
     )
     axis.axhline(means[0], color="0.5", linestyle=":", linewidth=1.2, label="unguided")
     axis.set(
@@ -169,12 +175,12 @@ def main() -> None:
         print(f"The adapter is in {trainer.args.output_dir}")
         processor = GenARMLogitsProcessor(trainer.model, base_model=model)
     # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.
-    control = GenARMLogitsProcessor(model, base_model=model)
+    (strength,) = processor.alpha  # the one that the reward model recommends, or 1
+    control = GenARMLogitsProcessor(model, alpha=strength, base_model=model)
 
     prompts = held_out_prompts(n_prompts)
     steer = Steering(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     texts, scores = {}, {}
-    (strength,) = processor.alpha  # the one that the reward model recommends, or 1
     with tqdm(total=len(ALPHAS) + 2, desc="Generating") as progress:
         for alpha in (0.0, *(strength * x for x in ALPHAS)):
             processor.alpha = alpha
@@ -187,7 +193,7 @@ def main() -> None:
         print(f"\n{prompts[index]}\n  unguided: {texts[0.0][index]!r}\n  guided:   {texts[strength][index]!r}")
 
     print(f"\nMean sentiment on {len(prompts)} held-out prompts (VADER compound, 95 % bootstrap interval):")
-    rows = [("unguided", scores[0.0]), ("control: untrained, α = 1", control_scores)]
+    rows = [("unguided", scores[0.0]), (f"control: untrained, α = {strength:g}", control_scores)]
     rows += [(f"guided, α = {strength:g}", scores[strength])]
     rows += [("guided - unguided, paired", scores[strength] - scores[0.0])]
     rows += [("guided - control, paired", scores[strength] - control_scores)]
@@ -195,7 +201,7 @@ def main() -> None:
         mean, low, high = bootstrap(values, args.seed)
         print(f"  {name:<27} {mean:+.2f}  [{low:+.2f}, {high:+.2f}]")
 
-    plot(scores, control_scores, args.seed, args.output / "reward_by_alpha.png")
+    plot(scores, control_scores, args.seed, args.output / "reward_by_alpha.png", strength)
     print(f"\nThe plot of sentiment against α is in {args.output / 'reward_by_alpha.png'}")
 
 

@@ -145,14 +145,23 @@ def write_index(output: Path) -> None:
         "Each is a folder as it would be on the Hub: stock PEFT files, `genarm_config.json` and a card. Load one with",
         '`GenARMLogitsProcessor.from_pretrained("model_cards/<name>", base_model=model)`, from the root of a clone.',
         "",
-        "| adapter | rewards | base | pairs | held-out accuracy | preferring the shorter |",
-        "|---|---|---|---|---|---|",
+        "| adapter | rewards | base | pairs | accuracy of what was learned | of whole answers | of the shorter |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in sorted(output.glob(f"*/{INFO_NAME}")):
         info, name = RewardInfo.load(path), path.parent.name
-        accuracy = "{pair_accuracy:.3f} [{pair_accuracy_low:.3f}, {pair_accuracy_high:.3f}]".format(**info.metrics)
-        shorter = f"{info.metrics['shorter_accuracy']:.3f}"
-        cells = [f"[{name}]({name}/README.md)", info.objective, info.base_model, info.n_pairs, accuracy, shorter]
+        accuracies = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(*(info.metrics[metric + end] for end in ("", "_low", "_high")))
+            for metric in ("contrast_accuracy", "pair_accuracy")
+        ]
+        cells = [f"[{name}]({name}/README.md)", info.objective, info.base_model, info.n_pairs, *accuracies]
+        cells.append(f"{info.metrics['shorter_accuracy']:.3f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "Accuracy is that of whole answers; what an adapter does to generated text is in its card."]
+    lines += [
+        "",
+        "On held-out pairs. What was learned is the log-probability of an adapter less that of the base.",
+        "What an adapter does to generated text is in its card.",
+        "`python model_cards/upload.py --namespace my-name --dry-run` says what would be published on the Hub;",
+        "without `--dry-run` it is.",
+    ]
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         repos (`dict[str, Repo]`): by id.
+        collections (`dict[str, dict]`): by slug.
         cut_after (`int` or `None`): downloads of weights break off after so many bytes.
         requests (list of `str`): methods and paths that were asked for.
     """
@@ -26,6 +27,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}
+        self.collections: dict[str, dict] = {}
         self.cut_after: int | None = None
         self.requests: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -83,12 +85,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         parts = path.strip("/").split("/")
-        if self.command in ("POST", "PUT") and not authorized and parts[0] != "uploads":
+        is_open = parts[0] == "uploads" or path == "/api/validate-yaml"
+        if self.command in ("POST", "PUT") and not authorized and not is_open:
             return self._error(401, "Unauthorized", "Invalid user token.")
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
             return self._reply(200, {"errors": [], "warnings": []})
+        if parts[:2] == ["api", "collections"]:
+            return self._collections("/".join(parts[2:4]), json.loads(body or b"{}"))
         if path == "/api/whoami-v2":
             return self._reply(200, {"type": "user", "name": "me", "orgs": [], "auth": {"type": "access_token"}})
         if parts[0] == "uploads":
@@ -112,6 +117,29 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(409, {"error": "exists", "url": f"{self.server.url}/{repo_id}"})
         self.server.repos[repo_id] = Repo(request.get("private") or request.get("visibility") == "private")
         return self._reply(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
+
+    def _collections(self, slug: str, request: dict):
+        if not slug:
+            slug = f"{request['namespace']}/{request['title'].lower().replace(' ', '-')}"
+            if slug in self.server.collections:
+                return self._reply(409, {"error": "exists", "slug": slug})
+            self.server.collections[slug] = request | {
+                "slug": slug,
+                "owner": {"name": request["namespace"]},
+                "items": [],
+                "lastUpdated": "2026-01-01T00:00:00.000Z",
+                "position": 0,
+                "theme": "blue",
+                "upvotes": 0,
+            }
+        collection = self.server.collections[slug]
+        if item := request.get("item"):
+            if item["id"] in [x["id"] for x in collection["items"]]:
+                return self._reply(409, {"error": "exists"})
+            note = {"html": request["note"], "text": request["note"]}
+            position = len(collection["items"])
+            collection["items"].append({"_id": item["id"], "position": position, "note": note, **item})
+        return self._reply(200, collection)
 
     def _lfs_batch(self, request: dict):
         objects = [

@@ -67,6 +67,15 @@ def test_the_readme_fits_two_screens():
     assert len(text_of(README).splitlines()) <= 150
 
 
+def test_every_error_names_what_was_given_or_asked_for():
+    messages = load("messages")
+    listed = [x for path in sorted((ROOT / "hf_genarm").rglob("*.py")) for x in messages.messages(path)]
+    errors = [text for _, kind, text in listed if kind in ("ValueError", "TypeError", "UsageError")]
+    assert len(errors) > 150
+    for text in errors:
+        assert re.search("`|{|prompt", text), text
+
+
 def test_tables_of_numbers_are_those_of_the_files():
     numbers = load("numbers")
     assert {page.name for page in numbers.pages() if numbers.BLOCK.search(text_of(page))} >= {"README.md", "speed.md"}

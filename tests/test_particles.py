@@ -314,7 +314,7 @@ def test_what_is_not_defined_is_refused(message):
 
 
 def test_a_streamer_is_refused_where_it_is_handed_on():
-    with pytest.raises(ValueError, match="A streamer can't be served"):
+    with pytest.raises(ValueError, match="`streamer` can't be served"):
         smc_sample(BASE, ONE["input_ids"], [ANOTHER], [], BASE.generation_config, streamer=object())
 
 

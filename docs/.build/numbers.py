@@ -26,7 +26,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def of_report(section: str, after: str) -> list[list[str]]:
-    """The first table that follows some words in a section of the report on reward against divergence, without lines."""
+    """The first table after some words in a section of the report on reward against divergence."""
     text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
     text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
     lines = text[text.index(after) :].split("\n| ", 1)[1].split("\n\n")[0].splitlines()

@@ -234,8 +234,8 @@ def _refuse_inputs(model: Any, model_kwargs: dict[str, Any]) -> None:
         )
     if n_read(_cache(model_kwargs)):
         raise ValueError(
-            "The base has a cache of an earlier text, which is of one row for each prompt. Leave it out: the particles "
-            "read the whole text."
+            "`generate` was given the cache of an earlier text, which is of one row for each prompt. Leave it out: "
+            "the particles read the whole text."
         )
 
 
@@ -263,7 +263,7 @@ def _refuse(
             "least, and the threshold is a share of their number, from 0 to 1."
         )
     if streamer is not None:
-        raise ValueError("A streamer can't be served: what particles have written may be dropped later. Leave it out.")
+        raise ValueError("`streamer` can't be served: what particles have written may be dropped later. Leave it out.")
     if not config.do_sample or (config.num_beams or 1) > 1:
         raise ValueError(
             f"`do_sample` is {config.do_sample} and `num_beams` is {config.num_beams}, but particles are sampled. Use "

@@ -1,5 +1,6 @@
 """The model card of an autoregressive reward model, written from what was measured."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,13 @@ OPTIONAL_METRICS = (
     "contrast_accuracy_low",
     "contrast_accuracy_high",
 )
+# What the Hub shows of them: first what was learned, if there is a base to compare with
+RESULTS = {
+    "contrast_accuracy": "Accuracy of what was learned",
+    "pair_accuracy": "Pair accuracy",
+    "shorter_accuracy": "Accuracy of the shorter",
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 
@@ -99,12 +107,13 @@ def reward_model_card(
                 metric_name=name,
                 metric_value=round(info.metrics[metric], 4),
             )
-            for metric, name in (("pair_accuracy", "Pair accuracy"), ("shorter_accuracy", "Accuracy of the shorter"))
+            for metric, name in RESULTS.items()
+            if metric in info.metrics
         ]
     card_data = ModelCardData(
         base_model=info.base_model,
         base_model_relation="adapter" if is_adapter and info.base_model else None,
-        datasets=info.dataset if info.dataset and "/" in info.dataset else None,
+        datasets=info.dataset if info.dataset and _HUB_ID.fullmatch(info.dataset) else None,
         language=language,
         library_name="peft" if is_adapter else "transformers",
         license=license,

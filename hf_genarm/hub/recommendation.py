@@ -72,7 +72,8 @@ def settings_table(setting: dict[str, Any]) -> list[str]:
 
 
 def with_recommendation(card: str, section: str) -> str:
-    """A card with the section in place of an earlier one, or else after its quick start."""
+    """A card with the section in place of an earlier one or of the range that was measured, after its quick start."""
+    card = re.sub(r"\nRecommended: α from .*\n", "", card)
     if _BEGIN in card and _END in card:
         before, rest = card.split(_BEGIN, 1)
         return before + section.rstrip("\n") + rest.split(_END, 1)[1]

@@ -61,7 +61,10 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=52))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != started:
-        raise RuntimeError(f"{started} processes were started, but {state.num_processes} work together.")
+        raise RuntimeError(
+            f"{started} processes were started, but {state.num_processes} work together, so that prompts would be "
+            "answered twice. Start them by `torchrun` or `accelerate launch`."
+        )
     settings = asdict(guidance_args) | {name: value for name, value in asdict(args).items() if name != "output"}
     shards = Shards(args.output, settings | {"prompts": digest(rows)}, state.process_index)
     state.wait_for_everyone()

@@ -77,7 +77,9 @@ class Shards:
         answers = {}
         for answer in self._answers():
             if answer["row"] in answers:
-                raise RuntimeError(f"Two processes have answered prompt {answer['row']}: {self.folder}.")
+                raise RuntimeError(
+                    f"Two processes have answered prompt {answer['row']}. Remove `{self.folder}`, and start it again."
+                )
             answers[answer["row"]] = answer["completion"]
         missing = set(range(len(rows))) - answers.keys()
         if missing:

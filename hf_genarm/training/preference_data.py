@@ -85,7 +85,7 @@ def check_pairs(dataset: Dataset | IterableDataset, name: str) -> tuple[dict[str
     """
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"The {name} dataset is empty, so there is nothing to learn from.")
+        raise ValueError(f"The {name} dataset is empty, but pairs are learned from. Check its split and its filters.")
     columns = get_dataset_column_names(dataset)
     is_tokenized = any({f"chosen_{ids}", f"rejected_{ids}"} <= set(columns) for ids in ("ids", "input_ids"))
     if not is_tokenized and not {"chosen", "rejected"} <= set(columns):
@@ -276,7 +276,10 @@ def prepare_pairs(
     counts.empty = 0 if is_tokenized else sum(dataset[_IS_EMPTY])
     counts.duplicate = len(dataset) - len(set(dataset[_CONTENT]))
     if counts.identical == len(dataset):
-        raise ValueError(f"Chosen and rejected are identical in all {len(dataset)} pairs of the {name} dataset.")
+        raise ValueError(
+            f"Chosen and rejected are identical in all {len(dataset)} pairs of the {name} dataset, but what differs is "
+            "what is learned. Check what the columns `chosen` and `rejected` were made of."
+        )
     kept = [index for index, is_identical in enumerate(dataset[_IS_IDENTICAL]) if not is_identical]
     dataset = dataset.select(kept).remove_columns([_IS_IDENTICAL, _CONTENT, *([] if is_tokenized else [_IS_EMPTY])])
     if counts != PairCounts(counts.n_pairs):

@@ -90,6 +90,7 @@ class Step:
                 partial = self.path.with_name(self.path.name + ".partial")
                 self.run(partial)
                 os.replace(partial, self.path)
+                del self.run  # and with it the models and caches that it holds
         return True
 
 

@@ -43,8 +43,9 @@ def test_steps(bench: Bench, task: Task) -> list[Step]:
         for objective in DPO:
             points = [Point(1.0, temperature) for temperature in final["DPO"]]
             steps.append(guided_step(bench, task, "test", objective, objective, "base", seed, points))
-        steps += [best_of_step(bench, task, "test", seed, samples, by) for by in ("reward model", "classifier")]
     # The slowest methods have fewer training runs.
+    for seed in size.few_seeds:
+        steps += [best_of_step(bench, task, "test", seed, samples, by) for by in ("reward model", "classifier")]
     steps += [smc_step(bench, task, "test", seed, [Point(x) for x in final["SMC"]]) for seed in size.few_seeds]
     steps += [args_step(bench, task, "test", seed, [Point(*x) for x in final["ARGS"]]) for seed in size.few_seeds]
     return [*steps, rollout_step(bench, task, "test", size.seeds[0], [Point(final["Transfer-Q"])])]

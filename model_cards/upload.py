@@ -1,0 +1,78 @@
+"""
+Publishes the reward models of this folder on the Hub, and a collection of them.
+
+    python model_cards/upload.py --namespace my-name --dry-run     # says what it would do, without network
+    python model_cards/upload.py --namespace my-name               # needs a token: `hf auth login`
+
+Cards are published with the names that the models have there. What is there already is brought up to date.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+HERE = Path(__file__).parent
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "genarm_config.json"}
+
+
+def folder_as_published(name: str, namespace: str, parent: Path) -> Path:
+    """
+    A copy whose card has the name on the Hub.
+
+    Raises:
+        ValueError: if a file is missing, or the card has no metadata that can be read.
+    """
+    folder = Path(shutil.copytree(HERE / name, parent / name))
+    if missing := FILES - {path.name for path in folder.iterdir()}:
+        raise ValueError(f"`{HERE / name}` lacks {', '.join(sorted(missing))}. Make it again, by `make_*.py`.")
+    card = ModelCard.load(folder / "README.md")
+    if not card.data.eval_results or not card.data.license:
+        raise ValueError(f"The card of `{name}` says no license or no results. Make it again, by `make_*.py`.")
+    text = card.content.replace(f"model_cards/{name}", f"{namespace}/{name}")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+def publish(namespace: str, is_dry_run: bool) -> None:
+    collection = json.loads((HERE / "collection.json").read_text(encoding="utf-8"))
+    notes, api = collection.pop("notes"), HfApi()
+    with tempfile.TemporaryDirectory() as parent:
+        folders = {name: folder_as_published(name, namespace, Path(parent)) for name in notes}
+        if is_dry_run:
+            for name, folder in folders.items():
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                print(f"{namespace}/{name}: {len(list(folder.iterdir()))} files, {size / 2**20:.1f} MB")
+            print(f"Collection {collection['title']!r} of {len(notes)} models. Nothing was published.")
+            return
+        for folder in folders.values():
+            ModelCard.load(folder / "README.md").validate()
+        shelf = api.create_collection(namespace=namespace, exists_ok=True, **collection)
+        for name, folder in folders.items():
+            repo = api.create_repo(f"{namespace}/{name}", exist_ok=True)
+            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Upload reward model")
+            api.add_collection_item(shelf.slug, repo.repo_id, "model", note=notes[name], exists_ok=True)
+            print(repo)
+        print(shelf.url)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--namespace", required=True, help="user or organisation")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be published")
+    args = parser.parse_args()
+    if not args.dry_run and get_token() is None:
+        sys.exit("upload: there is no token to publish with. Log in by `hf auth login`, or set `HF_TOKEN`.")
+    try:
+        publish(args.namespace, args.dry_run)
+    except (HfHubHTTPError, ValueError) as error:
+        sys.exit(f"upload: {error}")
+
+
+if __name__ == "__main__":
+    main()

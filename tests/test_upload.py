@@ -1,0 +1,91 @@
+"""The shipped reward models as they are published: metadata that the Hub reads, and one script for all of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+
+CARDS = Path(__file__).parent.parent / "model_cards"
+NAMES = sorted(path.parent.name for path in CARDS.glob("*/genarm_config.json"))
+
+
+@pytest.fixture
+def server():
+    server = HubServer()
+    yield server
+    server.shutdown()
+
+
+def upload(server, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": server.url}
+    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({"HF_TOKEN": token} if token else {})
+    command = [sys.executable, str(CARDS / "upload.py"), "--namespace", "me", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_metadata_of_a_card_is_what_the_hub_reads(name):
+    data = ModelCard.load(CARDS / name / "README.md").data
+    metrics = json.loads((CARDS / name / "genarm_config.json").read_text())["metrics"]
+    assert data.model_name == name
+    first, *others = data.eval_results
+    assert first.metric_type == "contrast_accuracy"
+    assert [round(metrics[x.metric_type], 4) for x in data.eval_results] == [x.metric_value for x in data.eval_results]
+    assert {x.metric_type for x in others} == {"pair_accuracy", "shorter_accuracy"}
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (data.base_model_relation, data.library_name) == ("adapter", "peft")
+    # Ids of the Hub, where there are any
+    assert data.datasets is None or data.datasets == "Anthropic/hh-rlhf"
+    assert data.license in ("apache-2.0", "mit")
+
+
+def test_the_collection_has_all_of_them():
+    assert sorted(json.loads((CARDS / "collection.json").read_text())["notes"]) == NAMES
+
+
+def test_all_are_published_twice_and_are_there_once(server, tmp_path):
+    for _ in range(2):
+        done = upload(server, tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert sorted(server.repos) == [f"me/{name}" for name in NAMES]
+    for name in NAMES:
+        repo = server.repos[f"me/{name}"]
+        files = repo.commits[repo.head]
+        assert files.keys() == {path.name for path in (CARDS / name).iterdir()}
+        card = files["README.md"].decode()
+        assert f'"me/{name}"' in card
+        assert f"model_cards/{name}" not in card
+        assert files["adapter_model.safetensors"] == (CARDS / name / "adapter_model.safetensors").read_bytes()
+    (collection,) = server.collections.values()
+    assert sorted(item["id"] for item in collection["items"]) == sorted(server.repos)
+    assert all(item["note"]["text"] for item in collection["items"])
+    assert collection["slug"] in done.stdout
+
+
+def test_a_dry_run_publishes_nothing(server, tmp_path):
+    done = upload(server, tmp_path, "--dry-run", token=None)
+    assert done.returncode == 0, done.stderr
+    assert all(f"me/{name}: " in done.stdout for name in NAMES)
+    assert done.stdout.endswith("Nothing was published.\n")
+    assert not server.requests
+
+
+def test_without_a_token_nothing_is_published(server, tmp_path):
+    done = upload(server, tmp_path, token=None)
+    assert done.returncode == 1
+    assert done.stderr.startswith("upload: there is no token")
+    assert not server.requests
+
+
+def test_a_token_that_is_refused_is_told(server, tmp_path):
+    done = upload(server, tmp_path, token="hf_wrong")
+    assert done.returncode == 1
+    assert done.stderr.startswith("upload: ")
+    assert "401" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not server.repos
