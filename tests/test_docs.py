@@ -1,6 +1,7 @@
 """README, docs and cards: each block and command runs as printed, each table is that of its file, the site builds."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -180,9 +181,22 @@ def test_commands_run_as_printed(workspace, hub_cache):
     assert (workspace / "evaluation" / "evaluation.json").exists()
 
 
+# The words of questions, and where the answer is
+QUESTIONS = {
+    "which strength do I use": ("strength/", "questions/#which-strength-do-i-use"),
+    "is it working": ("working/", "questions/#is-it-working"),
+    "how do I serve it": ("serving/", "questions/#how-do-i-serve-it"),
+    "why is my text odd": ("questions/#why-is-my-text-odd",),
+    "can I use my DPO adapter": ("wheels/", "questions/#can-i-use-my-dpo-adapter"),
+    "what does it cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
+}
+
+
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning_and_finds_answers(tmp_path):
     pytest.importorskip("mkdocs")
+    from lunr import lunr
+
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
@@ -191,6 +205,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    # As the search of the site ranks them
+    sections = json.loads((tmp_path / "site" / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    index = lunr(ref="location", fields=[{"field_name": "title", "boost": 10}, "text"], documents=sections)
+    for question, places in QUESTIONS.items():
+        found = [result["ref"] for result in index.search(question)[:3]]
+        assert set(found) & set(places), f"{question}: {found}"
+
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     for page in pages:  # a reader's browser asks no other server
