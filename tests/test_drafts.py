@@ -2,13 +2,17 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
 from oracle import Recompute
 from support import ASSISTANT, BASE, ONE
 from tiny import EOS, tiny_llama
-from transformers import LogitsProcessor, TextStreamer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, TextStreamer
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.decoding.fusion.network import JointNetwork
@@ -333,6 +337,13 @@ SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_i
 FEW = [tiny_llama(seed, **SIZES, initializer_range=0.3, num_hidden_layers=n) for seed, n in ((3, 2), (4, 1), (5, 2))]
 PROMPT = torch.tensor([[3, 4, 5, 3, 4]])
 
+# The last one is what transformers takes the strings of tokens apart with.
+LETTERS = Tokenizer(
+    WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "x": 3, "y": 4, "z": 5, "abcdef": 6}, unk_token="<pad>")
+)
+LETTERS.decoder = Fuse()
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=LETTERS, pad_token="<pad>", eos_token="</s>")
+
 LAWS = {
     "temperature": {"temperature": 0.7},
     "top-k": {"top_k": 3},
@@ -346,7 +357,12 @@ LAWS = {
     "measured": {"drafts": None},
     "two reward models": {"models": (1, 2)},
     "a reference": {"reference": "base"},
+    "a stop string": {"stop_strings": ["zz"], "tokenizer": TOKENIZER},
 }
+
+
+def has_ended(setting, text):
+    return ("eos_token_id" not in setting and 2 in text) or ("stop_strings" in setting and (5, 5) in pairwise(text))
 
 
 class Contrast(LogitsProcessor):
@@ -380,10 +396,9 @@ def law_of(setting):
     """The probability of each text of `LENGTH` new tokens, ended ones padded: a product of `generate`'s own scores."""
     options = options_of(setting)
     it = Contrast() if "reference" in setting else Guidance(setting.get("models", (1,)))
-    ends = "eos_token_id" not in setting
     law = {(): 1.0}
     for n_new in range(LENGTH):
-        going_on = [text for text in law if not (ends and 2 in text)]
+        going_on = [text for text in law if not has_ended(setting, text)]
         inputs = torch.cat([PROMPT.repeat(len(going_on), 1), torch.tensor(going_on).long().view(len(going_on), -1)], 1)
         now = options | {"max_new_tokens": 1, "max_length": None}
         if "min_new_tokens" in now:
@@ -406,7 +421,8 @@ def law_of(setting):
 def count(setting, n_texts):
     options = options_of(setting)
     models = [FEW[index] for index in setting.get("models", (1,))]
-    processor = GenARMLogitsProcessor(models, 0.7, base_model=FEW[0], reference=setting.get("reference"))
+    kwargs = {"reference": setting.get("reference"), "tokenizer": setting.get("tokenizer")}
+    processor = GenARMLogitsProcessor(models, 0.7, base_model=FEW[0], **kwargs)
     assistant, counts = processor.assistant(setting.get("drafts", 2)), {}
     for _ in range(n_texts):
         output = FEW[0].generate(
@@ -436,7 +452,8 @@ def p_values(counts, law, n_resamples=2000):
 
 
 @pytest.mark.parametrize(
-    ("name", "n_texts"), [("no end", 200), *(pytest.param(x, 2000, marks=pytest.mark.slow) for x in LAWS)]
+    ("name", "n_texts"),
+    [("no end", 200), *(pytest.param(x, 2000, marks=pytest.mark.slow) for x in LAWS)],
 )
 def test_sampled_text_has_the_guided_law(name, n_texts):
     torch.manual_seed(0)
