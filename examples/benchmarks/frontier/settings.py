@@ -25,7 +25,7 @@ class Size:
     n_test_prompts: int = 48
     dev_seeds: tuple[int, ...] = (0, 1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    few_seeds: tuple[int, ...] = (0, 1, 2)
+    few_seeds: tuple[int, ...] = (0,)
     max_new_tokens: int = 64
     n_best_of: tuple[int, ...] = (4, 16)
     n_particles: int = 4
