@@ -218,11 +218,11 @@ def test_curves_start_at_the_base_and_dpo_is_one_of_its_training_runs():
     assert [setting(DPO, point) for point in curves.runs[DPO].points] == ["β = 0.1", "β = 0.05"]
     targets = np.array([2.0, 4.0, 5.0])
     # Means over both seeds: 0.65 at KL 4; 0.45 at 2 and 0.85 at 6
-    ours, dpo = (curves.at(name, "reward", "kl", targets)[0] for name in (OURS, DPO))
+    ours, dpo = (curves.at(name, "reward", targets)[0] for name in (OURS, DPO))
     assert ours[:2] == pytest.approx([(0.2 + 0.65) / 2, 0.65])
     assert np.isnan(ours[2])
     assert dpo == pytest.approx([0.45, 0.65, 0.75])
-    assert [curves.of_seed(DPO, seed, "reward", "kl", 2.0) for seed in (0, 1)] == pytest.approx([0.4, 0.5])
+    assert [curves.of_seed(DPO, seed, "reward", 2.0) for seed in (0, 1)] == pytest.approx([0.4, 0.5])
     # Perplexity is over all tokens: (4 + 8 + 12) nats of 6 tokens
     assert curves.mean(DPO, "perplexity")[0] == pytest.approx(np.exp([4.0, 4.0]))
 

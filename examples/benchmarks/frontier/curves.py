@@ -46,21 +46,21 @@ class Curves:
             return np.exp(-means(values["base_log_prob"]) / means(values["n_tokens"]))
         return means(values[what])
 
-    def at(self, name: str, what: str, against: str, targets: np.ndarray) -> np.ndarray:
+    def at(self, name: str, what: str, targets: np.ndarray) -> np.ndarray:
         """
-        Read where the divergence or the perplexity has some values. Each curve starts at the base.
-        `(1 + n_resamples, n_targets)`, NaN of a method that has answered fewer prompts.
+        Read where the divergence has some values. Each curve starts at the base. `(1 + n_resamples, n_targets)`, NaN of
+        a method that has one setting, or has answered fewer prompts.
         """
-        if self.runs[name].values["kl"].shape[1] != self.n_prompts:
+        if self.runs[name].values["kl"].shape[1] != self.n_prompts or len(self.runs[name].points) == 1:
             return np.full((1 + N_RESAMPLES, len(targets)), np.nan)
-        x, y = (np.concatenate([self.mean("base", n), self.mean(name, n)], axis=1) for n in (against, what))
+        x, y = (np.concatenate([self.mean("base", n), self.mean(name, n)], axis=1) for n in ("kl", what))
         return interpolated(x, y, targets)
 
-    def of_seed(self, name: str, seed: int, what: str, against: str, target: float) -> float:
+    def of_seed(self, name: str, seed: int, what: str, target: float) -> float:
         """The same of one training run."""
         x, y = (
             np.concatenate([self.base.values[n].mean(axis=1)[0], self.runs[name].values[n][seed].mean(axis=0)])
-            for n in (against, what)
+            for n in ("kl", what)
         )
         return interpolated(x[None], y[None], np.array([target]))[0, 0]
 

@@ -20,16 +20,15 @@ def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
     for name, colour in zip(curves.runs, COLOURS, strict=False):
         kl, reward = curves.mean(name, "kl")[0].clip(min=0.01), curves.mean(name, "reward")
         grid = np.geomspace(kl.min(), kl.max(), 40)
-        low, high = np.quantile(curves.at(name, "reward", "kl", grid)[1:], [0.025, 0.975], axis=0)
+        low, high = np.quantile(curves.at(name, "reward", grid)[1:], [0.025, 0.975], axis=0)
         order = kl.argsort()
         axis.plot(kl[order], reward[0, order], "o-", color=colour, markersize=4, linewidth=1.2, label=name)
         axis.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
     base = interval(curves.mean("base", "reward")[:, 0])
     axis.axhline(base[0], color="0.5", linestyle=":", linewidth=1)
     axis.annotate("base", (axis.get_xlim()[0], base[0]), (4, 3), textcoords="offset points", fontsize=8, color="0.4")
-    ticks = [*targets, 2 * targets[-1], 4 * targets[-1]]
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.set_xticks(targets, [f"{x:g}" for x in targets])
     axis.minorticks_off()
     axis.set(xlabel="KL from the base, nats per answer", ylabel="reward")
     axis.set_title(f"{title}: 95 % intervals over seeds and prompts", fontsize=11)

@@ -21,8 +21,8 @@ from curves import DPO, EQ7, NAMES, OURS, Curves, setting  # noqa: E402
 from figures import frontier, pareto  # noqa: E402
 from small import output_folder, sized  # noqa: E402
 
-TARGETS = np.array([2.0, 4.0, 8.0, 16.0])  # nats per answer
-PERPLEXITIES = np.array([8.0, 16.0, 24.0, 32.0])
+TARGETS = np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0])  # nats per answer
+PERPLEXITIES = (4.0, 8.0, 16.0, 24.0)
 SMOKE = "**A smoke run: everything once, on a tiny model with random weights. The numbers mean nothing.**"
 SOUPS = "rewarded soups"
 
@@ -46,24 +46,45 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def matched(curves: Curves, what: str, against: str, targets: np.ndarray, unit: str) -> str:
-    """Of all methods, at the same divergence or perplexity."""
+def matched(curves: Curves, what: str) -> str:
+    """Of all methods, at the same divergence."""
     rows = []
     for name, runs in curves.runs.items():
-        values = curves.at(name, what, against, targets)
-        if not np.isnan(values[0]).all():
-            rows.append([name, str(runs.n_seeds), *(shown(column) for column in values.T)])
-    return table(["", "training seeds", *(f"{unit} {target:g}" for target in targets)], rows)
+        cells = reading(curves, name, curves.at(name, what, TARGETS))
+        rows += [[name, str(runs.n_seeds), *cells]] * any(cells)
+    return table(["", "training seeds", *(f"KL {target:g}" for target in TARGETS)], rows)
+
+
+def reading(curves: Curves, name: str, values: np.ndarray, form: str = ".2f") -> list[str]:
+    """Values at the divergences; what is read between the base and the first point is too low, as curves are bent."""
+    first = curves.mean(name, "kl")[0].min()
+    cells = [shown(column, form) for column in values.T]
+    return ["≥ " * bool(cell and target < first) + cell for cell, target in zip(cells, TARGETS, strict=True)]
 
 
 def differences(curves: Curves, pairs: list[tuple[str, str]]) -> str:
+    """Where the one that is subtracted was measured on both sides."""
     rows = []
     for one, other in pairs:
         if one in curves.runs and other in curves.runs:
-            first, second = (curves.at(name, "reward", "kl", TARGETS) for name in (one, other))
-            cells = [shown(column, "+.2f") for column in (first - second).T]
+            gap = curves.at(one, "reward", TARGETS) - curves.at(other, "reward", TARGETS)
+            gap[:, curves.mean(other, "kl")[0].min() > TARGETS] = np.nan
+            cells = reading(curves, one, gap, "+.2f")
             rows += [[one, other, *cells]] * any(cells)
     return table(["", "less", *(f"KL {target:g}" for target in TARGETS)], rows)
+
+
+def bounded(curves: Curves) -> str:
+    """The highest reward of the settings whose perplexity is within a bound."""
+    rows = []
+    for name, runs in curves.runs.items():
+        reward, perplexity, cells = curves.mean(name, "reward"), curves.mean(name, "perplexity")[0], []
+        for bound in PERPLEXITIES:
+            within = [index for index in range(len(runs.points)) if perplexity[index] <= bound]
+            best = max(within, key=lambda index: reward[0, index], default=None)
+            cells.append("" if best is None else f"{shown(reward[:, best])} ({setting(name, runs.points[best])})")
+        rows.append([name, *cells])
+    return table(["", *(f"at most {bound:g}" for bound in PERPLEXITIES)], rows)
 
 
 def levels(curves: Curves, names: list[str]) -> str:
@@ -88,7 +109,7 @@ def seeds(curves: Curves, target: float) -> str:
     rows = []
     for name, runs in curves.runs.items():
         if runs.n_seeds > 1:
-            cells = [curves.of_seed(name, seed, "reward", "kl", target) for seed in range(runs.n_seeds)]
+            cells = [curves.of_seed(name, seed, "reward", target) for seed in range(runs.n_seeds)]
             if not np.isnan(cells).all():
                 rows.append([name, *("" if np.isnan(x) else f"{x:.2f}" for x in cells)])
     width = max((len(row) for row in rows), default=1)
@@ -124,15 +145,16 @@ def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
             *header(about, test.n_prompts),
             f"![Reward against divergence](figures/{name}.png)",
             f"### Reward at matched divergence\n\nThe base has {shown(test.mean('base', 'reward')[:, 0])}. Nothing "
-            "stands where the settings of a method do not reach.",
-            matched(test, "reward", "kl", TARGETS, "KL"),
+            "stands where the settings of a method do not reach; *≥* is read on a straight line between the base and "
+            "the first setting, which is too low where curves are bent as these are.",
+            matched(test, "reward"),
             "Differences, paired by prompt, and by training seed where both have as many:",
             differences(test, pairs),
             "By the second judge:",
-            matched(test, "second", "kl", TARGETS, "KL"),
-            "### Reward at matched perplexity\n\nUnder the base, whose own answers have "
-            f"{test.mean('base', 'perplexity')[0, 0]:.1f}.",
-            matched(test, "reward", "perplexity", PERPLEXITIES, "perplexity"),
+            matched(test, "second"),
+            "### Reward at bounded perplexity\n\nThe best setting of each method whose answers have at most such a "
+            f"perplexity under the base; the base's own have {test.mean('base', 'perplexity')[0, 0]:.1f}.",
+            bounded(test),
             "### Training seeds\n\nReward at KL 8 of each training run.",
             seeds(test, 8.0),
             "### Every setting of the test",
