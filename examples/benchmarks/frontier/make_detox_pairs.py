@@ -70,7 +70,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, each sampled 6 times")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    prompts = splits()["train"]
+    try:
+        prompts = splits()["train"]
+    except FileNotFoundError as error:
+        sys.exit(f"make_detox_pairs: {error}")
     prompts = prompts[: sized(len(prompts), 4)]
     set_seed(args.seed)
     texts = continuations(prompts, args.batch_size)
