@@ -81,7 +81,7 @@ class Step:
     def __call__(self, wait: bool = True) -> bool:
         """Whether it is done. Without `wait`, it is left to another process that is at it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(self.path.name + ".lock").open("w") as lock:
+        with self.path.with_name(self.path.name + ".lock").open("w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
