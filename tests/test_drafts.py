@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import LogitsProcessor, PreTrainedTokenizerFast, TextStreamer
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.decoding.assistant import DraftingAssistant
 from hf_genarm.decoding.fusion.network import JointNetwork
 from hf_genarm.decoding.pace import Pace
 
@@ -357,12 +358,13 @@ LAWS = {
     "measured": {"drafts": None},
     "two reward models": {"models": (1, 2)},
     "a reference": {"reference": "base"},
-    "a stop string": {"stop_strings": ["zz"], "tokenizer": TOKENIZER},
+    "stop strings": {"stop_strings": ["z", "xy"], "tokenizer": TOKENIZER},
 }
 
 
 def has_ended(setting, text):
-    return ("eos_token_id" not in setting and 2 in text) or ("stop_strings" in setting and (5, 5) in pairwise(text))
+    stops = "stop_strings" in setting and (5 in text or (3, 4) in pairwise(text))
+    return stops or ("eos_token_id" not in setting and 2 in text)
 
 
 class Contrast(LogitsProcessor):
@@ -462,8 +464,26 @@ def test_sampled_text_has_the_guided_law(name, n_texts):
     assert min(p_values(count(LAWS[name], n_texts), law)) > 1e-3
 
 
+def test_what_drafts_are_drawn_from_follows_from_the_text(monkeypatch):
+    """If it followed from what is drawn, as when what would end the text is dropped, texts would have another law."""
+    right, n_possible = DraftingAssistant.generate, {}
+
+    def noted(self, **kwargs):
+        output = right(self, **kwargs)
+        text = tuple(kwargs["input_ids"][0, PROMPT.shape[1] :].tolist())
+        n_possible.setdefault(text, set()).add(int(output.scores[0].isfinite().sum()))
+        return output
+
+    monkeypatch.setattr(DraftingAssistant, "generate", noted)
+    torch.manual_seed(0)
+    count(LAWS["stop strings"], 30)
+    assert n_possible[()] == {VOCAB - 1}
+    assert all(len(numbers) == 1 for numbers in n_possible.values())
+
+
 @pytest.mark.slow
-def test_a_wrong_rule_is_noticed(monkeypatch):
+@pytest.mark.parametrize("name", ["no end", "stop strings"])
+def test_a_wrong_rule_is_noticed(name, monkeypatch):
     """The control: what replaces a rejected draft is drawn from the law itself, not from what is left of it."""
     from transformers.generation import utils
 
@@ -476,14 +496,12 @@ def test_a_wrong_rule_is_noticed(monkeypatch):
 
     monkeypatch.setattr(utils, "_speculative_sampling", wrong)
     torch.manual_seed(0)
-    assert min(p_values(count(LAWS["no end"], 600), law_of(LAWS["no end"]))) < 1e-3
+    assert min(p_values(count(LAWS[name], 600), law_of(LAWS[name]))) < 1e-3
 
 
 @pytest.mark.slow
 def test_a_law_that_drafts_were_not_drawn_from_is_noticed(monkeypatch):
     """The control for what an assistant says of its drafts."""
-    from hf_genarm.decoding.assistant import DraftingAssistant
-
     right = DraftingAssistant.generate
 
     def wrong(self, *args, **kwargs):

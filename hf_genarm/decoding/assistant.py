@@ -1,7 +1,6 @@
 """A reward model drafts what the base verifies: speculative decoding of the guided law."""
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,8 @@ class DraftingAssistant:
     very tokens: it is for `generate`'s own assisted decoding to take or reject them.
 
     Drafts are drawn from $\pi_r^{1 + \alpha}$, what the guided law would be if base and reward model agreed (with a
-    reference from $\pi_r$), through the other processors of the call.
+    reference from $\pi_r$), through the other processors of the call; if there are stop strings, among the likeliest
+    tokens that complete none.
 
     It is no model, only what `generate` asks of one that assists: `config`, `generation_config`, `device`, `generate`.
 
@@ -46,6 +46,9 @@ class DraftingAssistant:
     Raises:
         ValueError: if no reward model is smaller than the base, the base is not known, or the number is not positive.
     """
+
+    # Where there are stop strings, it is asked of so many tokens whether they complete one.
+    N_LIKELIEST = 64
 
     def __init__(self, processor: "GenARMLogitsProcessor", num_assistant_tokens: int | None = None):
         if num_assistant_tokens is not None and num_assistant_tokens < 1:
@@ -128,11 +131,12 @@ class DraftingAssistant:
                 law = self._log_probs(text, attention_mask)
                 for other in logits_processor:
                     law = other(text, law)
+                if stops is not None:
+                    law = _that_go_on(law, text, stops)
+                    if not law.isfinite().any():
+                        break
                 token = _choose(law, generation_config.do_sample)
-                longer = torch.cat([text, token], dim=1)
-                if stops(longer):  # what ends a text must be the last token of a cycle, which is no draft
-                    break
-                text, is_over = longer, int(token) in ends
+                text, is_over = torch.cat([text, token], dim=1), int(token) in ends
                 laws.append(law)
         except BaseException:
             processor.draft = None  # or the next call would be about drafts, too
@@ -166,7 +170,9 @@ class DraftingAssistant:
         log_probs = self._processor._rewards.of(self._index, text, mask, like)
         return log_probs.masked_fill(log_probs.isnan(), -torch.inf)  # tokens that it doesn't know
 
-    def _draft_of_nothing(self, text: Tensor, ends: list[int], stops: Callable) -> tuple[Tensor, Tensor]:
+    def _draft_of_nothing(
+        self, text: Tensor, ends: list[int], stops: StopStringCriteria | None
+    ) -> tuple[Tensor, Tensor]:
         """
         The end of the text, as a certainty: exact like any other law, and no reward is needed for what follows. There
         must be a draft. Without a token that ends texts, it is any that completes no stop string.
@@ -174,7 +180,7 @@ class DraftingAssistant:
         vocab_size = self.config.get_text_config().vocab_size
         for token in ends or range(vocab_size):
             longer = torch.cat([text, text.new_tensor([[token]])], dim=1)
-            if ends or not stops(longer):
+            if ends or stops is None or not stops(longer, None).any():
                 break
         law = torch.full((1, vocab_size), -torch.inf, device=text.device)
         law[0, token] = 0.0
@@ -192,10 +198,10 @@ class DraftingAssistant:
         if not last.is_first:  # when the prompt was read, too
             self.pace.note_seconds(last.n_drafts, last.seconds, now - last.ends_at)
 
-    def _stops_of(self, generation_config: GenerationConfig) -> Callable[[Tensor], bool]:
+    def _stops_of(self, generation_config: GenerationConfig) -> StopStringCriteria | None:
         strings = generation_config.stop_strings
         if strings is None:
-            return lambda text: False
+            return None
         tokenizer = self._processor._tokenizer
         if tokenizer is None:
             raise ValueError(
@@ -203,8 +209,7 @@ class DraftingAssistant:
                 "Pass that of the base: `GenARMLogitsProcessor(reward_model, base_model=model, tokenizer=tokenizer)`."
             )
         key = (strings,) if isinstance(strings, str) else tuple(strings)
-        criterion = self._stops.setdefault(key, StopStringCriteria(tokenizer, list(key)))
-        return lambda text: bool(criterion(text, None).any())
+        return self._stops.setdefault(key, StopStringCriteria(tokenizer, list(key)))
 
 
 class _Cycle:
@@ -236,6 +241,18 @@ def _smallest(processor: "GenARMLogitsProcessor", base: Any) -> int:
             "would gain nothing. Call `generate` without `assistant_model`, or use a reward model that is smaller."
         )
     return sizes[min(sizes)]
+
+
+def _that_go_on(law: Tensor, text: Tensor, stops: StopStringCriteria) -> Tensor:
+    """
+    Leaves the likeliest tokens that complete no stop string: what ends a text must be the last token of a cycle, which
+    is no draft. Nothing is left if the likeliest completes one. A draft that is dropped for what was drawn, and not
+    for what could be, would give the text another law.
+    """
+    likeliest = law.topk(min(DraftingAssistant.N_LIKELIEST, law.shape[-1])).indices[0]
+    ends = stops(torch.cat([text.expand(len(likeliest), -1), likeliest[:, None]], dim=1), None)
+    kept = likeliest[~ends] if not ends[0] else likeliest[:0]
+    return torch.full_like(law, -torch.inf).index_copy(1, kept, law[:, kept])
 
 
 def _choose(law: Tensor, do_sample: bool) -> Tensor:
