@@ -297,8 +297,12 @@ def test_the_best_of_n_is_the_best_by_reward(monkeypatch, tmp_path):
             for prompt in range(2)
         )
     )
-    lengths = lambda prompts, texts: (torch.tensor([len(x) for x in texts]), None)  # noqa: E731
-    monkeypatch.setattr(methods, "scorer", lambda *_: lengths)
+
+    class Lengths:
+        def score(self, prompts, answers, batch_size):
+            return torch.tensor([float(len(answer[0]["content"])) for answer in answers])
+
+    monkeypatch.setattr(methods, "scorer", lambda *_: Lengths())
     monkeypatch.setattr(methods, "arm", lambda *_: samples)
     step = methods.best_of_step(bench, of, "test", 0, samples, "reward model")
     step()

@@ -30,24 +30,19 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def of_report(section: str, after: str) -> list[list[str]]:
-    """The first table after some words in a section of the report on reward against divergence."""
+def of_report(after: str) -> str:
+    """The first table after some words in the report on reward against divergence, which begins with sentiment."""
     text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
-    text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = text[text.index(after) :].split("\n| ", 1)[1].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")]
+    text = text[text.index(after) :]
+    return text[text.index("\n|") + 1 :].split("\n\n")[0]
 
 
 def matched_kl() -> str:
-    return table(*split_head(of_report("Sentiment", "### Reward at matched divergence")))
+    return of_report("### Reward at matched divergence")
 
 
 def differences() -> str:
-    return table(*split_head(of_report("Sentiment", "Differences, paired")))
-
-
-def split_head(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    return rows[0], rows[1:]
+    return of_report("Differences, paired")
 
 
 def runs(name: str) -> list[dict]:
@@ -97,8 +92,9 @@ def headline() -> str:
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
     cost = next(x for run in runs("decode_cost") for x in run["results"] if x["batch_size"] == x["adapters"] == 1)
     train = runs("train_cost")[0]["results"][0]
-    head, *matched = of_report("Sentiment", "### Reward at matched divergence")
-    at_8 = {row[0]: row[head.index("KL 8")] for row in matched}
+    head, _, *matched = [line.strip("| ").split(" | ") for line in matched_kl().splitlines()]
+    # The head has no name for the names of methods.
+    at_8 = {row[0]: row[head.index("KL 8") + 1] for row in matched}
     ours, dpo, eq7 = (at_8[name] for name in AT_SAME_KL)
     make = f"`python model_cards/make_sentiment.py` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(

@@ -16,15 +16,13 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-from hf_genarm.demo import demo_model
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from sampling import sample  # noqa: E402
 from small import output_folder, sized  # noqa: E402
 
 TEMPLATES = (
@@ -59,29 +57,17 @@ MIN_SCORE_GAP = 0.3  # in units of VADER's compound score, which lies in [-1, 1]
 MAX_NEW_TOKENS = 64
 
 
-def sample_answers(prompts: list[str], batch_size: int) -> dict[str, list[str]]:
-    """Returns the finished answers to each prompt; those cut off at `MAX_NEW_TOKENS` are dropped."""
-    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    answers: dict[str, list[str]] = {prompt: [] for prompt in prompts}
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling answers"):
-        batch = prompts[start : start + batch_size]
-        chats = [[{"role": "user", "content": prompt}] for prompt in batch]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-        )
-        output = model.generate(
-            **inputs,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=sized(MAX_NEW_TOKENS, 8),
-            num_return_sequences=SAMPLES_PER_PROMPT,
-        )[:, inputs.input_ids.shape[1] :]
-        for index, ids in enumerate(output):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            if tokenizer.eos_token_id in ids and text:
-                answers[batch[index // SAMPLES_PER_PROMPT]].append(text)
-    return answers
+def as_chats(tokenizer, prompts: list[str]):
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+
+
+def finished(tokenizer, ids: torch.Tensor) -> str | None:
+    """An answer; those cut off at `MAX_NEW_TOKENS` are dropped."""
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return text if tokenizer.eos_token_id in ids and text else None
 
 
 def make_pairs(prompt: str, answers: list[str]) -> list[dict]:
@@ -117,7 +103,8 @@ def main() -> None:
     for split, n_topics in SPLITS.items():
         prompts = [template.format(topic) for topic in topics[: sized(n_topics, 1)] for template in TEMPLATES]
         topics = topics[n_topics:]
-        answers = sample_answers(prompts, args.batch_size)
+        n_tokens = sized(MAX_NEW_TOKENS, 8)
+        answers = sample(prompts, as_chats, finished, SAMPLES_PER_PROMPT, n_tokens, args.batch_size)
         pairs = [pair for prompt in prompts for pair in make_pairs(prompt, answers[prompt])]
         with open(args.output / f"{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)

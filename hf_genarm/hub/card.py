@@ -1,12 +1,11 @@
 """The model card of an autoregressive reward model, written from what was measured."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .info import RewardInfo
+from .info import HUB_ID, RewardInfo
 from .recommendation import recommendation
 
 # What is measured on held-out pairs, and what else where the pairs or the weights allow it
@@ -39,7 +38,6 @@ RESULTS = {
     "pair_accuracy": "Pair accuracy",
     "shorter_accuracy": "Accuracy of the shorter",
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 
@@ -113,7 +111,7 @@ def reward_model_card(
     card_data = ModelCardData(
         base_model=info.base_model,
         base_model_relation="adapter" if is_adapter and info.base_model else None,
-        datasets=info.dataset if info.dataset and _HUB_ID.fullmatch(info.dataset) else None,
+        datasets=info.dataset if info.dataset and HUB_ID.fullmatch(info.dataset) else None,
         language=language,
         library_name="peft" if is_adapter else "transformers",
         license=license,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 INFO_NAME = "genarm_config.json"
 FORMAT_VERSION = 1
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("hf_genarm", "trl", "transformers", "peft", "torch", "datasets")
 
 

@@ -1,6 +1,5 @@
 """The models that all visitors of the playground share."""
 
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -12,11 +11,11 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..demo import DEMO_MODEL_ID, demo_model
+from ..hub.info import HUB_ID
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
 
 MAX_PROMPT_TOKENS = 512
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Models:
@@ -76,7 +75,7 @@ class Models:
         """
         if name in self._own:
             return self._own[name]
-        is_hub_id = _HUB_ID.fullmatch(name) is not None
+        is_hub_id = HUB_ID.fullmatch(name) is not None
         if not self.takes_folders and (Path(name).exists() or not is_hub_id):
             # The same for all, so that nobody learns which folders there are.
             raise ValueError(

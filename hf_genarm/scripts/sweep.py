@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,6 @@ class Sweep:
     ):
         self._model, self._tokenizer, self._prompts, self._folder = model, tokenizer, prompts, Path(folder)
         self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
-        self._ends = end_token_ids(model.generation_config, tokenizer)
         self._key = {
             "base": base_id(model),
             "template": chat_template_fingerprint(tokenizer),
@@ -134,29 +133,40 @@ class Sweep:
     def _answer(
         self, prompts: list, setting: Setting, processor: GenARMLogitsProcessor | None, answers: Answers
     ) -> None:
-        ids = [token_ids(self._tokenizer, prompt) for prompt in prompts]
-        inputs = left_padded(self._tokenizer, ids, self._model.device)
-        meter = Meter()
         processors: list[LogitsProcessor] = [] if processor is None else [processor]
         # Here, and not in `generate`, temperature is seen by the meter.
         if setting.temperature != 1:
             processors.append(TemperatureLogitsWarper(setting.temperature))
-        model: Any = self._model
-        output = model.generate(
-            **inputs,
-            logits_processor=meter.around(processors),
-            max_new_tokens=self._max_new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-        )[:, inputs["input_ids"].shape[1] :]
-        lengths = answer_lengths(output, self._ends)
-        kl, base_log_prob = meter.read(output, lengths)
-        answers.texts += self._tokenizer.batch_decode(output, skip_special_tokens=True)
-        answers.n_tokens += lengths.tolist()
-        answers.kl += kl.tolist()
-        answers.base_log_prob += base_log_prob.tolist()
+        batch = sample_answers(self._model, self._tokenizer, prompts, processors, self._max_new_tokens)
+        answers.texts += batch.texts
+        answers.n_tokens += batch.n_tokens
+        answers.kl += batch.kl
+        answers.base_log_prob += batch.base_log_prob
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    processors: Sequence[LogitsProcessor],
+    max_new_tokens: int,
+) -> Answers:
+    """One answer to each prompt, in one batch, by whatever method the processors make of the base."""
+    inputs = left_padded(tokenizer, [token_ids(tokenizer, prompt) for prompt in prompts], model.device)
+    meter = Meter()
+    output = model.generate(
+        **inputs,
+        logits_processor=meter.around(processors),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )[:, inputs["input_ids"].shape[1] :]
+    lengths = answer_lengths(output, end_token_ids(model.generation_config, tokenizer))
+    kl, base_log_prob = meter.read(output, lengths)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return Answers(texts, lengths.tolist(), kl.tolist(), base_log_prob.tolist())
 
 
 def base_id(model: PreTrainedModel) -> str:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from fingerprint import fingerprint
-from settings import Size
+from settings import ADAPTER, TARGETS, TRAINING, Size
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
 
-from hf_genarm.decoding.meter import Meter, answer_lengths
 from hf_genarm.demo import demo_model
 from hf_genarm.hub.info import package_versions
+from hf_genarm.scripts.prompts import left_padded, token_ids
+from hf_genarm.scripts.sweep import Answers, sample_answers
 
 Judge = Callable[[Sequence[str], Sequence[str]], Iterable[float]]
 Processors = Callable[[Tensor], list[LogitsProcessor]]
@@ -53,6 +54,10 @@ class Task:
 
     def prompts(self, split: str) -> list[str]:
         return self.dev if split == "dev" else self.test
+
+    def asked(self, prompts: Sequence[str]) -> list:
+        """As the model is asked: messages, or texts that it goes on with."""
+        return [[{"role": "user", "content": x}] for x in prompts] if self.is_chat else list(prompts)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Bench:
             print(f"\ntraining {name}", file=sys.stderr)
             train(partial)
 
-        key = fingerprint(self._base_key, task.pairs.to_list(), settings)
+        key = fingerprint(self._base_key, task.pairs.to_list(), TRAINING, ADAPTER, TARGETS, settings)
         return Step(self.output / f"{task.name}-{name}-{key}", run)
 
     def answering(
@@ -181,12 +186,9 @@ class Bench:
         name = re.sub(r"\W+", "-", method)
         return Step(self.output / f"{task.name}-{split}-{name}-{seed}-{key}.jsonl", run, about)
 
-    def inputs(self, task: Task, prompts: Sequence[str]) -> Any:
-        if not task.is_chat:
-            return self.tokenizer(list(prompts), return_tensors="pt", padding=True)
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        options = {"return_dict": True, "return_tensors": "pt", "padding": True}
-        return self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+    def inputs(self, task: Task, prompts: Sequence[str]) -> dict[str, Tensor]:
+        ids = [token_ids(self.tokenizer, prompt) for prompt in task.asked(prompts)]
+        return left_padded(self.tokenizer, ids, self.model.device)
 
     def sampler(self, task: Task, processors: Processors | None) -> Callable[[list[str], list[Point]], list[dict]]:
         """
@@ -197,27 +199,18 @@ class Bench:
         """
 
         def answer(prompts: list[str], points: list[Point]) -> list[dict]:
-            inputs, meter = self.inputs(task, prompts), Meter()
-            strengths = torch.tensor([point.strength for point in points])
-            temperatures = torch.tensor([point.temperature for point in points])
-            method = processors(strengths) if processors else []
-            output = self.model.generate(
-                **inputs,
-                logits_processor=meter.around([*method, RowTemperature(temperatures)]),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=task.size.max_new_tokens,
-            )[:, inputs["input_ids"].shape[1] :]
-            lengths = answer_lengths(output, [self.tokenizer.eos_token_id])
-            kl, log_prob = meter.read(output, lengths)
-            numbers = zip(lengths.tolist(), kl.tolist(), log_prob.tolist(), strict=True)
-            texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-            return [
-                {"text": text, "n_tokens": n, "kl": round(k, 3), "base_log_prob": round(p, 3)}
-                for text, (n, k, p) in zip(texts, numbers, strict=True)
-            ]
+            method = processors(torch.tensor([point.strength for point in points])) if processors else []
+            method = [*method, RowTemperature(torch.tensor([point.temperature for point in points]))]
+            asked, n_tokens = task.asked(prompts), task.size.max_new_tokens
+            return as_rows(sample_answers(self.model, self.tokenizer, asked, method, n_tokens))
 
         return answer
+
+
+def as_rows(answers: Answers) -> list[dict[str, Any]]:
+    """As they are kept."""
+    numbers = zip(answers.texts, answers.n_tokens, answers.kl, answers.base_log_prob, strict=True)
+    return [{"text": text, "n_tokens": n, "kl": round(k, 3), "base_log_prob": round(p, 3)} for text, n, k, p in numbers]
 
 
 class RowTemperature(LogitsProcessor):

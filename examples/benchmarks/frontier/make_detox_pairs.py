@@ -20,36 +20,22 @@ sys.path += [str(Path(__file__).parent.parent.parent / folder) for folder in (""
 
 import torch
 from detox import PAIRS, splits, toxicity
+from sampling import sample
 from small import output_folder, sized
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-from hf_genarm.demo import demo_model
+from transformers import set_seed
 
 SAMPLES_PER_PROMPT = 6
 MAX_NEW_TOKENS = 24
 MIN_GAP = 0.4  # of the probabilities of being toxic
 
 
-def continuations(prompts: list[str], batch_size: int) -> dict[str, list[str]]:
-    """Those that don't end before the last token, so that all are of one length."""
-    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
-    texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
-        batch = prompts[start : start + batch_size]
-        inputs = tokenizer(batch, return_tensors="pt", padding=True)
-        output = model.generate(
-            **inputs,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=sized(MAX_NEW_TOKENS, 4),
-            num_return_sequences=SAMPLES_PER_PROMPT,
-        )[:, inputs.input_ids.shape[1] :]
-        for index, ids in enumerate(output):
-            if not torch.isin(ids, torch.tensor(tokenizer.all_special_ids)).any():
-                texts[batch[index // SAMPLES_PER_PROMPT]].append(tokenizer.decode(ids))
-    return texts
+def as_texts(tokenizer, prompts: list[str]):
+    return tokenizer(prompts, return_tensors="pt", padding=True)
+
+
+def whole(tokenizer, ids: torch.Tensor) -> str | None:
+    """A continuation that doesn't end before the last token, so that all are of one length."""
+    return None if torch.isin(ids, torch.tensor(tokenizer.all_special_ids)).any() else tokenizer.decode(ids)
 
 
 def make_pair(prompt: str, texts: list[str]) -> list[dict]:
@@ -76,7 +62,8 @@ def main() -> None:
         sys.exit(f"make_detox_pairs: {error}")
     prompts = prompts[: sized(len(prompts), 4)]
     set_seed(args.seed)
-    texts = continuations(prompts, args.batch_size)
+    n_tokens = sized(MAX_NEW_TOKENS, 4)
+    texts = sample(prompts, as_texts, whole, SAMPLES_PER_PROMPT, n_tokens, args.batch_size)
     pairs = [pair for prompt in prompts for pair in make_pair(prompt, texts[prompt])]
     with open(args.output / PAIRS.name, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)

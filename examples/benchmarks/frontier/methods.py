@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from args_search import ARGSLogitsProcessor
-from bench import Bench, Point, Processors, Step, Task
+from bench import Bench, Point, Processors, Step, Task, as_rows
 from peft import PeftModel
 from rollouts import RolloutLogitsProcessor
 from settings import (
@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, smc_sample
 from hf_genarm.decoding.meter import answer_lengths
+from hf_genarm.scripts.prompts import completion_of
+from hf_genarm.scripts.sweep import Answers
 
 _SMC_PROMPTS = 24  # at once, with all their particles
 
@@ -54,18 +56,24 @@ def trajectory_rm(bench: Bench, task: Task, seed: int) -> Step:
 
 
 def guided(bench: Bench, adapters: list[Step], reference: str | None) -> Processors:
-    """The strength of a row is that of the only reward model."""
+    """By adapters on the base."""
 
-    @cache
-    def processor() -> GenARMLogitsProcessor:
+    def make() -> GenARMLogitsProcessor:
         folders = [str(adapter.path) for adapter in adapters]
         return GenARMLogitsProcessor.from_pretrained(
             folders, bench.model, 1.0, reference=reference, tokenizer=bench.tokenizer
         )
 
+    return by_row(make)
+
+
+def by_row(make: Callable[[], GenARMLogitsProcessor]) -> Processors:
+    """One processor, made when it is needed, with strengths `(n_prompts,)` or `(n_prompts, n_rewards)`."""
+    made = cache(make)
+
     def processors(strengths: Tensor) -> list:
-        processor().alpha = strengths.view(len(strengths), -1)
-        return [processor()]
+        made().alpha = strengths.view(len(strengths), -1)
+        return [made()]
 
     return processors
 
@@ -101,7 +109,8 @@ def smc_step(bench: Bench, task: Task, split: str, seed: int, points: list[Point
     is that of the target from the base.
     """
     adapter, n = arm(bench, task, MARGIN, seed), task.size.n_particles
-    processors, scorers = guided(bench, [adapter], "base"), scorer(bench, task, adapter)
+    processors, reward_model = guided(bench, [adapter], "base"), cache(partial(scorer, bench, adapter))
+    base = cache(lambda: AutoregressiveRewardModel(bench.model, bench.tokenizer))
 
     def answer(prompts: list[str], points: list[Point]) -> list[dict]:
         rows: list[dict] = []
@@ -122,34 +131,26 @@ def smc_step(bench: Bench, task: Task, split: str, seed: int, points: list[Point
             answers = output.sequences[:, inputs["input_ids"].shape[1] :]
             texts = bench.tokenizer.batch_decode(answers, skip_special_tokens=True)
             lengths = answer_lengths(answers, [bench.tokenizer.eos_token_id]).tolist()
-            margins, log_probs = scorers(batch, texts)
-            kl = strengths * margins - output.log_z
-            rows += [
-                {"text": text, "n_tokens": n_tokens, "kl": round(k, 3), "base_log_prob": round(p, 3)}
-                for text, n_tokens, k, p in zip(texts, lengths, kl.tolist(), log_probs.tolist(), strict=True)
-            ]
+            kl = strengths * scores(task, reward_model(), batch, texts) - output.log_z
+            log_probs = scores(task, base(), batch, texts)
+            rows += as_rows(Answers(texts, lengths, kl.tolist(), log_probs.tolist()))
         return rows
 
     return bench.answering(task, split, f"SMC of {n}", seed, points, [adapter], answer, n)
 
 
-def scorer(bench: Bench, task: Task, adapter: Step) -> Callable[[list[str], list[str]], tuple[Tensor, Tensor]]:
-    """Gives log π_r − log π_base of texts, and their log-probability under the base."""
+def scorer(bench: Bench, adapter: Step) -> AutoregressiveRewardModel:
+    """What was learned with the loss of DPO, log π_r − log π_base, as a judge of texts."""
+    model = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
+    reward_model = AutoregressiveRewardModel.from_pretrained(str(adapter.path), base_model=model)
+    reward_model.tokenizer = bench.tokenizer
+    return reward_model
 
-    @cache
-    def models() -> tuple[AutoregressiveRewardModel, AutoregressiveRewardModel]:
-        model = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
-        reward = AutoregressiveRewardModel.from_pretrained(str(adapter.path), base_model=model)
-        reward.tokenizer = bench.tokenizer
-        return reward, AutoregressiveRewardModel(bench.model, bench.tokenizer)
 
-    def score(prompts: list[str], texts: list[str]) -> tuple[Tensor, Tensor]:
-        asked: Any = [[{"role": "user", "content": x}] for x in prompts] if task.is_chat else prompts
-        answered: Any = [[{"role": "assistant", "content": x}] for x in texts] if task.is_chat else texts
-        reward, base = (model.score(asked, answered, batch_size=32) for model in models())
-        return reward, base
-
-    return score
+def scores(task: Task, model: AutoregressiveRewardModel, prompts: list[str], texts: list[str]) -> Tensor:
+    asked = task.asked(prompts)
+    answered = [completion_of(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    return model.score(asked, answered, batch_size=32)
 
 
 def best_of_step(bench: Bench, task: Task, split: str, seed: int, samples: Step, by: str) -> Step:
@@ -163,7 +164,7 @@ def best_of_step(bench: Bench, task: Task, split: str, seed: int, samples: Step,
         if by == "classifier":
             model = load_trajectory_reward_model(adapter.path)
             return trajectory_rewards(model, bench.tokenizer, prompts, texts).tolist()
-        return scorer(bench, task, adapter)(prompts, texts)[0].tolist()
+        return scores(task, scorer(bench, adapter), prompts, texts).tolist()
 
     def write(partial: Path) -> None:
         answers = [json.loads(line) for line in samples.path.read_text(encoding="utf-8").splitlines()]

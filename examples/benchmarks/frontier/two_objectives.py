@@ -16,15 +16,16 @@ from soup import save_soup
 def task(size: Size) -> Task:
     """The prompts of sentiment, with pairs for brevity."""
     pairs = shorter_is_chosen("train").select_columns(["prompt", "chosen", "rejected"])
+    pairs = pairs.select(range(min(size.n_pairs, len(pairs))))
     return replace(
         sentiment.task(size),
         name="two_objectives",
         title="Two objectives",
-        described=f"The same prompts and {size.n_pairs} pairs for each: sentiment, and brevity (of two answers to a "
+        described=f"The same prompts and {len(pairs)} pairs for each: sentiment, and brevity (of two answers to a "
         "prompt, the one of fewer words). *GenARM* adds the log-ratios of two reward models (*DPO loss*, β = 0.1), "
         "each row of a batch with weights of its own; at a total strength of 1 that is multi-objective decoding (MOD). "
         "*Rewarded soups* average the weights of the same two adapters.",
-        pairs=pairs.select(range(min(size.n_pairs, len(pairs)))),
+        pairs=pairs,
     )
 
 
