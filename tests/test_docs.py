@@ -77,6 +77,15 @@ def test_every_error_names_what_was_given_or_asked_for():
         assert re.search("`|{|prompt", text), text
 
 
+def test_the_messages_are_listed_as_the_script_says():
+    script = ROOT / "docs" / ".build" / "messages.py"
+    (command,) = re.findall(r"python (docs/\S+)", text_of(script))
+    listed = subprocess.run([sys.executable, command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"^hf_genarm/decoding/strength\.py:\d+: ValueError: `alpha` is {alpha}", listed, re.MULTILINE)
+    helped = subprocess.run([sys.executable, command, "--help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "Lists all errors" in helped.stdout
+
+
 def test_tables_of_numbers_are_those_of_the_files():
     numbers = load("numbers")
     assert {page.name for page in numbers.pages() if numbers.BLOCK.search(text_of(page))} >= {"README.md", "speed.md"}

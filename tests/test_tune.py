@@ -282,6 +282,9 @@ def test_the_section_of_a_card():
     again = with_recommendation(once, recommendation(RewardInfo(recommended=SETTING | {"alpha": 0.5})))
     assert again == once.replace("Strength 0.6", "Strength 0.5")
     assert with_recommendation("# mine\n", section).count("Recommended setting") == 1
+    # What the range of a card says is no longer true.
+    ranged = card + "\nRecommended: α from 0.5 to 2.0, the range that was measured.\n"
+    assert "α from" not in with_recommendation(ranged, section)
     assert recommendation(RewardInfo()) == ""
 
 
