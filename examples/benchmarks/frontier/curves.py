@@ -46,12 +46,17 @@ class Curves:
             return np.exp(-means(values["base_log_prob"]) / means(values["n_tokens"]))
         return means(values[what])
 
+    def is_curve(self, name: str) -> bool:
+        """Whether it has several settings, and has answered all prompts."""
+        runs = self.runs[name]
+        return len(runs.points) > 1 and runs.values["kl"].shape[1] == self.n_prompts
+
     def at(self, name: str, what: str, targets: np.ndarray) -> np.ndarray:
         """
         Read where the divergence has some values. Each curve starts at the base. `(1 + n_resamples, n_targets)`, NaN of
-        a method that has one setting, or has answered fewer prompts.
+        what is no curve.
         """
-        if self.runs[name].values["kl"].shape[1] != self.n_prompts or len(self.runs[name].points) == 1:
+        if not self.is_curve(name):
             return np.full((1 + N_RESAMPLES, len(targets)), np.nan)
         x, y = (np.concatenate([self.mean("base", n), self.mean(name, n)], axis=1) for n in ("kl", what))
         return interpolated(x, y, targets)

@@ -1,5 +1,6 @@
 """The pictures of the report, readable at the width of a README."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -7,33 +8,30 @@ import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
-from bootstrap import interval
 from matplotlib import pyplot as plt
 
-COLOURS = ["#1f77b4", "#d95f02", "#17a2b8", "#7b5cd6", "#2ca02c", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
+COLOURS = ["#1f77b4", "#d95f02", "#17a2b8", "#7b5cd6", "#2ca02c", "#8c564b", "#7f7f7f", "#bcbd22", "#e377c2", "#e41a1c"]
 
 
 def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
     """Reward over divergence on a logarithmic axis: what was measured, the lines between, and their 95 % intervals."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(8, 5), dpi=140)
-    for name, colour in zip(curves.runs, COLOURS, strict=False):
+    figure, axis = plt.subplots(figsize=(10, 5), dpi=140)
+    for name, colour in zip(filter(curves.is_curve, curves.runs), cycle(COLOURS), strict=False):
         kl, reward = curves.mean(name, "kl")[0].clip(min=0.01), curves.mean(name, "reward")
         grid = np.geomspace(kl.min(), kl.max(), 40)
         low, high = np.quantile(curves.at(name, "reward", grid)[1:], [0.025, 0.975], axis=0)
         order = kl.argsort()
         axis.plot(kl[order], reward[0, order], "o-", color=colour, markersize=4, linewidth=1.2, label=name)
         axis.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
-    base = interval(curves.mean("base", "reward")[:, 0])
-    axis.axhline(base[0], color="0.5", linestyle=":", linewidth=1)
-    axis.annotate("base", (axis.get_xlim()[0], base[0]), (4, 3), textcoords="offset points", fontsize=8, color="0.4")
+    axis.axhline(curves.mean("base", "reward")[0, 0], color="0.5", linestyle=":", linewidth=1, label="base")
     axis.set_xscale("log")
     axis.set_xticks(targets, [f"{x:g}" for x in targets])
     axis.minorticks_off()
     axis.set(xlabel="KL from the base, nats per answer", ylabel="reward")
     axis.set_title(f"{title}: 95 % intervals over seeds and prompts", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -42,7 +40,7 @@ def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
 def pareto(curves: Any, path: Path) -> None:
     """Reward over words, a point for each weighting."""
     figure, axis = plt.subplots(figsize=(8, 5), dpi=140)
-    for name, colour in zip(curves.runs, COLOURS, strict=False):
+    for name, colour in zip(curves.runs, cycle(COLOURS), strict=False):
         words, reward = curves.mean(name, "words"), curves.mean(name, "reward")
         bars = [np.abs(np.quantile(values[1:], [0.025, 0.975], axis=0) - values[0]) for values in (words, reward)]
         axis.errorbar(
