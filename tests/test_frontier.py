@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -299,8 +300,8 @@ def test_the_best_of_n_is_the_best_by_reward(monkeypatch, tmp_path):
     )
 
     class Lengths:
-        def score(self, prompts, answers, batch_size):
-            return torch.tensor([float(len(answer[0]["content"])) for answer in answers])
+        def token_rewards(self, prompts, answers, batch_size):
+            return [SimpleNamespace(rewards=torch.ones(len(answer[0]["content"]))) for answer in answers]
 
     monkeypatch.setattr(methods, "scorer", lambda *_: Lengths())
     monkeypatch.setattr(methods, "arm", lambda *_: samples)

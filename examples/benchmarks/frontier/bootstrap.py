@@ -51,9 +51,13 @@ def interpolated(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> np.ndarra
 
 
 def interval(resampled: np.ndarray) -> tuple[float, float, float]:
-    """The value, and its 95 % interval, of what was computed of the mean and of each resample, `(1 + n_resamples,)`."""
-    low, high = np.quantile(resampled[1:], [0.025, 0.975])
-    return float(resampled[0]), float(low), float(high)
+    """
+    The value, and its 95 % interval, of what was computed of the mean and of each resample, `(1 + n_resamples,)`.
+    Rounded, so that half of a last digit is the same half on every processor.
+    """
+    values = [resampled[0], *np.quantile(resampled[1:], [0.025, 0.975])]
+    value, low, high = (round(float(x), 9) for x in values)
+    return value, low, high
 
 
 def shown(resampled: np.ndarray, form: str = ".2f") -> str:

@@ -29,13 +29,11 @@ _SHARED_WORDS = 5  # of two prompts that come from the same sentence
 
 
 def task(size: Size) -> Task:
-    """Of shorter answers than other tasks, and so of more prompts."""
+    """Of shorter answers than other tasks, and of more prompts."""
     size = replace(
         size,
         n_dev_prompts=3 * size.n_dev_prompts // 2,
         n_test_prompts=2 * size.n_test_prompts,
-        dev_seeds=size.dev_seeds[:1],
-        seeds=size.few_seeds,
         max_new_tokens=min(24, size.max_new_tokens),
     )
     prompts = splits()

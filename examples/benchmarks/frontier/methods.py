@@ -150,7 +150,9 @@ def scorer(bench: Bench, adapter: Step) -> AutoregressiveRewardModel:
 def scores(task: Task, model: AutoregressiveRewardModel, prompts: list[str], texts: list[str]) -> Tensor:
     asked = task.asked(prompts)
     answered = [completion_of(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
-    return model.score(asked, answered, batch_size=32)
+    rows = model.token_rewards(asked, answered, batch_size=32)
+    # Texts that are gone on with have no end that anything was trained on.
+    return torch.stack([(row.rewards if task.is_chat else row.rewards[:-1]).sum() for row in rows])
 
 
 def best_of_step(bench: Bench, task: Task, split: str, seed: int, samples: Step, by: str) -> Step:

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from answers import load  # noqa: E402
-from bootstrap import hypervolume, shown  # noqa: E402
+from bootstrap import hypervolume, interval, shown  # noqa: E402
 from curves import DPO, EQ7, NAMES, OURS, Curves, setting  # noqa: E402
 from figures import frontier, pareto  # noqa: E402
 from small import output_folder, sized  # noqa: E402
@@ -99,7 +99,7 @@ def levels(curves: Curves, names: list[str]) -> str:
         points = (curves.runs[name] if name != "base" else curves.base).points
         for index, point in enumerate(points):
             cells = [shown(values[:, index], form) for values, form in measures]
-            rows.append([name, setting(name, point), *cells, f"{words[0, index]:.1f}", f"{ended[0, index]:.0%}"])
+            rows.append([name, setting(name, point), *cells, f"{interval(words[:, index])[0]:.1f}", f"{interval(ended[:, index])[0]:.0%}"])
     header = ["", "", "reward", "second judge", "KL per answer, nats", "perplexity under the base", "words", "ended"]
     return table(header, rows)
 
