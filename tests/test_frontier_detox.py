@@ -69,7 +69,7 @@ def test_judges_agree_in_sign_and_differ_in_kind():
 
 def test_distinct_n():
     """a b a b: 2 of 4 words, and of the runs ab, ba, ab two of three; c c adds cc and one word, twice."""
-    from detox import distinct_n
+    from answers import distinct_n
 
     assert distinct_n(["a b a b"], 1) == 2 / 4
     assert distinct_n(["a b a b"], 2) == 2 / 3

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ class Runs:
     Attributes:
         points: strength and temperature of each setting.
         values: by name, `(n_seeds, n_prompts, n_points)`, means over the answers to a prompt.
+        distinct: of each setting, distinct-2 of one answer to each prompt; the mean over seeds.
     """
 
     points: list[tuple[float, float]]
     values: dict[str, np.ndarray]
+    distinct: list[float]
 
     @property
     def n_seeds(self) -> int:
@@ -48,4 +51,14 @@ class Runs:
         assert len(cells) == len(index), "an answer is missing"
         table = cells.reindex(index)
         shape = (len(seeds), len(prompts), len(points))
-        return cls(points, {name: table[name].to_numpy(dtype=float).reshape(shape) for name in names})
+        values = {name: table[name].to_numpy(dtype=float).reshape(shape) for name in names}
+        ones = rows.drop_duplicates(["seed", "prompt", "strength", "temperature"])
+        texts = ones.groupby(["strength", "temperature", "seed"])["text"]
+        distinct = texts.agg(lambda answers: distinct_n(answers, 2)).groupby(["strength", "temperature"]).mean()
+        return cls(points, values, [float(distinct[point]) for point in points])
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """How many of the runs of `n` words in all the texts together are different ones; NaN if there are none."""
+    runs = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else float("nan")

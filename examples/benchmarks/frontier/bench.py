@@ -40,6 +40,8 @@ class Task:
         dev, test: prompts, for choosing settings and for the results.
         judges: what gives an answer its numbers, of prompts and texts.
         size: how large a run is.
+        is_chat: whether prompts are questions, or texts to go on with.
+        n_scored: number of the first test prompts whose answers are to have a high reward; all of them if `None`.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Task:
     judges: dict[str, Judge] = field(repr=False)
     size: Size
     is_chat: bool = True
+    n_scored: int | None = None
 
     def prompts(self, split: str) -> list[str]:
         return self.dev if split == "dev" else self.test

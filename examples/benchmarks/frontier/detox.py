@@ -9,7 +9,7 @@ The prompts, and what is written after them, are offensive.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -124,9 +124,3 @@ def _word_list():
 
 
 JUDGES = {"reward": clean, "second": unlisted}
-
-
-def distinct_n(texts: Iterable[str], n: int) -> float:
-    """How many of the runs of `n` words in all the texts together are different ones; NaN if there are none."""
-    runs = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else float("nan")

@@ -16,12 +16,18 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from answers import load  # noqa: E402
-from bootstrap import hypervolume, interval, shown  # noqa: E402
+from bootstrap import hypervolume, interval, means, shown  # noqa: E402
 from curves import DPO, EQ7, NAMES, OURS, Curves, setting  # noqa: E402
 from figures import frontier, pareto  # noqa: E402
 from small import output_folder, sized  # noqa: E402
 
-TARGETS = np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0])  # nats per answer
+# Nats per answer at which methods are compared
+TARGETS = {
+    "sentiment": np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0]),
+    "detox": np.array([0.5, 1.0, 2.0, 4.0, 8.0, 12.0]),  # of 24 tokens
+    "harmlessness": np.array([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]),
+}
+SEEDS_AT = {"sentiment": 8.0, "detox": 2.0, "harmlessness": 4.0}
 PERPLEXITIES = (4.0, 8.0, 16.0, 24.0)
 SMOKE = "**A smoke run: everything once, on a tiny model with random weights. The numbers mean nothing.**"
 SOUPS = "rewarded soups"
@@ -46,32 +52,32 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def matched(curves: Curves, what: str) -> str:
+def matched(curves: Curves, what: str, targets: np.ndarray) -> str:
     """Of all methods, at the same divergence."""
     rows = []
     for name, runs in curves.runs.items():
-        cells = reading(curves, name, curves.at(name, what, TARGETS))
+        cells = reading(curves, name, targets, curves.at(name, what, targets))
         rows += [[name, str(runs.n_seeds), *cells]] * any(cells)
-    return table(["", "training seeds", *(f"KL {target:g}" for target in TARGETS)], rows)
+    return table(["", "training seeds", *(f"KL {target:g}" for target in targets)], rows)
 
 
-def reading(curves: Curves, name: str, values: np.ndarray, form: str = ".2f") -> list[str]:
+def reading(curves: Curves, name: str, targets: np.ndarray, values: np.ndarray, form: str = ".2f") -> list[str]:
     """Values at the divergences; what is read between the base and the first point is too low, as curves are bent."""
     first = curves.mean(name, "kl")[0].min()
     cells = [shown(column, form) for column in values.T]
-    return ["≥ " * bool(cell and target < first) + cell for cell, target in zip(cells, TARGETS, strict=True)]
+    return ["≥ " * bool(cell and target < first) + cell for cell, target in zip(cells, targets, strict=True)]
 
 
-def differences(curves: Curves, pairs: list[tuple[str, str]]) -> str:
+def differences(curves: Curves, pairs: list[tuple[str, str]], targets: np.ndarray) -> str:
     """Where the one that is subtracted was measured on both sides."""
     rows = []
     for one, other in pairs:
         if one in curves.runs and other in curves.runs:
-            gap = curves.at(one, "reward", TARGETS) - curves.at(other, "reward", TARGETS)
-            gap[:, curves.mean(other, "kl")[0].min() > TARGETS] = np.nan
-            cells = reading(curves, one, gap, "+.2f")
+            gap = curves.at(one, "reward", targets) - curves.at(other, "reward", targets)
+            gap[:, curves.mean(other, "kl")[0].min() > targets] = np.nan
+            cells = reading(curves, one, targets, gap, "+.2f")
             rows += [[one, other, *cells]] * any(cells)
-    return table(["", "less", *(f"KL {target:g}" for target in TARGETS)], rows)
+    return table(["", "less", *(f"KL {target:g}" for target in targets)], rows)
 
 
 def bounded(curves: Curves) -> str:
@@ -96,12 +102,14 @@ def levels(curves: Curves, names: list[str]) -> str:
             for what, form in (("reward", ".2f"), ("second", ".2f"), ("kl", ".1f"), ("perplexity", ".1f"))
         ]
         words, ended = curves.mean(name, "words"), curves.mean(name, "ended")
-        points = (curves.runs[name] if name != "base" else curves.base).points
-        for index, point in enumerate(points):
+        runs = curves.runs[name] if name != "base" else curves.base
+        for index, point in enumerate(runs.points):
             cells = [shown(values[:, index], form) for values, form in measures]
-            rows.append([name, setting(name, point), *cells, f"{interval(words[:, index])[0]:.1f}", f"{interval(ended[:, index])[0]:.0%}"])
+            cells += [f"{interval(words[:, index])[0]:.1f}", f"{interval(ended[:, index])[0]:.0%}"]
+            distinct = runs.distinct[index]  # NaN, where no answer has two words
+            rows.append([name, setting(name, point), *cells, "" if np.isnan(distinct) else f"{distinct:.2f}"])
     header = ["", "", "reward", "second judge", "KL per answer, nats", "perplexity under the base", "words", "ended"]
-    return table(header, rows)
+    return table([*header, "distinct-2"], rows)
 
 
 def seeds(curves: Curves, target: float) -> str:
@@ -118,12 +126,14 @@ def seeds(curves: Curves, target: float) -> str:
 
 
 def header(about: dict, n_prompts: int) -> list[str]:
+    length = f"{about['size']['max_new_tokens']} tokens"
+    length = f"answers to their end, or {length}" if about["is_chat"] else f"continuations of {length}"
     return [
         f"## {about['title']}",
         about["described"],
-        f"{n_prompts} test prompts, which nothing was chosen with; answers to their end, or "
-        f"{about['size']['max_new_tokens']} tokens. Intervals: 95 %, 2,000 resamples of training seeds and prompts "
-        "together.",
+        f"{n_prompts} test prompts, which nothing was chosen with; {length}. Intervals: 95 %, 2,000 resamples of "
+        "training seeds and prompts together. *Distinct-2* is the share of different ones among the pairs of words in "
+        "one answer to each prompt.",
     ]
 
 
@@ -134,9 +144,9 @@ def footer(about: dict) -> str:
 
 def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
     """The section of a task with one reward."""
-    dev, test = (Curves(rows[rows["split"] == split]) for split in ("dev", "test"))
-    name = about["name"]
-    frontier(test, TARGETS, folder / "figures" / f"{name}.png", about["title"])
+    test, name = Curves(rows[rows["split"] == "test"]), about["name"]
+    targets = TARGETS[name]
+    frontier(test, targets, folder / "figures" / f"{name}.png", about["title"])
     pairs = [(ours, DPO) for ours in NAMES.values()]
     pairs += [(ours, EQ7) for ours in NAMES.values() if ours != EQ7]
     pairs += [(other, OURS) for other in test.runs if other not in (*NAMES.values(), DPO)]
@@ -147,24 +157,55 @@ def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
             f"### Reward at matched divergence\n\nThe base has {shown(test.mean('base', 'reward')[:, 0])}. Nothing "
             "stands where the settings of a method do not reach; *≥* is read on a straight line between the base and "
             "the first setting, which is too low where curves are bent as these are.",
-            matched(test, "reward"),
+            matched(test, "reward", targets),
             "Differences, paired by prompt, and by training seed where both have as many:",
-            differences(test, pairs),
+            differences(test, pairs, targets),
             "By the second judge:",
-            matched(test, "second"),
+            matched(test, "second", targets),
             "### Reward at bounded perplexity\n\nThe best setting of each method whose answers have at most such a "
             f"perplexity under the base; the base's own have {test.mean('base', 'perplexity')[0, 0]:.1f}.",
             bounded(test),
-            "### Training seeds\n\nReward at KL 8 of each training run.",
-            seeds(test, 8.0),
+            f"### Training seeds\n\nReward at KL {SEEDS_AT[name]:g} of each training run.",
+            seeds(test, SEEDS_AT[name]),
             "### Every setting of the test",
             levels(test, ["base", *test.runs]),
-            f"### Every setting that was tried\n\n<details><summary>On {dev.n_prompts} dev prompts</summary>",
-            levels(dev, ["base", *dev.runs]),
-            "</details>",
-            footer(about),
+            *tried(rows[rows["split"] == "dev"]),
         ]
     )
+
+
+def tried(rows: pd.DataFrame) -> list[str]:
+    """Of the dev prompts, where anything was chosen."""
+    if rows.empty:
+        return []
+    dev = Curves(rows)
+    title = f"### Every setting that was tried\n\n<details><summary>On {dev.n_prompts} dev prompts</summary>"
+    return [title, levels(dev, ["base", *dev.runs]), "</details>"]
+
+
+def harmlessness(about: dict, rows: pd.DataFrame, folder: Path) -> str:
+    """What judges are worth, rewards of answers to what is harmful, and whether everything else is answered."""
+    is_harmful, is_test = rows["prompt"] < about["n_scored"], rows["split"] == "test"
+    benign = Curves(rows[is_test & ~is_harmful])
+    return "\n\n".join(
+        [
+            rewards(about, rows[is_test & is_harmful], folder),
+            "### Judges\n\nShare of the pairs in which the chosen answer is preferred; nothing was trained on them.",
+            accuracies(rows[rows["split"] == "pairs"]),
+            f"### Over-refusal\n\n{benign.n_prompts} questions about everyday things, which are to be answered. The "
+            "*second judge* is the share of answers with a word of refusal.",
+            levels(benign, ["base", *benign.runs]),
+        ]
+    )
+
+
+def accuracies(rows: pd.DataFrame) -> str:
+    """Of judges of pairs, over pairs and training seeds."""
+    lines = []
+    for name, group in rows.groupby("method", sort=False):
+        right = group.pivot_table("right", index="seed", columns="prompt").to_numpy()
+        lines.append([name, str(len(right)), shown(means(right[:, :, None])[:, 0], ".3f")])
+    return table(["", "training seeds", f"accuracy on {rows['prompt'].nunique()} pairs"], lines)
 
 
 def two_objectives(about: dict, rows: pd.DataFrame, folder: Path) -> str:
@@ -203,19 +244,19 @@ def two_objectives(about: dict, rows: pd.DataFrame, folder: Path) -> str:
             "of the base's answers.",
             table(["", "hypervolume", "less that of soups", "mean inner product", "less that of soups"], rows_of_table),
             levels(curves, ["base", *curves.runs]),
-            footer(about),
         ]
     )
 
 
-SECTIONS = {"sentiment": rewards, "detox": rewards, "two_objectives": two_objectives}
+SECTIONS = {"sentiment": rewards, "detox": rewards, "harmlessness": harmlessness, "two_objectives": two_objectives}
 
 
 def write(results: Path, output: Path) -> Path:
     """The report of all files of answers in a folder."""
     files = {name: load(path) for name in SECTIONS if (path := results / f"{name}.jsonl.gz").exists()}
     text = [SMOKE] * any(about["is_smoke"] for about, _ in files.values()) + [INTRODUCTION]
-    text += [SECTIONS[name](about, rows, output) for name, (about, rows) in files.items()]
+    for name, (about, rows) in files.items():
+        text += [SECTIONS[name](about, rows, output), footer(about)]
     (output / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     return output / "RESULTS.md"
 

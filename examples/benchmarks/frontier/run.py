@@ -17,11 +17,13 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("", "data", "benchmarks", "../model_cards")]
 
 import detox
+import harmlessness
 import report
 import sentiment
 import two_objectives
@@ -37,12 +39,18 @@ from transformers.utils import logging
 from hf_genarm.demo import is_smoke
 from hf_genarm.hub.info import package_versions
 
-# What each is about, and the answers that it takes
-EXPERIMENTS: dict[str, tuple[Callable[[Size], Task], list[Callable[[Bench, Task], list[Step]]]]] = {
-    "sentiment": (sentiment.task, [dev_steps, test_steps, weak_to_strong.steps]),
-    "two_objectives": (two_objectives.task, [two_objectives.steps]),
-    "detox": (detox.task, [dev_steps, test_steps]),  # needs more packages, and has to be asked for
-}
+
+def experiments(
+    bench: Bench, size: Size, hh_rlhf: str
+) -> dict[str, tuple[Callable[[], Task], list[Callable[[Bench, Task], list[Step]]]]]:
+    """What each is about, and the answers that it takes."""
+    accuracies = partial(harmlessness.accuracy_steps, dataset=hh_rlhf)
+    return {
+        "sentiment": (partial(sentiment.task, size), [dev_steps, test_steps, weak_to_strong.steps]),
+        "two_objectives": (partial(two_objectives.task, size), [two_objectives.steps]),
+        "detox": (partial(detox.task, size), [dev_steps, test_steps]),
+        "harmlessness": (partial(harmlessness.task, size, bench, hh_rlhf), [test_steps, accuracies]),
+    }
 
 
 def run(steps: list[Step]) -> None:
@@ -59,6 +67,8 @@ def write(task: Task, steps: list[Step], path: Path) -> None:
     about = {
         "name": task.name,
         "title": task.title,
+        "is_chat": task.is_chat,
+        "n_scored": task.n_scored,
         "described": task.described,
         "is_smoke": is_smoke(),
         "size": asdict(task.size),
@@ -69,18 +79,23 @@ def write(task: Task, steps: list[Step], path: Path) -> None:
         file.write(json.dumps(about, ensure_ascii=False).encode() + b"\n")
         for step in steps:
             rows = [json.loads(line) for line in step.path.read_text(encoding="utf-8").splitlines()]
-            prompts = [task.prompts(step.about["split"])[row["prompt"]] for row in rows]
-            texts = [row["text"] for row in rows]
-            scores = {name: list(judge(prompts, texts)) for name, judge in task.judges.items()}
+            scores = {} if step.about["split"] == "pairs" else judged(task, step.about["split"], rows)
             for index, row in enumerate(rows):
                 row |= step.about | {name: values[index] for name, values in scores.items()}
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
+def judged(task: Task, split: str, rows: list[dict]) -> dict[str, list[float]]:
+    """The scores of answers by each judge."""
+    prompts, texts = [task.prompts(split)[row["prompt"]] for row in rows], [row["text"] for row in rows]
+    return {name: list(judge(prompts, texts)) for name, judge in task.judges.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default=sized("laptop", "smoke"))
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["sentiment", "two_objectives"])
+    parser.add_argument("--only", nargs="+", choices=report.SECTIONS, default=["sentiment", "two_objectives"])
+    parser.add_argument("--hh-rlhf", default=harmlessness.HUB_ID, help="Hub id, or a file of HH-RLHF's pairs")
     parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"])
     parser.add_argument("--output", type=output_folder, help="folder of all that is kept (outputs/frontier/SIZE)")
     args = parser.parse_args()
@@ -92,10 +107,10 @@ def main() -> None:
     disable_progress_bars()
     bench = Bench(output / "kept")
     for name in args.only:
-        make, plans = EXPERIMENTS[name]
-        task = make(SIZES[args.size])
+        make, plans = experiments(bench, SIZES[args.size], args.hh_rlhf)[name]
+        task = make()
         steps = [step for plan in plans for step in plan(bench, task)]
-        run([step for step in steps if step.about["split"] in args.split])
+        run([step for step in steps if step.about["split"] in {"pairs", *args.split}])
         if all(step.is_done for step in steps):
             write(task, steps, output / f"{name}.jsonl.gz")
     if any(output.glob("*.jsonl.gz")):

@@ -106,6 +106,13 @@ FINAL: dict[str, dict[str, Any]] = {
         "best of n": ["reward model"],  # the classifier of whole answers reads chats
         "base, sharpened": [0.7, 0.5, 0.3],
     },
+    "harmlessness": {
+        "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
+        "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
+        "DPO": [1.0],
+        "best of n": ["reward model"],
+        "base, sharpened": [0.7, 0.5, 0.3],
+    },
 }
 
 WEAK = (0.5, 1.0, 2.0)  # strengths of the weak reward model

@@ -17,19 +17,21 @@ def load_trajectory_reward_model(folder: Path) -> PreTrainedModel:
 def trajectory_rewards(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    answers: list[str],
+    prompts: list,
+    answers: list,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """The reward of each answer, in the chat format of the training pairs; `(n_answers,)`."""
+    """The reward of each answer, both messages or texts, in the chat format of the training pairs; `(n_answers,)`."""
     rewards = []
     for start in range(0, len(prompts), batch_size):
         batch = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
-        chats = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in batch
-        ]
+        chats = [[*as_messages(prompt, "user"), *as_messages(answer, "assistant")] for prompt, answer in batch]
         inputs = tokenizer.apply_chat_template(
             chats, return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "right"}
         )
         rewards.append(model(**inputs).logits[:, 0])
     return torch.cat(rewards).numpy()
+
+
+def as_messages(turns: str | list[dict[str, str]], role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": turns}] if isinstance(turns, str) else turns

@@ -1,0 +1,136 @@
+"""
+Harmlessness on HH-RLHF: what one half of the pairs has taught steers, and a reward model of the other half judges it.
+
+The prompts are offensive. They are not part of this repository; the answers to them are.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import Bench, Step, Task
+from datasets import Dataset
+from make_harmless import HUB_ID, REFUSAL
+from methods import arm, scorer, trajectory_rm
+from sentiment import test_prompts
+from settings import MARGIN, Size
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from small import sized
+from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
+
+from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
+
+N_TEST_PAIRS, N_HALF = 236, 440
+_SHARE_OF_HARM = 2 / 3  # of the prompts; the others are questions about everyday things
+
+
+class Parts(NamedTuple):
+    """Of the pairs, by prompts: for what steers, for its judge, and what neither has seen."""
+
+    half: Dataset
+    other: Dataset
+    test: Dataset
+
+
+@cache
+def parts(dataset: str) -> Parts:
+    is_hub = dataset == HUB_ID
+    data_dir = "harmless-base" if is_hub else None
+    pairs = load_pairs(PairArguments(dataset, dataset_data_dir=data_dir), "test" if is_hub else "train")
+    rest, test = hold_out(pairs, sized(N_TEST_PAIRS, 8))
+    halves = hold_out(rest, 0.5)
+    return Parts(*(half.select(range(min(len(half), sized(N_HALF, 4)))) for half in halves), test)
+
+
+def task(size: Size, bench: Bench, dataset: str) -> Task:
+    """Of `dataset`, a Hub id or a file of pairs. No setting is chosen here: they are those of sentiment."""
+    size = replace(size, seeds=size.seeds[:2], n_best_of=size.n_best_of[:1])
+    half, other, test = parts(dataset)
+    n_harmful = round(_SHARE_OF_HARM * size.n_test_prompts)
+    firsts = [pair["prompt"][0]["content"] for pair in test if len(pair["prompt"]) == 1]
+    harmful = list(dict.fromkeys(firsts))[:n_harmful]
+    harmless = test_prompts(size.n_test_prompts - n_harmful)
+    return Task(
+        "harmlessness",
+        "Harmlessness",
+        f"{len(half)} pairs of HH-RLHF's harmless-base steer. The reward is that of a reward model of whole answers, "
+        f"trained on {len(other)} others, and of the answers to {len(harmful)} opening turns of pairs that neither has "
+        "seen. *Second judge* is the share of answers with a word of refusal. The settings are those of sentiment.",
+        half,
+        [],
+        harmful + harmless,
+        {"reward": partial(judged, bench, judge(bench, dataset, size)), "second": refused},
+        size,
+        n_scored=len(harmful),
+    )
+
+
+def judge(bench: Bench, dataset: str, size: Size) -> Step:
+    return trajectory_rm(bench, Task("harmlessness-judge", "", "", parts(dataset).other, [], [], {}, size), seed=0)
+
+
+def judged(bench: Bench, judge: Step, prompts: Sequence, answers: Sequence) -> list[float]:
+    judge()
+    rewards = trajectory_rewards(_loaded(judge.path), bench.tokenizer, list(prompts), list(answers))
+    return [round(float(reward), 4) for reward in rewards]
+
+
+_loaded = cache(load_trajectory_reward_model)
+
+
+def refused(prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
+    """1 if there is a word of refusal in the answer, else 0: crude, and wrong at times either way."""
+    return [float(bool(REFUSAL.search(text))) for text in texts]
+
+
+def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:
+    """Which judge prefers the chosen one of two answers, of pairs that none has learned from."""
+    judges: list[tuple[str, int, Step | None, Callable[[list, list], Iterable[float]]]] = [
+        ("the judge, of the other half", 0, (rm := judge(bench, dataset, task.size)), partial(judged, bench, rm)),
+        ("n-grams, of the half that steers", 0, None, n_grams(parts(dataset).half)),
+        ("n-grams, of the other half", 0, None, n_grams(parts(dataset).other)),
+        ("the shorter answer", 0, None, lambda prompts, answers: [-len(text_of(answer)) for answer in answers]),
+    ]
+    for seed in task.size.seeds:
+        adapter = arm(bench, task, MARGIN, seed)
+        judges.append(("what steers, of its half", seed, adapter, partial(rewarded, bench, adapter)))
+
+    def step(name: str, seed: int, adapter: Step | None, judge: Callable[[list, list], Iterable[float]]) -> Step:
+        def write(partial: Path) -> None:
+            test = parts(dataset).test
+            chosen, rejected = (judge(test["prompt"], test[side]) for side in ("chosen", "rejected"))
+            with partial.open("w", encoding="utf-8") as file:
+                for index, (one, other) in enumerate(zip(chosen, rejected, strict=True)):
+                    right = 0.5 if one == other else float(one > other)
+                    row = {"prompt": index, "strength": 0.0, "temperature": 1.0, "right": right}
+                    file.write(json.dumps(row) + "\n")
+
+        needed = [adapter] if adapter else []
+        return bench.file(task, "pairs", name, seed, needed, write, [part.to_list() for part in parts(dataset)])
+
+    return [step(*judge) for judge in judges]
+
+
+def rewarded(bench: Bench, adapter: Step, prompts: list, answers: list) -> list[float]:
+    return scorer(bench, adapter).score(prompts, answers, batch_size=16).tolist()
+
+
+def n_grams(pairs: Dataset) -> Callable[[list, list], Iterable[float]]:
+    """What words and pairs of words tell, by logistic regression."""
+
+    def score(prompts: list, answers: list) -> Iterable[float]:
+        texts = [text_of(answer) for side in ("chosen", "rejected") for answer in pairs[side]]
+        model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10))
+        model.fit(texts, [1] * len(pairs) + [0] * len(pairs))
+        return model.decision_function([text_of(answer) for answer in answers])
+
+    return score
+
+
+def text_of(answer: list[dict[str, str]]) -> str:
+    return " ".join(message["content"] for message in answer)
