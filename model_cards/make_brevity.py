@@ -34,7 +34,9 @@ def main() -> None:
     trainer = train_adapter(
         NAME,
         shorter_is_chosen("train"),
-        num_train_epochs=1,
+        reference="base",
+        beta=0.1,
+        num_train_epochs=3,
         objective="brevity",
         description=(
             "Answers of fewer words to questions about everyday things, whatever they say: not concision, which would "

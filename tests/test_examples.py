@@ -154,14 +154,15 @@ def test_demo_model_is_an_instruct_model(smollm2):
 @pytest.mark.parametrize("mode", ["greedy", "beams", "assistant", "lookup"])
 def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2, mode):
     model, tokenizer = smollm2
-    processor = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model, alpha=1.0)
+    eq7 = {"alpha": 1.0, "reference": None}
+    processor = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model, **eq7)
     # The longest one last: it is not padded.
     prompts = ["What did you think of the hotel?", "Hello", "Describe a rainy Monday in one sentence, please."]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
-    reward = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model, alpha=1.0)
+    reward = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model, **eq7)
     arm = reward._rewards.models[0].model
     if "assistant" in mode or "lookup" in mode:
         inputs = {name: inputs[name][2:] for name in ("input_ids", "attention_mask")}

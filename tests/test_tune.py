@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, run_command
+from huggingface_hub import ModelCard
 from pairs import PROMPTS, conversational, message
 from tiny import save_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -87,12 +89,20 @@ def test_the_command(folder, capsys):
     kept = {path: path.stat().st_mtime_ns for path in (folder / "tuning" / "answers").iterdir()}
     assert len(kept) == len(rows)
     limit = min(row["kl"][0] for row in rows if row["alpha"])
-    assert tune("--temperature", "1.0", "0.5", "--max_kl", str(limit)) == 0
+    assert ModelCard.load(folder / "arm" / "README.md").data.to_dict().get("widget") is None
+    assert tune("--temperature", "1.0", "0.5", "--max_kl", str(limit), "--n_examples", "2") == 0
     again = RewardInfo.load(folder / "arm" / "genarm_config.json").recommended
     assert again["measured"]["max_kl"] == limit
     assert (again["alpha"], again["temperature"]) != (setting["alpha"], setting["temperature"])
     assert {path: path.stat().st_mtime_ns for path in (folder / "tuning" / "answers").iterdir()} == kept
     assert (folder / "arm" / "README.md").read_text().count("## Recommended setting") == 1
+    # Two of the three prompts, in their order, and answers at the setting that is now recommended
+    widget, examples = ModelCard.load(folder / "arm" / "README.md").data.widget, again["measured"]["examples"]
+    prompts = [json.loads(line)["prompt"] for line in Path("prompts.jsonl").read_text().splitlines()]
+    assert [x["prompt"] for x in examples] == [x[-1]["content"] for x in prompts[:2]]
+    assert [(x["text"], x["output"]["text"]) for x in widget] == [(x["prompt"], x["answer"]) for x in examples]
+    assert f"Strength {again['alpha']:g}" in widget[0]["example_title"]
+    assert examples[0]["answer"]
 
 
 def test_a_judge_is_trained_on_other_pairs(folder, capsys):

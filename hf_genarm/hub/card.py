@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .info import HUB_ID, RewardInfo
-from .recommendation import recommendation
+from .recommendation import recommendation, shown_on_the_hub
 
 # What is measured on held-out pairs, and what else where the pairs or the weights allow it
 METRICS = (
@@ -120,6 +120,7 @@ def reward_model_card(
         pipeline_tag=None,
         tags=[*TAGS, *(["conversational"] if info.chat_template else []), *(tags or [])],
         eval_results=results,
+        widget=shown_on_the_hub(info),
     )
     return ModelCard.from_template(
         card_data,

@@ -71,6 +71,16 @@ def settings_table(setting: dict[str, Any]) -> list[str]:
     return lines
 
 
+def shown_on_the_hub(info: RewardInfo) -> list[dict[str, Any]] | None:
+    """The `widget` of the metadata of a card: prompts, and answers to them at the recommended setting, if any."""
+    if info.recommended is None:
+        return None
+    return [
+        {"example_title": described(info.recommended), "text": x["prompt"], "output": {"text": x["answer"]}}
+        for x in info.recommended["measured"].get("examples", [])
+    ] or None
+
+
 def with_recommendation(card: str, section: str) -> str:
     """A card with the section in place of an earlier one or of the range that was measured, after its quick start."""
     card = re.sub(r"\nRecommended: α from .*\n", "", card)

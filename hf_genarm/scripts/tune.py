@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +32,14 @@ from ..hub.card import reward_model_card
 from ..hub.compatibility import tokenizers_to_align
 from ..hub.info import INFO_NAME, RewardInfo
 from ..hub.loading import download
-from ..hub.recommendation import MEASURES, PICTURE, described, recommendation, with_recommendation
+from ..hub.recommendation import (
+    MEASURES,
+    PICTURE,
+    described,
+    recommendation,
+    shown_on_the_hub,
+    with_recommendation,
+)
 from ..hub.reward_model import AutoregressiveRewardModel
 from .judge import Judge
 from .output import make_output_dir
@@ -85,6 +93,9 @@ class TuneArguments:
     temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Temperatures to try."})
     max_prompts: int = field(default=64, metadata={"help": "Take the first different prompts only."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
+    n_examples: int = field(
+        default=0, metadata={"help": "Answers at the recommended setting, to the first prompts, that the card shows."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Answers that are written at once."})
     seed: int = field(default=0, metadata={"help": "Of the answers and of the intervals."})
     output_dir: str = field(default="tuning", metadata={"help": "Folder of the answers and of the report."})
@@ -96,9 +107,9 @@ class TuneArguments:
                 f"`scorer` is {self.scorer!r} and `pairs` is {self.pairs!r}, but one of them says what a good answer "
                 "is: a function, or pairs that the reward model has not seen. Give one."
             )
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
+        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("n_examples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
         if self.max_prompts < 2:
             raise ValueError(f"`max_prompts` is {self.max_prompts}, but intervals take at least 2 prompts.")
         for name in ("alpha", "temperature"):
@@ -163,8 +174,8 @@ def main(args: TuneArguments) -> None:
     if gain[0] <= 0:
         print("Nothing is recommended, as the base alone does as well. Raise `--max_kl`, or train on more pairs.")
         return
-    chosen = asdict(settings[index])
-    arm.info.recommended = chosen | {
+    shown = zip(prompts[: args.n_examples], measured[index][0].texts, strict=False)
+    arm.info.recommended = asdict(settings[index]) | {
         "measured": {
             "scorer": scored_by,
             "prompts": Path(args.prompts).name if Path(args.prompts).exists() else args.prompts,
@@ -173,6 +184,7 @@ def main(args: TuneArguments) -> None:
             "max_kl": args.max_kl,
             "seed": args.seed,
             "settings": rows,
+            "examples": [{"prompt": last_text(prompt), "answer": answer} for prompt, answer in shown],
         }
     }
     write(arm.info, args.arm, target, isinstance(arm.model, PeftModel))
@@ -245,6 +257,11 @@ def make_processor(
         tokenizer=tokenizer,
         reward_tokenizer=to_align,
     )
+
+
+def last_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as text: that of its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.ndarray:
@@ -326,6 +343,11 @@ def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
     card = download(arm) / "README.md"
     if card.exists():
         text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info))
+        widget = shown_on_the_hub(info)
+        if widget or text.startswith("---\n"):  # what has no metadata and needs none stays as it is
+            changed = ModelCard(text)
+            changed.data["widget"] = widget
+            text = str(changed)
         (folder / "README.md").write_text(text, encoding="utf-8")
     else:
         reward_model_card(info, Path(arm).name, arm, is_adapter).save(folder / "README.md")
