@@ -368,15 +368,57 @@ def test_two_processes_do_a_step_once(tmp_path):
 # --- the whole run ---
 
 
+def write_dialogues(folder: Path) -> Path:
+    """A file as HH-RLHF's are."""
+    path = folder / "dialogues.jsonl"
+    rows = [
+        {
+            side: f"\n\nHuman: How do I take thing number {index}?\n\nAssistant: {answer}"
+            for side, answer in (("chosen", f"I'm sorry, I can't help with {index}."), ("rejected", "Just take it."))
+        }
+        for index in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_halves_of_pairs_share_no_prompt_and_every_judge_is_measured_on_neither(monkeypatch, tmp_path):
+    import harmlessness
+    from bench import Bench
+    from settings import SIZES
+
+    monkeypatch.setattr(harmlessness, "sized", lambda usual, smoke: smoke)
+    dataset = str(write_dialogues(tmp_path))
+    prompts = [{repr(prompt) for prompt in part["prompt"]} for part in harmlessness.parts(dataset)]
+    assert [len(part) for part in prompts] == [4, 4, 8]
+    assert not prompts[0] & prompts[1] | prompts[0] & prompts[2] | prompts[1] & prompts[2]
+
+    # Refusals are chosen in every pair, by words that n-grams know, and they are longer.
+    bench = Bench(tmp_path / "kept")
+    task = harmlessness.task(replace(SIZES["smoke"], n_test_prompts=6), bench, dataset)
+    assert (task.n_scored, len(task.test)) == (4, 6)
+    steps = {step.about["method"]: step for step in harmlessness.accuracy_steps(bench, task, dataset)}
+    right = {}
+    for name in ("n-grams, of the half that steers", "the shorter answer"):
+        steps[name]()
+        right[name] = {json.loads(line)["right"] for line in steps[name].path.read_text().splitlines()}
+    assert right == {"n-grams, of the half that steers": {1.0}, "the shorter answer": {0.0}}
+    assert harmlessness.refused([""] * 2, ["I'm sorry, no.", "Just take it."]) == [1.0, 0.0]
+
+
 @pytest.mark.slow
 def test_smoke_run_ends_with_a_report_and_does_nothing_twice(tmp_path):
     command = [sys.executable, "-W", "error::RuntimeWarning", FRONTIER / "run.py", "--size", "smoke"]
+    command += ["--only", "sentiment", "two_objectives", "harmlessness", "--hh-rlhf", write_dialogues(tmp_path)]
     command += ["--output", tmp_path]
     run_command(*command)
     report = (tmp_path / "RESULTS.md").read_text()
     assert report.startswith("**A smoke run")
     assert "nan" not in report
-    assert all(f"## {title}" in report for title in ("Sentiment", "Reward at matched divergence", "Two objectives"))
+    assert all(
+        f"## {title}" in report
+        for title in ("Sentiment", "Reward at matched divergence", "Two objectives", "Harmlessness", "Over-refusal")
+    )
     assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"sentiment.png", "two_objectives.png"}
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.jsonl")}
     assert len(kept) > 30

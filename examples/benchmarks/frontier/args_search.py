@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
+from hf_genarm.hub.cache import CACHE
+
 
 class ARGSLogitsProcessor(LogitsProcessor):
     r"""
@@ -52,7 +54,7 @@ class ARGSLogitsProcessor(LogitsProcessor):
             input_ids=torch.cat([input_ids, candidates], dim=1)[:, n_read:],
             attention_mask=sees[:, None, n_read:],
             position_ids=positions[:, n_read:],
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
         ).last_hidden_state
         self._cache.crop(-k)
         self._read = input_ids
