@@ -96,7 +96,7 @@ def test_the_command(folder, capsys):
     assert (again["alpha"], again["temperature"]) != (setting["alpha"], setting["temperature"])
     assert {path: path.stat().st_mtime_ns for path in (folder / "tuning" / "answers").iterdir()} == kept
     assert (folder / "arm" / "README.md").read_text().count("## Recommended setting") == 1
-    # Two of the three prompts, in their order, and answers at the setting that is now recommended
+    # Two of the three prompts, evenly, and answers at the setting that is now recommended
     widget, examples = ModelCard.load(folder / "arm" / "README.md").data.widget, again["measured"]["examples"]
     prompts = [json.loads(line)["prompt"] for line in Path("prompts.jsonl").read_text().splitlines()]
     assert [x["prompt"] for x in examples] == [x[-1]["content"] for x in prompts[:2]]

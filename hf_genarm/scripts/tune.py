@@ -94,7 +94,7 @@ class TuneArguments:
     max_prompts: int = field(default=64, metadata={"help": "Take the first different prompts only."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
     n_examples: int = field(
-        default=0, metadata={"help": "Answers at the recommended setting, to the first prompts, that the card shows."}
+        default=0, metadata={"help": "Answers at the recommended setting that the card shows, evenly from all prompts."}
     )
     batch_size: int = field(default=32, metadata={"help": "Answers that are written at once."})
     seed: int = field(default=0, metadata={"help": "Of the answers and of the intervals."})
@@ -174,7 +174,8 @@ def main(args: TuneArguments) -> None:
     if gain[0] <= 0:
         print("Nothing is recommended, as the base alone does as well. Raise `--max_kl`, or train on more pairs.")
         return
-    shown = zip(prompts[: args.n_examples], measured[index][0].texts, strict=False)
+    n_examples = min(args.n_examples, len(prompts))
+    shown = np.linspace(0, len(prompts), n_examples, endpoint=False, dtype=int)
     arm.info.recommended = asdict(settings[index]) | {
         "measured": {
             "scorer": scored_by,
@@ -184,7 +185,7 @@ def main(args: TuneArguments) -> None:
             "max_kl": args.max_kl,
             "seed": args.seed,
             "settings": rows,
-            "examples": [{"prompt": last_text(prompt), "answer": answer} for prompt, answer in shown],
+            "examples": [{"prompt": last_text(prompts[i]), "answer": measured[index][0].texts[i]} for i in shown],
         }
     }
     write(arm.info, args.arm, target, isinstance(arm.model, PeftModel))
