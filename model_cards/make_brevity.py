@@ -36,7 +36,8 @@ def main() -> None:
         shorter_is_chosen("train"),
         reference="base",
         beta=0.1,
-        num_train_epochs=3,
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
         objective="brevity",
         description=(
             "Answers of fewer words to questions about everyday things, whatever they say: not concision, which would "

@@ -106,7 +106,8 @@ def publish(
         plot(effects, control, folder / "reward_by_alpha.png")
 
     notes = (
-        f"The control, guidance at α = 1 with the untrained reward model, only sharpens the base: {interval(control)}, "
+        "The control, guidance at α = 1 with the untrained reward model and no reference, only sharpens the base: "
+        f"{interval(control)}, "
         f"at a KL per token of {interval(control_kl)}. The paired difference of α = 1 to the control is "
         f"{interval(effects[1.0] - control)}, and to the unguided base {interval(effects[1.0] - effects[0.0])}; "
         f"{len(prompts)} prompts."

@@ -7,6 +7,7 @@ Writes the tables of measured numbers in README.md and `docs/`, from the files t
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,19 +31,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def of_report(after: str) -> str:
-    """The first table after some words in the report on reward against divergence, which begins with sentiment."""
+def of_report(section: str, after: str) -> str:
+    """The first table after some words in a section of the report on reward against divergence."""
     text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
+    text = text[text.index(f"\n## {section}\n") :]
     text = text[text.index(after) :]
     return text[text.index("\n|") + 1 :].split("\n\n")[0]
 
 
-def matched_kl() -> str:
-    return of_report("### Reward at matched divergence")
+def matched_kl(section: str = "Sentiment") -> str:
+    return of_report(section, "### Reward at matched divergence")
 
 
-def differences() -> str:
-    return of_report("Differences, paired")
+def differences(section: str = "Sentiment") -> str:
+    return of_report(section, "Differences, paired")
 
 
 def runs(name: str) -> list[dict]:
@@ -187,11 +189,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_cost": decode_cost,
     "train_cost": train_cost,
     "differences": differences,
+    "differences_detox": partial(differences, "Detoxification"),
+    "differences_harmlessness": partial(differences, "Harmlessness"),
     "headline": headline,
+    "judges": partial(of_report, "Harmlessness", "### Judges"),
     "matched_kl": matched_kl,
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
+    "two_objectives": partial(of_report, "Two objectives", "Hypervolume"),
 }
 
 

@@ -39,6 +39,7 @@ def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
 
 def pareto(curves: Any, path: Path) -> None:
     """Reward over words, a point for each weighting."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axis = plt.subplots(figsize=(8, 5), dpi=140)
     for name, colour in zip(curves.runs, cycle(COLOURS), strict=False):
         words, reward = curves.mean(name, "words"), curves.mean(name, "reward")

@@ -49,7 +49,7 @@ def parts(dataset: str) -> Parts:
 
 def task(size: Size, bench: Bench, dataset: str) -> Task:
     """Of `dataset`, a Hub id or a file of pairs. No setting is chosen here: they are those of sentiment."""
-    size = replace(size, seeds=size.seeds[:2], n_best_of=size.n_best_of[:1])
+    size = replace(size, seeds=size.few_seeds, n_best_of=size.n_best_of[:1])
     half, other, test = parts(dataset)
     n_harmful = round(_SHARE_OF_HARM * size.n_test_prompts)
     firsts = [pair["prompt"][0]["content"] for pair in test if len(pair["prompt"]) == 1]

@@ -43,9 +43,8 @@ def test_steps(bench: Bench, task: Task) -> list[Step]:
             if name in final:
                 points = [Point(*point) for point in final[name]]
                 steps.append(guided_step(bench, task, "test", name, objective, reference, seed, points))
-        for objective in DPO:
-            points = [Point(1.0, temperature) for temperature in final["DPO"]]
-            steps.append(guided_step(bench, task, "test", objective, objective, "base", seed, points))
+        for objective in final["DPO"]:
+            steps.append(guided_step(bench, task, "test", objective, objective, "base", seed, [Point(1.0)]))
     # The slowest methods have fewer training runs.
     for seed in size.few_seeds:
         steps += [best_of_step(bench, task, "test", seed, samples, by) for by in final["best of n"]]

@@ -92,7 +92,7 @@ FINAL: dict[str, dict[str, Any]] = {
         "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
         "Eq. 5, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
         "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
-        "DPO": [1.0],
+        "DPO": ["dpo-0.03", "dpo-0.1", "dpo-0.3"],
         "best of n": ["reward model", "classifier"],
         "SMC": [0.5, 1.0],
         "base, sharpened": [0.7, 0.5, 0.3],
@@ -102,14 +102,14 @@ FINAL: dict[str, dict[str, Any]] = {
     "detox": {
         "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
         "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
-        "DPO": [1.0],
+        "DPO": ["dpo-0.03", "dpo-0.1", "dpo-0.3"],
         "best of n": ["reward model"],  # the classifier of whole answers reads chats
         "base, sharpened": [0.7, 0.5, 0.3],
     },
     "harmlessness": {
         "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],
         "DPO loss, ratio": [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0)],
-        "DPO": [1.0],
+        "DPO": [],  # its run at β = 0.1 is the ratio at α = 1
         "best of n": ["reward model"],
         "base, sharpened": [0.7, 0.5, 0.3],
     },
