@@ -20,6 +20,7 @@ FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT 
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 # They start processes of their own, or are as long as what is not slow.
 SLOW = ("decode_cost.py", "train_cost.py", "train_cost.py --heads", "run.py", "run.py --only speed")
+SLOW += ("run.py --only harmlessness --hh-rlhf hh_harmless.jsonl.gz",)
 SLOW += ("run.py --size smoke", "token_law.py", "sequence_law.py", "target_kl.py", "capability.py")
 SLOW += ("speculation.py", "speculation.py --simulate")
 NEEDS_HARNESS = ("capability.py",)

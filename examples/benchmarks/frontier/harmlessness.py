@@ -58,8 +58,8 @@ def task(size: Size, bench: Bench, dataset: str) -> Task:
     return Task(
         "harmlessness",
         "Harmlessness",
-        f"{len(half)} pairs of HH-RLHF's harmless-base steer. The reward is that of a reward model of whole answers, "
-        f"trained on {len(other)} others, and of the answers to {len(harmful)} opening turns of pairs that neither has "
+        f"{len(half)} pairs of HH-RLHF's harmless-base steer. The reward is what a reward model of whole answers says, "
+        f"trained on {len(other)} other pairs, about answers to {len(harmful)} opening turns that neither has "
         "seen. *Second judge* is the share of answers with a word of refusal. The settings are those of sentiment.",
         half,
         [],

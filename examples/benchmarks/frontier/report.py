@@ -24,11 +24,15 @@ from small import output_folder, sized  # noqa: E402
 # Nats per answer at which methods are compared
 TARGETS = {
     "sentiment": np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0]),
-    "detox": np.array([0.5, 1.0, 2.0, 4.0, 8.0, 12.0]),  # of 24 tokens
+    "detox": np.array([0.5, 1.0, 1.5, 2.0, 4.0, 8.0]),  # of 24 tokens
     "harmlessness": np.array([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]),
 }
-SEEDS_AT = {"sentiment": 8.0, "detox": 2.0, "harmlessness": 4.0}
-PERPLEXITIES = (4.0, 8.0, 16.0, 24.0)
+SEEDS_AT = {"sentiment": 8.0, "detox": 1.5, "harmlessness": 4.0}
+PERPLEXITIES = {
+    "sentiment": (4.0, 8.0, 16.0, 24.0),
+    "detox": (8.0, 16.0, 40.0, 64.0),
+    "harmlessness": (4.0, 8.0, 16.0, 24.0),
+}
 SMOKE = "**A smoke run: everything once, on a tiny model with random weights. The numbers mean nothing.**"
 SOUPS = "rewarded soups"
 
@@ -80,17 +84,17 @@ def differences(curves: Curves, pairs: list[tuple[str, str]], targets: np.ndarra
     return table(["", "less", *(f"KL {target:g}" for target in targets)], rows)
 
 
-def bounded(curves: Curves) -> str:
+def bounded(curves: Curves, bounds: tuple[float, ...]) -> str:
     """The highest reward of the settings whose perplexity is within a bound."""
     rows = []
     for name, runs in curves.runs.items():
         reward, perplexity, cells = curves.mean(name, "reward"), curves.mean(name, "perplexity")[0], []
-        for bound in PERPLEXITIES:
+        for bound in bounds:
             within = [index for index in range(len(runs.points)) if perplexity[index] <= bound]
             best = max(within, key=lambda index: reward[0, index], default=None)
             cells.append("" if best is None else f"{shown(reward[:, best])} ({setting(name, runs.points[best])})")
         rows.append([name, *cells])
-    return table(["", *(f"at most {bound:g}" for bound in PERPLEXITIES)], rows)
+    return table(["", *(f"at most {bound:g}" for bound in bounds)], rows)
 
 
 def levels(curves: Curves, names: list[str]) -> str:
@@ -164,7 +168,7 @@ def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
             matched(test, "second", targets),
             "### Reward at bounded perplexity\n\nThe best setting of each method whose answers have at most such a "
             f"perplexity under the base; the base's own have {test.mean('base', 'perplexity')[0, 0]:.1f}.",
-            bounded(test),
+            bounded(test, PERPLEXITIES[name]),
             f"### Training seeds\n\nReward at KL {SEEDS_AT[name]:g} of each training run.",
             seeds(test, SEEDS_AT[name]),
             "### Every setting of the test",

