@@ -151,9 +151,11 @@ def write_index(output: Path) -> None:
     ]
     for path in sorted(output.glob(f"*/{INFO_NAME}")):
         info, name = RewardInfo.load(path), path.parent.name
+        # A reward that was trained as a margin over the base is what was learned.
+        learned = "pair_accuracy" if info.reference else "contrast_accuracy"
         accuracies = [
             "{:.3f} [{:.3f}, {:.3f}]".format(*(info.metrics[metric + end] for end in ("", "_low", "_high")))
-            for metric in ("contrast_accuracy", "pair_accuracy")
+            for metric in (learned, "pair_accuracy")
         ]
         cells = [f"[{name}]({name}/README.md)", info.objective, info.base_model, info.n_pairs, *accuracies]
         cells.append(f"{info.metrics['shorter_accuracy']:.3f}")

@@ -76,14 +76,14 @@ def write(task: Task, steps: list[Step], path: Path) -> None:
         "machine": machine(),
         "versions": package_versions(),
     }
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
-        file.write(json.dumps(about, ensure_ascii=False).encode() + b"\n")
-        for step in steps:
-            rows = [json.loads(line) for line in step.path.read_text(encoding="utf-8").splitlines()]
-            scores = {} if step.about["split"] == "pairs" else judged(task, step.about["split"], rows)
-            for index, row in enumerate(rows):
-                row |= step.about | {name: values[index] for name, values in scores.items()}
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    lines = [about]
+    for step in steps:
+        rows = [json.loads(line) for line in step.path.read_text(encoding="utf-8").splitlines()]
+        scores = {} if step.about["split"] == "pairs" else judged(task, step.about["split"], rows)
+        for index, row in enumerate(rows):
+            lines.append(row | step.about | {name: values[index] for name, values in scores.items()})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def judged(task: Task, split: str, rows: list[dict]) -> dict[str, list[float]]:
