@@ -43,6 +43,14 @@ def matched_kl(section: str = "Sentiment") -> str:
     return of_report(section, "### Reward at matched divergence")
 
 
+def at_same_kl(section: str, kl: float) -> str:
+    head, _, *rows = [line.strip("| ").split(" | ") for line in matched_kl(section).splitlines()]
+    # The head has no name for the names of methods.
+    values = {row[0]: row[head.index(f"KL {kl:g}") + 1] for row in rows}
+    ours, dpo, eq7 = (values[name] for name in AT_SAME_KL)
+    return f"one adapter, by its strength {ours}; DPO, trained for it {dpo}; Eq. 7 {eq7}"
+
+
 def differences(section: str = "Sentiment") -> str:
     return of_report(section, "Differences, paired")
 
@@ -94,19 +102,19 @@ def headline() -> str:
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
     cost = next(x for run in runs("decode_cost") for x in run["results"] if x["batch_size"] == x["adapters"] == 1)
     train = runs("train_cost")[0]["results"][0]
-    head, _, *matched = [line.strip("| ").split(" | ") for line in matched_kl().splitlines()]
-    # The head has no name for the names of methods.
-    at_8 = {row[0]: row[head.index("KL 8") + 1] for row in matched}
-    ours, dpo, eq7 = (at_8[name] for name in AT_SAME_KL)
     make = f"`python model_cards/make_sentiment.py` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
         ["", "", "command"],
         [
             [
                 "reward (sentiment) at the same KL from the base, 8 nats per answer",
-                f"one adapter, by its strength {ours}; DPO, trained for it {dpo}; Eq. 7 {eq7} "
-                "([results](docs/results.md))",
+                f"{at_same_kl('Sentiment', 8)} ([results](docs/results.md))",
                 "`python examples/benchmarks/frontier/run.py`",
+            ],
+            [
+                "detoxification (probability of no toxicity) at the same KL, 1.5 nats",
+                f"{at_same_kl('Detoxification', 1.5)} ([results](docs/results.md#detoxification))",
+                "the same, `--only detox`",
             ],
             [
                 "sentiment (VADER, −1 to 1) of answers on topics that the reward model never saw",
