@@ -12,5 +12,13 @@ def _vader() -> SentimentIntensityAnalyzer:
 
 def sentiment(prompts: list, completions: list, **_) -> list[float]:
     """From -1 to 1, by the words of the lexicon VADER."""
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [_vader().polarity_scores(text)["compound"] for text in texts]
+    return [_vader().polarity_scores(text)["compound"] for text in map(text_of, completions)]
+
+
+def brevity(prompts: list, completions: list, **_) -> list[float]:
+    """The number of words, negative, as fewer are better."""
+    return [-float(len(text.split())) for text in map(text_of, completions)]
+
+
+def text_of(completion: str | list[dict[str, str]]) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]

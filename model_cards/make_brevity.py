@@ -35,7 +35,7 @@ def main() -> None:
         NAME,
         shorter_is_chosen("train"),
         reference="base",
-        beta=0.5,  # a smaller one makes it so strong that answers of three words are left at α = 0.5
+        beta=0.1,
         num_train_epochs=2,
         per_device_train_batch_size=4,
         objective="brevity",
@@ -56,6 +56,7 @@ def main() -> None:
         license="apache-2.0",
         options=[],
         max_new_tokens=sized(64, 4),
+        alphas=(0.05, 0.1, 0.2),  # beyond, answers of three words are left
     )
 
 

@@ -71,13 +71,15 @@ def publish(
     license: str,
     options: list[str],
     max_new_tokens: int = 48,
+    alphas: tuple[float, ...] = ALPHAS,
     plot: Callable[[dict[float, np.ndarray], np.ndarray, Path], None] | None = None,
     quote: bool = True,
 ) -> None:
     """
     Measures the reward model, writes the folder `name` in `output`, and brings the index there up to date.
 
-    `options` are those of the command line that the result depends on; the card repeats the command.
+    `options` are those of the command line that the result depends on; the card repeats the command. Of the strengths
+    `alphas`, the one in the middle is compared with the control and shown.
     """
     trainer.evaluate(held_out)
     info, folder = trainer.reward_info, output / name
@@ -96,7 +98,7 @@ def publish(
     processor = GenARMLogitsProcessor.from_pretrained(str(folder), base_model=model)
     steer = MeasuredSteering(model, trainer.processing_class, prompts, max_new_tokens, SEED)
     texts, effects, kls = {}, {}, {}
-    for alpha in tqdm((0.0, *ALPHAS), desc="Steering"):
+    for alpha in tqdm((0.0, *alphas), desc="Steering"):
         processor.alpha = alpha
         texts[alpha], kls[alpha] = steer(processor)
         effects[alpha] = np.array([score(text) for text in texts[alpha]])
@@ -105,21 +107,22 @@ def publish(
     if plot is not None:
         plot(effects, control, folder / "reward_by_alpha.png")
 
+    middle = alphas[len(alphas) // 2]
     notes = (
         "The control, guidance at α = 1 with the untrained reward model and no reference, only sharpens the base: "
-        f"{interval(control)}, "
-        f"at a KL per token of {interval(control_kl)}. The paired difference of α = 1 to the control is "
-        f"{interval(effects[1.0] - control)}, and to the unguided base {interval(effects[1.0] - effects[0.0])}; "
+        f"{interval(control)}, at a KL per token of {interval(control_kl)}. The paired difference of α = {middle:g} to "
+        f"the control is {interval(effects[middle] - control)}, and to the unguided base "
+        f"{interval(effects[middle] - effects[0.0])}; "
         f"{len(prompts)} prompts."
     )
     if plot is not None:
         notes += "\n\n![The effect against α](reward_by_alpha.png)"
     if quote:
-        # The program picks the answer that guidance at α = 1 changed most.
-        shown = int(np.abs(effects[1.0] - effects[0.0]).argmax())
-        before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[1.0]))
+        # The program picks the answer that guidance changed most.
+        shown = int(np.abs(effects[middle] - effects[0.0]).argmax())
+        before, after = (" ".join(text[shown].split()) for text in (texts[0.0], texts[middle]))
         notes += "\n\nThe prompt whose answer changed most:\n\n"
-        notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = 1: {after}"
+        notes += f"> {prompts[shown]}\n>\n> unguided: {before}\n>\n> α = {middle:g}: {after}"
     card = reward_model_card(
         info,
         name,
@@ -129,7 +132,7 @@ def publish(
         language="en",
         effect_name=effect_name,
         unguided=interval(effects[0.0]),
-        steered=[Steered(alpha, interval(effects[alpha]), interval(kls[alpha])) for alpha in ALPHAS],
+        steered=[Steered(alpha, interval(effects[alpha]), interval(kls[alpha])) for alpha in alphas],
         notes=notes,
         command=shlex.join(["python", f"model_cards/{Path(sys.argv[0]).name}", *options]),
     )
