@@ -10,6 +10,8 @@ import pytest
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
+from hf_genarm import RewardInfo
+
 CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = sorted(path.parent.name for path in CARDS.glob("*/genarm_config.json"))
 
@@ -31,12 +33,12 @@ def upload(server, home: Path, *arguments: str, token: str | None = TOKEN) -> su
 @pytest.mark.parametrize("name", NAMES)
 def test_the_metadata_of_a_card_is_what_the_hub_reads(name):
     data = ModelCard.load(CARDS / name / "README.md").data
-    info = json.loads((CARDS / name / "genarm_config.json").read_text())
-    metrics = info["metrics"]
+    info = RewardInfo.load(CARDS / name / "genarm_config.json")
+    metrics = info.metrics
     assert data.model_name == name
     first, *others = data.eval_results
     # What was learned leads; a reward that was trained as a margin over the base is that.
-    learned = {"pair_accuracy"} if info.get("reference") else {"contrast_accuracy"}
+    learned = {"pair_accuracy"} if info.reference else {"contrast_accuracy"}
     assert {first.metric_type} == learned
     assert [round(metrics[x.metric_type], 4) for x in data.eval_results] == [x.metric_value for x in data.eval_results]
     assert {x.metric_type for x in others} == {"pair_accuracy", "shorter_accuracy"} - learned
