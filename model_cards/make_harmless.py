@@ -11,6 +11,7 @@ repository; the card quotes none of it.
 import re
 import sys
 
+from datasets import Dataset
 from publish import argument_parser, publish, train_adapter
 from small import sized
 
@@ -22,15 +23,24 @@ N_HELD_OUT, N_PROMPTS = 400, 72
 REFUSAL = re.compile(r"\b(sorry|can't|cannot|can not|won't|unable|not able|illegal|not appropriate|shouldn't)\b", re.I)
 
 
+def usual_split(dataset: str) -> str:
+    return "test" if dataset == HUB_ID else "train"
+
+
+def dialogues(dataset: str, split: str | None = None) -> Dataset:
+    """The pairs of a Hub id or a file; of HH-RLHF, those of harmless-base."""
+    data_dir = "harmless-base" if dataset == HUB_ID else None
+    return load_pairs(PairArguments(dataset, dataset_data_dir=data_dir), split or usual_split(dataset))
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--dataset", default=HUB_ID, help="Hub id, or a file with `chosen` and `rejected`")
     parser.add_argument("--split", help=f"default: test for {HUB_ID}, and train, which is all of a file, for others")
     args = parser.parse_args()
-    is_hh = args.dataset == HUB_ID
-    split = args.split or ("test" if is_hh else "train")
+    split = args.split or usual_split(args.dataset)
     try:
-        pairs = load_pairs(PairArguments(args.dataset, dataset_data_dir="harmless-base" if is_hh else None), split)
+        pairs = dialogues(args.dataset, split)
     except ValueError as error:
         sys.exit(f"make_harmless: {error}")
     training_pairs, held_out = hold_out(pairs, sized(N_HELD_OUT, 4))

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from bench import Bench, Step, Task
 from datasets import Dataset
-from make_harmless import HUB_ID, REFUSAL
+from make_harmless import REFUSAL, dialogues
 from methods import arm, scorer, trajectory_rm
+from scorers import text_of
 from sentiment import test_prompts
 from settings import MARGIN, Size
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -23,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from small import sized
 from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
 
-from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
+from hf_genarm.scripts.pairs import hold_out
 
 N_TEST_PAIRS, N_HALF = 236, 440
 _SHARE_OF_HARM = 2 / 3  # of the prompts; the others are questions about everyday things
@@ -39,10 +40,7 @@ class Parts(NamedTuple):
 
 @cache
 def parts(dataset: str) -> Parts:
-    is_hub = dataset == HUB_ID
-    data_dir = "harmless-base" if is_hub else None
-    pairs = load_pairs(PairArguments(dataset, dataset_data_dir=data_dir), "test" if is_hub else "train")
-    rest, test = hold_out(pairs, sized(N_TEST_PAIRS, 8))
+    rest, test = hold_out(dialogues(dataset), sized(N_TEST_PAIRS, 8))
     halves = hold_out(rest, 0.5)
     return Parts(*(half.select(range(min(len(half), sized(N_HALF, 4)))) for half in halves), test)
 
@@ -130,7 +128,3 @@ def n_grams(pairs: Dataset) -> Callable[[list, list], Iterable[float]]:
         return model.decision_function([text_of(answer) for answer in answers])
 
     return score
-
-
-def text_of(answer: list[dict[str, str]]) -> str:
-    return " ".join(message["content"] for message in answer)

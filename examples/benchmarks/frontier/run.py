@@ -31,6 +31,7 @@ import two_objectives
 import weak_to_strong
 from bench import Bench, Step, Task
 from datasets import disable_progress_bars
+from make_harmless import HUB_ID
 from measuring import machine
 from plan import dev_steps, test_steps
 from settings import SIZES, Size
@@ -96,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default=sized("laptop", "smoke"))
     parser.add_argument("--only", nargs="+", choices=report.SECTIONS, default=["sentiment", "two_objectives"])
-    parser.add_argument("--hh-rlhf", default=harmlessness.HUB_ID, help="Hub id, or a file of HH-RLHF's pairs")
+    parser.add_argument("--hh-rlhf", default=HUB_ID, help="Hub id, or a file of HH-RLHF's pairs")
     parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"])
     parser.add_argument("--output", type=output_folder, help="folder of all that is kept (outputs/frontier/SIZE)")
     args = parser.parse_args()
