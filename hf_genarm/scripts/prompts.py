@@ -101,6 +101,11 @@ def left_padded(tokenizer: Any, ids: Sequence[list[int]], device: torch.device) 
     }
 
 
+def last_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as text: that of its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def completion_of(prompt: str | list[dict[str, str]], text: str) -> str | list[dict[str, str]]:
     """An answer in the form of its prompt, so that the two are a prompt-completion dataset of TRL."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

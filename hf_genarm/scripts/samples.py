@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..decoding.processor import GenARMLogitsProcessor
 from ..hub.sharing import without_adapter
-from .prompts import left_padded, token_ids
+from .prompts import last_text, left_padded, token_ids
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +87,7 @@ class SamplesCallback(TrainerCallback):
                 network.generate(**inputs, logits_processor=processors, **options)[0, inputs["input_ids"].shape[1] :]
                 for processors in ([], [processor])
             ]
-            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            question = last_text(prompt)
             self.rows.append((step, question, *(tokenizer.decode(x, skip_special_tokens=True) for x in answers)))
 
     def _log(self, report_to: list[str], table: pd.DataFrame, step: int) -> None:

@@ -45,7 +45,7 @@ from .judge import Judge
 from .output import make_output_dir
 from .pairs import load_prompts
 from .plots import plot_settings
-from .prompts import completion_of
+from .prompts import completion_of, last_text
 from .sweep import Answers, Setting, Sweep, base_id, fingerprint
 
 Scorer = Callable[..., Sequence[float]]
@@ -258,11 +258,6 @@ def make_processor(
         tokenizer=tokenizer,
         reward_tokenizer=to_align,
     )
-
-
-def last_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as text: that of its last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.ndarray:
