@@ -1,4 +1,4 @@
-"""What the scripts beside it share: measuring a trained reward model, and writing its folder and the index."""
+"""What the scripts beside it share: measuring a trained reward model, writing its folder and the index, and tuning."""
 
 import argparse
 import shlex
@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path[:0] = [str(HERE.parent / "examples"), str(HERE.parent)]
 
-from quickstart import ALPHAS, Steering, bootstrap, train  # noqa: E402
+from quickstart import ALPHAS, DATA, Steering, bootstrap, train  # noqa: E402
 from small import output_folder, sized  # noqa: E402
 
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
@@ -24,6 +24,7 @@ from hf_genarm.decoding.meter import Meter, answer_lengths  # noqa: E402
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model  # noqa: E402
 from hf_genarm.hub.card import Steered, reward_model_card  # noqa: E402
 from hf_genarm.hub.info import INFO_NAME, RewardInfo  # noqa: E402
+from hf_genarm.scripts import tune  # noqa: E402
 
 SEED = 0
 
@@ -139,6 +140,20 @@ def publish(
     card.save(folder / "README.md")
     write_index(output)
     print(card.content)
+
+
+def recommend(folder: Path, **arguments) -> None:
+    """Has a published reward model recommend a setting, found by `hf-genarm tune` on prompts of no pair or result."""
+    settings = {
+        "base": demo_model(),
+        "prompts": str(DATA / "dev.jsonl"),
+        "max_prompts": sized(24, 2),
+        "max_new_tokens": sized(64, 4),
+        "n_examples": 3,
+        "output_dir": str(HERE.parent / "outputs" / folder.name / "tuning"),
+        **arguments,
+    }
+    tune.main(tune.TuneArguments(arm=str(folder), **settings))
 
 
 def write_index(output: Path) -> None:

@@ -22,15 +22,21 @@ def trajectory_rewards(
     batch_size: int = 32,
 ) -> np.ndarray:
     """The reward of each answer, both messages or texts, in the chat format of the training pairs; `(n_answers,)`."""
-    rewards = []
-    for start in range(0, len(prompts), batch_size):
-        batch = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
-        chats = [[*as_messages(prompt, "user"), *as_messages(answer, "assistant")] for prompt, answer in batch]
+    pairs = zip(prompts, answers, strict=True)
+    chats = [[*as_messages(prompt, "user"), *as_messages(answer, "assistant")] for prompt, answer in pairs]
+    order = sorted(range(len(chats)), key=lambda row: sum(len(turn["content"]) for turn in chats[row]))
+    rewards = torch.empty(len(chats))
+    for start in range(0, len(order), batch_size):  # of similar lengths
+        rows = order[start : start + batch_size]
         inputs = tokenizer.apply_chat_template(
-            chats, return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "right"}
+            [chats[row] for row in rows],
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+            tokenizer_kwargs={"padding_side": "right"},
         )
-        rewards.append(model(**inputs).logits[:, 0])
-    return torch.cat(rewards).numpy()
+        rewards[rows] = model(**inputs).logits[:, 0]
+    return rewards.numpy()
 
 
 def as_messages(turns: str | list[dict[str, str]], role: str) -> list[dict[str, str]]:
