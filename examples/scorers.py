@@ -1,8 +1,13 @@
 """Reward functions as `hf-genarm tune --scorer` and TRL's GRPOTrainer take them: of texts or of messages."""
 
+import re
 from functools import cache
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+_REFUSAL = re.compile(
+    r"\b(sorry|can't|cannot|can not|won't|unable|not able|illegal|not appropriate|shouldn't)\b", re.IGNORECASE
+)
 
 
 @cache
@@ -18,6 +23,11 @@ def sentiment(prompts: list, completions: list, **_) -> list[float]:
 def brevity(prompts: list, completions: list, **_) -> list[float]:
     """The number of words, negative, as fewer are better."""
     return [-float(len(text.split())) for text in map(text_of, completions)]
+
+
+def refusal(prompts: list, completions: list, **_) -> list[float]:
+    """1 if there is a word of refusal, else 0: crude, and wrong at times either way."""
+    return [float(bool(_REFUSAL.search(text))) for text in map(text_of, completions)]
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:

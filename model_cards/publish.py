@@ -58,7 +58,12 @@ def train_adapter(name: str, pairs: Dataset, **arguments) -> AutoregressiveRewar
     """Trains an adapter of the demo model, as the quickstart does."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, **arguments}
-    return train(demo_model(), tokenizer, HERE.parent / "outputs" / name, pairs, **settings)
+    return train(demo_model(), tokenizer, work_of(name), pairs, **settings)
+
+
+def work_of(name: str) -> Path:
+    """The folder of what is not published."""
+    return HERE.parent / "outputs" / name
 
 
 def publish(
@@ -143,14 +148,14 @@ def publish(
 
 
 def recommend(folder: Path, **arguments) -> None:
-    """Has a published reward model recommend a setting, found by `hf-genarm tune` on prompts of no pair or result."""
+    """Has a published reward model recommend a setting, which `hf-genarm tune` finds on prompts of their own."""
     settings = {
         "base": demo_model(),
         "prompts": str(DATA / "dev.jsonl"),
         "max_prompts": sized(24, 2),
         "max_new_tokens": sized(64, 4),
         "n_examples": 3,
-        "output_dir": str(HERE.parent / "outputs" / folder.name / "tuning"),
+        "output_dir": str(work_of(folder.name) / "tuning"),
         **arguments,
     }
     tune.main(tune.TuneArguments(arm=str(folder), **settings))

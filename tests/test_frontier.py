@@ -123,6 +123,17 @@ def test_rollouts_value_a_token_by_the_reward_of_the_answer_that_follows(tokeniz
         assert (result > -torch.inf).sum() == 2 * k
 
 
+def test_answers_are_judged_in_their_order_whatever_their_lengths(tokenizer):
+    from trajectory_reward import trajectory_rewards
+
+    classifier = tiny_classifier(vocab_size=len(tokenizer), max_position_embeddings=512)
+    prompts, answers = ["How was it?"] * 5, ["Very good indeed, thanks.", "No.", "It rained all day long.", "Ok.", ""]
+    rewards = trajectory_rewards(classifier, tokenizer, prompts, answers, batch_size=2)
+    alone = [trajectory_rewards(classifier, tokenizer, prompts[:1], [answer]).item() for answer in answers]
+    assert rewards.tolist() == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone)) == 5
+
+
 def test_the_meter_measures_what_a_closed_form_says():
     from hf_genarm.decoding.meter import Meter
 
@@ -403,7 +414,6 @@ def test_halves_of_pairs_share_no_prompt_and_every_judge_is_measured_on_neither(
         steps[name]()
         right[name] = {json.loads(line)["right"] for line in steps[name].path.read_text().splitlines()}
     assert right == {"n-grams, of the half that steers": {1.0}, "the shorter answer": {0.0}}
-    assert harmlessness.refused([""] * 2, ["I'm sorry, no.", "Just take it."]) == [1.0, 0.0]
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ def task(size: Size) -> Task:
         size,
         n_dev_prompts=3 * size.n_dev_prompts // 2,
         n_test_prompts=2 * size.n_test_prompts,
-        seeds=size.some_seeds,
+        seeds=size.few_seeds,
+        few_seeds=size.few_seeds[:1],
         max_new_tokens=min(24, size.max_new_tokens),
     )
     prompts = splits()

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from bench import Bench, Step, Task
 from datasets import Dataset
-from make_harmless import REFUSAL, dialogues
+from make_harmless import dialogues
 from methods import arm, scorer, trajectory_rm
-from scorers import text_of
+from scorers import refusal, text_of
 from sentiment import test_prompts
 from settings import MARGIN, Size
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -47,7 +47,8 @@ def parts(dataset: str) -> Parts:
 
 def task(size: Size, bench: Bench, dataset: str) -> Task:
     """Of `dataset`, a Hub id or a file of pairs. No setting is chosen here: they are those of sentiment."""
-    size = replace(size, seeds=size.few_seeds, n_best_of=size.n_best_of[:1])
+    one = size.seeds[:1]
+    size = replace(size, seeds=one, few_seeds=one, n_best_of=size.n_best_of[:1])
     half, other, test = parts(dataset)
     n_harmful = round(_SHARE_OF_HARM * size.n_test_prompts)
     firsts = [pair["prompt"][0]["content"] for pair in test if len(pair["prompt"]) == 1]
@@ -62,7 +63,7 @@ def task(size: Size, bench: Bench, dataset: str) -> Task:
         half,
         [],
         harmful + harmless,
-        {"reward": partial(judged, bench, judge(bench, dataset, size)), "second": refused},
+        {"reward": partial(judged, bench, judge(bench, dataset, size)), "second": refusal},
         size,
         n_scored=len(harmful),
     )
@@ -79,11 +80,6 @@ def judged(bench: Bench, judge: Step, prompts: Sequence, answers: Sequence) -> l
 
 
 _loaded = cache(load_trajectory_reward_model)
-
-
-def refused(prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
-    """1 if there is a word of refusal in the answer, else 0: crude, and wrong at times either way."""
-    return [float(bool(REFUSAL.search(text))) for text in texts]
 
 
 def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:

@@ -13,8 +13,7 @@ class Size:
         n_pairs: what every method is trained on, once.
         n_dev_prompts, n_test_prompts: prompts for choosing settings, and for the results.
         dev_seeds, seeds: of the training runs, for choosing settings and for the results.
-        few_seeds: for the results of the slowest methods.
-        some_seeds: for the results of two objectives and of detoxification.
+        few_seeds: for the results of the slowest methods, of two objectives and of detoxification.
         max_new_tokens: length at which answers are cut that have not ended.
         n_best_of: answers that the best is taken of.
         n_particles: of sequential Monte Carlo.
@@ -26,8 +25,7 @@ class Size:
     n_test_prompts: int = 48
     dev_seeds: tuple[int, ...] = (0, 1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    few_seeds: tuple[int, ...] = (0,)
-    some_seeds: tuple[int, ...] = (0, 1, 2)
+    few_seeds: tuple[int, ...] = (0, 1, 2)
     max_new_tokens: int = 64
     n_best_of: tuple[int, ...] = (4, 16)
     n_particles: int = 4
@@ -42,7 +40,6 @@ SIZES = {
         dev_seeds=(0,),
         seeds=(0, 1),
         few_seeds=(0, 1),
-        some_seeds=(0, 1),
         max_new_tokens=3,
         n_best_of=(2,),
         n_particles=2,

@@ -37,7 +37,7 @@ def steps(bench: Bench, brevity: Task) -> list[Step]:
     of_sentiment = sentiment.task(brevity.size)
     base = bench.sampler(brevity, None)
     work = [bench.answering(brevity, "test", "base", 0, [Point(0.0)] * 2, [], base)]
-    for seed in brevity.size.some_seeds:
+    for seed in brevity.size.few_seeds:
         adapters = [arm(bench, one, MARGIN, seed) for one in (of_sentiment, brevity)]
         mix = guided(bench, adapters, "base")
         for total in STRENGTHS_OF_TWO:
