@@ -174,7 +174,8 @@ def main() -> None:
         )
         print(f"The adapter is in {trainer.args.output_dir}")
         processor = GenARMLogitsProcessor(trainer.model, base_model=model)
-    # The untrained reward model is the base itself: what it does is sharpen, and sharpening alone may raise a score.
+    # The untrained reward model is the base itself: without a reference, what it does is sharpen, by a temperature of
+    # 1 / (1 + strength), and sharpening alone may raise a score.
     (strength,) = processor.alpha  # the one that the reward model recommends, or 1
     control = GenARMLogitsProcessor(model, alpha=strength, base_model=model)
 

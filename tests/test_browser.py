@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_genarm import demo
+from hf_genarm import RewardInfo, demo
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
@@ -224,7 +224,9 @@ def test_two_visitors_at_once(open_page):
     for page in pages:
         wait_for(lambda: "processor.alpha" in page.text("#code"))  # noqa: B023
     strengths = [re.search(r"processor.alpha = (\[.*?\])", page.text("#code")).group(1) for page in pages]
-    assert strengths == ["[-3.0, 0.0, 0.0]", "[1.0, -3.0, 0.0]"]
+    recommended = RewardInfo.load(ROOT / "model_cards" / "arm-smollm2-135m-sentiment").recommended
+    assert strengths == ["[-3.0, 0.0, 0.0]", f"[{recommended['alpha']}, -3.0, 0.0]"]
+    assert all(f'reference="{recommended["reference"]}"' in page.text("#code") for page in pages)
     assert pages[0].answers()[0] == pages[1].answers()[0]  # the same seed
     assert pages[0].answers()[1] != pages[1].answers()[1]
 

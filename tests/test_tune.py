@@ -293,7 +293,7 @@ def test_the_section_of_a_card():
     assert again == once.replace("Strength 0.6", "Strength 0.5")
     assert with_recommendation("# mine\n", section).count("Recommended setting") == 1
     # What the range of a card says is no longer true.
-    ranged = card + "\nRecommended: α from 0.5 to 2.0, the range that was measured.\n"
+    ranged = card + "\nNo setting is recommended: α from 0.5 to 2.0 was measured.\n"
     assert "α from" not in with_recommendation(ranged, section)
     assert recommendation(RewardInfo()) == ""
 

@@ -16,7 +16,7 @@ class GuidedTokens(Drawing, dict):
     What guidance did to each token: a plain `dict` of columns, for a `pandas.DataFrame`, that draws itself.
 
     It is coloured by `change`, $\log\pi - \log\pi_\text{base}$ of the token that was taken: blue was made likelier,
-    orange less likely. [`GuidedTokens.by`] colours it by a column.
+    orange less likely. `by` colours it by a column.
 
     Args:
         columns (`dict[str, list]`):
@@ -60,7 +60,7 @@ class GuidedTokens(Drawing, dict):
         return Picture([TokenText(tokens, name_of(measure), titles[index]) for index, tokens in texts.items()])
 
     def tokens(self, measure: str = "change") -> dict[tuple[int, int], Token]:
-        """The tokens of the picture that [`GuidedTokens.by`] draws, by sequence and position."""
+        """The tokens of the picture that `by` draws, by sequence and position."""
         if measure == "change":
             values = [x - y for x, y in zip(self["guided_log_prob"], self["base_log_prob"], strict=True)]
         elif measure in self:

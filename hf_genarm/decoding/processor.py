@@ -44,11 +44,11 @@ class GenARMLogitsProcessor(GuidanceSettings):
         reward_model ([`AutoregressiveRewardModel`], [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or a list):
             One or several decoder-only language models with the tokenizer of the base model.
         alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*, defaults to 1.0):
-            Strength of the guidance, $1/\beta$ in the paper; one for all rewards, or one for each. A tensor of shape
-            `(n_requests, n_rewards)` has a row for each request of a batch; a callable gives any of these for a step,
-            the number of tokens that the `generate` call has added. At 0 a reward model is not run, and with all at 0
-            `generate` returns exactly what it does without the processor; negative values steer away. Can be set at any
-            time: `processor.alpha = 0.5`.
+            Strength of the guidance, $\beta_r/\beta$ for a KL temperature $\beta$; one for all rewards, or one for
+            each. A tensor of shape `(n_requests, n_rewards)` has a row for each request of a batch; a callable gives
+            any of these for a step, the number of tokens that the `generate` call has added. At 0 a reward model is not
+            run, and with all at 0 `generate` returns exactly what it does without the processor; negative values steer
+            away. Can be set at any time: `processor.alpha = 0.5`.
         target_kl (`float`, *optional*):
             Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then says
             how strong the rewards are relative to each other. It can't be held where a reward model agrees with the

@@ -83,7 +83,7 @@ def shown_on_the_hub(info: RewardInfo) -> list[dict[str, Any]] | None:
 
 def with_recommendation(card: str, section: str) -> str:
     """A card with the section in place of an earlier one or of the range that was measured, after its quick start."""
-    card = re.sub(r"\nRecommended: α from .*\n", "", card)
+    card = re.sub(r"\nNo setting is recommended: .*\n", "", card)
     if _BEGIN in card and _END in card:
         before, rest = card.split(_BEGIN, 1)
         return before + section.rstrip("\n") + rest.split(_END, 1)[1]

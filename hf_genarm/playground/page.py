@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ..decoding.guided_tokens import GuidedTokens, name_of
+from ..decoding.recommended import recommended_alpha, wanted_reference
 from ..viewing.html import to_html
 from ..viewing.tokens import Token, TokenText, token_texts, visible
 from .answers import Answer, Frame, Settings
@@ -61,10 +62,13 @@ def build_page(models: Models) -> gr.Blocks:
     titles = [title_of(name, models.reward_model(name)) for name in models.adapters]
     measures = [("what guidance changed", "change"), ("divergence", "kl")]
     measures += [(f"reward: {title}", f"reward_log_prob_{index}") for index, title in enumerate(titles)]
+    # The first reward model is on, as it recommends.
+    infos = [models.reward_model(name).info for name in models.adapters]
+    first_strengths = [*recommended_alpha(infos[:1]), *[0.0] * len(infos[1:])]
+    first_reference = wanted_reference(infos[:1], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
-        strengths = {name: float(index == 0) for index, name in enumerate(models.adapters)}
-        return Visitor(Settings(strengths))
+        return Visitor(Settings(dict(zip(models.adapters, first_strengths, strict=True))))
 
     def answer(
         visitor: Visitor, prompt: str, seed: float, n_tokens: float, reference: str, measure: str, *live: float
@@ -145,10 +149,10 @@ def build_page(models: Models) -> gr.Blocks:
                 numbers = gr.HTML(elem_id="facts")
             with gr.Column(scale=2, min_width=300):
                 strengths = [
-                    gr.Slider(-3, 3, float(index == 0), step=0.1, label=title, elem_id=f"strength-{index}")
+                    gr.Slider(-3, 3, first_strengths[index], step=0.05, label=title, elem_id=f"strength-{index}")
                     for index, title in enumerate(titles)
                 ]
-                own = gr.Slider(-3, 3, 0.0, step=0.1, visible=False, elem_id="strength-own")
+                own = gr.Slider(-3, 3, 0.0, step=0.05, visible=False, elem_id="strength-own")
                 temperature = gr.Slider(0.1, 1.5, 1.0, step=0.1, label="temperature", elem_id="temperature")
                 target_kl = gr.Slider(
                     0, 2, 0.0, step=0.05, label="target KL", info="nats per token; 0: strengths act as they are"
@@ -160,7 +164,7 @@ def build_page(models: Models) -> gr.Blocks:
                     n_tokens = gr.Slider(8, MAX_NEW_TOKENS, 64, step=8, label="tokens", min_width=160, elem_id="tokens")
                 reference = gr.Radio(
                     [("as it is", "none"), ("less the base’s", "base")],
-                    value="none",
+                    value=first_reference,
                     label="reward",
                     info="acts from the next answer on",
                 )
