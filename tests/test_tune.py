@@ -34,6 +34,9 @@ def rising(prompts, completions, **_):
 def worse(prompts, completions, **_):
     worse.n = getattr(worse, "n", 0) + 1
     return [-worse.n] * len(completions)
+def unclear(prompts, completions, **_):
+    unclear.n = getattr(unclear, "n", 0) + 1
+    return [3.0, -1.0, -1.0] if unclear.n > 1 else [0.0] * 3
 def few(prompts, completions, **_):
     return [1.0]
 not_a_function = 5
@@ -216,7 +219,11 @@ def test_wrong_calls(folder, monkeypatch, capfd, call, code, line):
 
 @pytest.mark.parametrize(
     ("scorer", "line"),
-    [("few", "gave .* for 3 answers, but must give a finite number for each"), ("worse", "Nothing is recommended")],
+    [
+        ("few", "gave .* for 3 answers, but must give a finite number for each"),
+        ("worse", "Nothing is recommended"),
+        ("unclear", "Nothing is recommended"),  # +0.33 [-1, 3]
+    ],
 )
 def test_what_is_known_late_changes_nothing(folder, capfd, scorer, line):
     assert tune("--scorer", f"my_scorer:{scorer}", "--reference", "none") == (scorer == "few")
@@ -225,7 +232,7 @@ def test_what_is_known_late_changes_nothing(folder, capfd, scorer, line):
     assert re.search(line, said), said
     assert RewardInfo.load("arm/genarm_config.json").recommended is None
     assert "Recommended setting" not in (folder / "arm" / "README.md").read_text()
-    assert (folder / "tuning" / "tuning.png").exists() == (scorer == "worse")
+    assert (folder / "tuning" / "tuning.png").exists() == (scorer != "few")
 
 
 # --- what is recommended is taken, and told ---

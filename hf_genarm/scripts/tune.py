@@ -5,8 +5,9 @@ Finds out how to steer with a reward model: strength, reference and temperature,
 
 Samples one answer to each prompt at each setting, measures reward, divergence from the base and perplexity under the
 base, and recommends the setting with the highest mean reward whose mean divergence is at most `--max_kl` nats per
-answer. The setting and what was measured are written into `genarm_config.json` and the card of `--arm`, if that is a
-folder, or else into `--output_dir`. What was sampled is kept there, and not sampled again.
+answer, if that is above the reward of the base alone. The setting and what was measured are written into
+`genarm_config.json` and the card of `--arm`, if that is a folder, or else into `--output_dir`. What was sampled is kept
+there, and not sampled again.
 """
 
 import importlib
@@ -171,8 +172,11 @@ def main(args: TuneArguments) -> None:
     gain = interval_of_mean(measured[index][1] - measured[0][1], args.seed)
     print(f"\n{described(rows[index])}: the highest reward at a KL of at most {args.max_kl:g} nats per answer.")
     print("Its reward less that of the base, paired: {:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
-    if gain[0] <= 0:
-        print("Nothing is recommended, as the base alone does as well. Raise `--max_kl`, or train on more pairs.")
+    if gain[1] <= 0:
+        print(
+            "Nothing is recommended, as it can't be told from the base alone. Raise `--max_kl`, take more prompts, or "
+            "train on more pairs."
+        )
         return
     n_examples = min(args.n_examples, len(prompts))
     shown = np.linspace(0, len(prompts), n_examples, endpoint=False, dtype=int)
