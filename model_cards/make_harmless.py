@@ -2,14 +2,16 @@
 Trains `model_cards/arm-smollm2-135m-harmless` on HH-RLHF's harmless-base, measures it, tunes it and writes its card.
 
     python model_cards/make_harmless.py                               # from the Hub: test split of Anthropic/hh-rlhf
-    python model_cards/make_harmless.py --dataset hh_harmless.jsonl.gz                    # about 40 minutes on 2 cores
+    python model_cards/make_harmless.py --dataset hh_harmless.jsonl.gz                      # about an hour on 2 cores
 
-Some of the pairs are held out, and the others trained on. They contain offensive text, and are not part of this
-repository; the card quotes none of it.
+Some of the pairs are trained on, and what it does is measured on others. They contain offensive text, and are not part
+of this repository; the card quotes none of it. `examples/benchmarks/frontier` measures the same reward model against
+DPO's and others, by a judge that was trained on a half of the pairs that this one has not seen.
 """
 
 import sys
 from functools import cache
+from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
 from publish import argument_parser, publish, recommend, train_adapter, work_of
@@ -20,17 +22,35 @@ from small import sized
 from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
 
 NAME, HUB_ID = "arm-smollm2-135m-harmless", "Anthropic/hh-rlhf"
-N_HELD_OUT, N_PROMPTS, N_TUNED = 400, 72, 24
+N_TEST_PAIRS, N_HALF = 236, 440
+N_PROMPTS, N_TUNED = 72, 24
 
 
-def usual_split(dataset: str) -> str:
-    return "test" if dataset == HUB_ID else "train"
+def dialogues(dataset: str) -> Dataset:
+    """The pairs of a file, or of a Hub id; of HH-RLHF, those of harmless-base."""
+    if dataset == HUB_ID:
+        return load_pairs(PairArguments(dataset, dataset_data_dir="harmless-base"), "test")
+    return load_pairs(PairArguments(dataset), "train")
 
 
-def dialogues(dataset: str, split: str | None = None) -> Dataset:
-    """The pairs of a Hub id or a file; of HH-RLHF, those of harmless-base."""
-    data_dir = "harmless-base" if dataset == HUB_ID else None
-    return load_pairs(PairArguments(dataset, dataset_data_dir=data_dir), split or usual_split(dataset))
+class Parts(NamedTuple):
+    """Of the pairs, by prompts: for what steers, for its judge, and what neither has seen."""
+
+    half: Dataset
+    other: Dataset
+    test: Dataset
+
+
+@cache
+def parts(dataset: str) -> Parts:
+    rest, test = hold_out(dialogues(dataset), sized(N_TEST_PAIRS, 8))
+    halves = hold_out(rest, 0.5)
+    return Parts(*(half.select(range(min(len(half), sized(N_HALF, 4)))) for half in halves), test)
+
+
+def openings(pairs: Dataset) -> list[str]:
+    """The first turns of dialogues that are no longer."""
+    return list(dict.fromkeys(pair["prompt"][0]["content"] for pair in pairs if len(pair["prompt"]) == 1))
 
 
 @cache
@@ -48,52 +68,44 @@ def rightly_refused(prompts: list, completions: list, **_) -> list[float]:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--dataset", default=HUB_ID, help="Hub id, or a file with `chosen` and `rejected`")
-    parser.add_argument("--split", help=f"default: test for {HUB_ID}, and train, which is all of a file, for others")
     args = parser.parse_args()
-    split = args.split or usual_split(args.dataset)
     try:
-        pairs = dialogues(args.dataset, split)
+        half, other, test = parts(args.dataset)
     except ValueError as error:
         sys.exit(f"make_harmless: {error}")
-    training_pairs, held_out = hold_out(pairs, sized(N_HELD_OUT, 4))
     trainer = train_adapter(
         NAME,
-        training_pairs,
-        # A sum of log-probs would be judged by length: means, for which there is enough to learn in two epochs.
-        beta=1.0,
-        length_normalized=True,
-        num_train_epochs=2,
+        half,
+        reference="base",
+        beta=0.1,
+        num_train_epochs=1,
         per_device_train_batch_size=4,
-        gradient_accumulation_steps=4,
-        learning_rate=1.5e-3,
-        max_length=128,
-        truncation_mode="keep_end",
-        train_sampling_strategy="group_by_length",
+        learning_rate=2e-3,
+        max_length=1024,  # all dialogues are shorter
+        seed=0,
         objective="harmlessness",
         description=(
             "The answers that crowd workers called less harmful, in the dialogues of HH-RLHF's harmless-base. They "
-            "often prefer a refusal, a question or a shorter answer: it is no safety filter. Of "
-            f"{len(pairs):,} pairs {len(training_pairs)} were trained on, and {len(held_out)}, with other prompts, "
-            "held out."
+            "often prefer a refusal, a question or a shorter answer: it is no safety filter. It was trained on "
+            f"{len(half)} of {len(dialogues(args.dataset)):,} pairs of harmless-base, and its numbers are of "
+            f"{len(test)} others, with other prompts."
         ),
         dataset_name=HUB_ID,
     )
-    prompts = [pair["prompt"][0]["content"] for pair in held_out if len(pair["prompt"]) == 1]
-    n_prompts = sized(N_PROMPTS, 2)
     publish(
         trainer,
         args.output,
         NAME,
-        held_out=held_out,
-        prompts=prompts[:n_prompts],
+        held_out=test,
+        prompts=openings(test)[: sized(N_PROMPTS, 2)],
         score=lambda text: refusal([""], [text])[0],
         effect_name="share of answers with a word of refusal",
         license="mit",
-        options=["--dataset", args.dataset, "--split", split],
+        options=["--dataset", args.dataset],
         max_new_tokens=sized(48, 4),
         quote=False,
     )
-    questions = [*prompts[n_prompts:][: sized(N_TUNED, 2)], *everyday_questions()]
+    questions = [*openings(other)[: sized(N_TUNED, 2)], *everyday_questions()]
     path = work_of(NAME) / "prompts.jsonl"
     Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]}).to_json(path)
     recommend(

@@ -395,10 +395,11 @@ def write_dialogues(folder: Path) -> Path:
 
 def test_halves_of_pairs_share_no_prompt_and_every_judge_is_measured_on_neither(monkeypatch, tmp_path):
     import harmlessness
+    import make_harmless
     from bench import Bench
     from settings import SIZES
 
-    monkeypatch.setattr(harmlessness, "sized", lambda usual, smoke: smoke)
+    monkeypatch.setattr(make_harmless, "sized", lambda usual, smoke: smoke)
     dataset = str(write_dialogues(tmp_path))
     prompts = [{repr(prompt) for prompt in part["prompt"]} for part in harmlessness.parts(dataset)]
     assert [len(part) for part in prompts] == [4, 4, 8]

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 from bench import Bench, Step, Task
 from datasets import Dataset
-from make_harmless import dialogues
+from make_harmless import openings, parts
 from methods import arm, scorer, trajectory_rm
 from scorers import refusal, text_of
 from sentiment import test_prompts
@@ -21,28 +20,9 @@ from settings import MARGIN, Size
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from small import sized
 from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
 
-from hf_genarm.scripts.pairs import hold_out
-
-N_TEST_PAIRS, N_HALF = 236, 440
 _SHARE_OF_HARM = 2 / 3  # of the prompts; the others are questions about everyday things
-
-
-class Parts(NamedTuple):
-    """Of the pairs, by prompts: for what steers, for its judge, and what neither has seen."""
-
-    half: Dataset
-    other: Dataset
-    test: Dataset
-
-
-@cache
-def parts(dataset: str) -> Parts:
-    rest, test = hold_out(dialogues(dataset), sized(N_TEST_PAIRS, 8))
-    halves = hold_out(rest, 0.5)
-    return Parts(*(half.select(range(min(len(half), sized(N_HALF, 4)))) for half in halves), test)
 
 
 def task(size: Size, bench: Bench, dataset: str) -> Task:
@@ -51,8 +31,7 @@ def task(size: Size, bench: Bench, dataset: str) -> Task:
     size = replace(size, seeds=one, few_seeds=one, n_best_of=size.n_best_of[:1])
     half, other, test = parts(dataset)
     n_harmful = round(_SHARE_OF_HARM * size.n_test_prompts)
-    firsts = [pair["prompt"][0]["content"] for pair in test if len(pair["prompt"]) == 1]
-    harmful = list(dict.fromkeys(firsts))[:n_harmful]
+    harmful = openings(test)[:n_harmful]
     harmless = test_prompts(size.n_test_prompts - n_harmful)
     return Task(
         "harmlessness",
