@@ -31,16 +31,26 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def of_report(section: str, after: str) -> str:
-    """The first table after some words in a section of the report on reward against divergence."""
+def report_on(section: str) -> str:
+    """A section of the report on reward against divergence, and what follows it."""
     text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
-    text = text[text.index(f"\n## {section}\n") :]
+    return text[text.index(f"\n## {section}\n") :]
+
+
+def of_report(section: str, after: str) -> str:
+    """The first table of a section after some words."""
+    text = report_on(section)
     text = text[text.index(after) :]
     return text[text.index("\n|") + 1 :].split("\n\n")[0]
 
 
 def matched_kl(section: str = "Sentiment") -> str:
     return of_report(section, "### Reward at matched divergence")
+
+
+def matched_kl_and_base(section: str) -> str:
+    (base,) = re.findall(r"^The base has \S+ \[.*?\]", report_on(section), re.MULTILINE)[:1]
+    return f"{base}.\n\n{matched_kl(section)}"
 
 
 def at_same_kl(section: str, kl: float) -> str:
@@ -212,7 +222,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "differences": differences,
     "differences_detox": partial(differences, "Detoxification"),
     "headline": headline,
+    "judges": partial(of_report, "Harmlessness", "### Judges"),
     "matched_kl": matched_kl,
+    "matched_kl_harmlessness": partial(matched_kl_and_base, "Harmlessness"),
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,

@@ -116,17 +116,20 @@ def levels(curves: Curves, names: list[str]) -> str:
     return table([*header, "distinct-2"], rows)
 
 
-def seeds(curves: Curves, target: float) -> str:
-    """One training run at a time."""
+def seeds(curves: Curves, target: float) -> list[str]:
+    """One training run at a time, where a method has several."""
     rows = []
     for name, runs in curves.runs.items():
         if runs.n_seeds > 1:
             cells = [curves.of_seed(name, seed, "reward", target) for seed in range(runs.n_seeds)]
             if not np.isnan(cells).all():
                 rows.append([name, *("" if np.isnan(x) else f"{x:.2f}" for x in cells)])
-    width = max((len(row) for row in rows), default=1)
+    if not rows:
+        return []
+    width = max(len(row) for row in rows)
     rows = [row + [""] * (width - len(row)) for row in rows]
-    return table(["", *(f"seed {seed}" for seed in range(width - 1))], rows)
+    title = f"### Training seeds\n\nReward at KL {target:g} of each training run."
+    return [title, table(["", *(f"seed {seed}" for seed in range(width - 1))], rows)]
 
 
 def header(about: dict, n_prompts: int) -> list[str]:
@@ -169,8 +172,7 @@ def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
             "### Reward at bounded perplexity\n\nThe best setting of each method whose answers have at most such a "
             f"perplexity under the base; the base's own have {test.mean('base', 'perplexity')[0, 0]:.1f}.",
             bounded(test, PERPLEXITIES[name]),
-            f"### Training seeds\n\nReward at KL {SEEDS_AT[name]:g} of each training run.",
-            seeds(test, SEEDS_AT[name]),
+            *seeds(test, SEEDS_AT[name]),
             "### Every setting of the test",
             levels(test, ["base", *test.runs]),
             *tried(rows[rows["split"] == "dev"]),
