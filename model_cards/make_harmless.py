@@ -11,6 +11,7 @@ DPO's and others, by a judge that was trained on a half of the pairs that this o
 
 import sys
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
@@ -101,7 +102,7 @@ def main() -> None:
         score=lambda text: refusal([""], [text])[0],
         effect_name="share of answers with a word of refusal",
         license="mit",
-        options=["--dataset", args.dataset],
+        options=["--dataset", Path(args.dataset).name if Path(args.dataset).exists() else args.dataset],
         max_new_tokens=sized(48, 4),
         quote=False,
     )
