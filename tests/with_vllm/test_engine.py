@@ -258,7 +258,7 @@ def test_a_shipped_adapter_on_the_real_model():
     strengths = [0.5, 1.0, 2.0, -0.5]
     # Two models of 540 MB and their runtime leave nothing for a cache in the usual share of a small machine.
     sizes = {"max_model_len": 256, "max_num_batched_tokens": 256, "gpu_memory_utilization": 0.2}
-    llm = engine(base, {"reward_models": adapter, "reference": None}, **sizes)
+    llm = engine(base, {"reward_models": adapter}, **sizes)  # the reference is what it recommends
     texts = tokens(answers(llm, prompts, [{"genarm_alpha": x} for x in strengths], 20))
     reference = Reference(base, [adapter])
     for prompt, alpha, text in zip(prompts, strengths, texts, strict=True):
