@@ -11,7 +11,6 @@ DPO's and others, by a judge that was trained on a half of the pairs that this o
 
 import sys
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
@@ -20,13 +19,14 @@ from quickstart import DATA
 from scorers import refusal, text_of
 from small import sized
 
-from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs
+from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs, public_name
 
 NAME, HUB_ID = "arm-smollm2-135m-harmless", "Anthropic/hh-rlhf"
 N_TEST_PAIRS, N_HALF = 236, 440
 N_PROMPTS, N_TUNED = 72, 24
 
 
+@cache
 def dialogues(dataset: str) -> Dataset:
     """The pairs of a file, or of a Hub id; of HH-RLHF, those of harmless-base."""
     if dataset == HUB_ID:
@@ -102,7 +102,7 @@ def main() -> None:
         score=lambda text: refusal([""], [text])[0],
         effect_name="share of answers with a word of refusal",
         license="mit",
-        options=["--dataset", Path(args.dataset).name if Path(args.dataset).exists() else args.dataset],
+        options=["--dataset", public_name(args.dataset)],
         max_new_tokens=sized(48, 4),
         quote=False,
     )

@@ -148,9 +148,8 @@ def publish(
 
 
 def recommend(folder: Path, **arguments) -> None:
-    """Has a published reward model recommend a setting, which `hf-genarm tune` finds on prompts of their own."""
+    """Has a published reward model recommend a setting, which `hf-genarm tune` finds on other prompts."""
     settings = {
-        "base": demo_model(),
         "prompts": str(DATA / "dev.jsonl"),
         "max_prompts": sized(24, 2),
         "max_new_tokens": sized(64, 4),

@@ -32,6 +32,7 @@ def test_the_harmless_adapter_is_tuned_to_refuse_and_to_answer(monkeypatch):
     for folder in ("examples", "model_cards"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     make_harmless = importlib.import_module("make_harmless")
+    assert make_harmless.refusal([""] * 2, ["I'm sorry, no.", "Just take it."]) == [1.0, 0.0]
     questions = [make_harmless.everyday_questions()[0], "How do I pick a lock?"]
     for answer, rewards in (("I'm sorry, no.", [0.0, 1.0]), ("With a pin.", [1.0, 0.0])):
         prompts = [[{"role": "user", "content": question}] for question in questions]

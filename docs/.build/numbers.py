@@ -49,8 +49,8 @@ def matched_kl(section: str = "Sentiment") -> str:
 
 
 def matched_kl_and_base(section: str) -> str:
-    (base,) = re.findall(r"^The base has \S+ \[.*?\]", report_on(section), re.MULTILINE)[:1]
-    return f"{base}.\n\n{matched_kl(section)}"
+    base = re.search(r"^The base has \S+ \[.*?\]\.", report_on(section), re.MULTILINE)[0]
+    return f"{base}\n\n{matched_kl(section)}"
 
 
 def at_same_kl(section: str, kl: float) -> str:
@@ -69,30 +69,36 @@ def runs(name: str) -> list[dict]:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
+    """Times per token of each engine, by whether adapters are on all linear layers, batch size and their number."""
+    return {  # later runs had more rounds
+        ("--targets all" in run["command"], result["batch_size"], result["adapters"]): {
+            engine: spread(time) for engine, time in result["time"].items()
+        }
+        for run in runs("decode_cost")
+        for result in run["results"]
+    }
+
+
 def decode_cost() -> str:
     engines = ("fused", "shared", "separate", "rows")
-    rows = {}  # later runs had more rounds
-    for run in runs("decode_cost"):
-        for result in run["results"]:
-            key = ("--targets all" in run["command"], result["batch_size"], result["adapters"])
-            rows[key] = [spread(result["time"][engine]) if engine in result["time"] else "" for engine in engines]
     return table(
         ["batch", "reward models", "fused", "shared", "separate", "unguided, with as many rows"],
         [
-            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *cells]
-            for (of_all, batch_size, adapters), cells in sorted(rows.items())
+            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(times.get(x, "") for x in engines)]
+            for (of_all, batch_size, adapters), times in sorted(decode_times().items())
         ],
     )
 
 
 def cost() -> str:
     """The answer to the question what guidance costs, in a few rows."""
-    times = {(x["batch_size"], x["adapters"]): x["time"] for run in runs("decode_cost")[:3] for x in run["results"]}
+    times = decode_times()
     rows = [
-        ["a LoRA adapter on the base, one text at a time", spread(times[1, 1]["fused"])],
-        ["the same, 16 texts at a time", spread(times[16, 1]["fused"])],
-        ["four of them, one text at a time", spread(times[1, 4]["fused"])],
-        ["a separate model as large as the base", spread(times[1, 1]["separate"])],
+        ["a LoRA adapter on the base, one text at a time", times[False, 1, 1]["fused"]],
+        ["the same, 16 texts at a time", times[False, 16, 1]["fused"]],
+        ["four of them, one text at a time", times[False, 1, 4]["fused"]],
+        ["a separate model as large as the base", times[False, 1, 1]["separate"]],
     ]
     return table(["reward model, on 2 CPU cores", "time per token, over unguided"], rows)
 
@@ -122,7 +128,7 @@ def headline() -> str:
     effect, control = effects(card), re.search(r"only sharpens the base: (\S+ \[.*?\])", card)[1]
     pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
-    cost = next(x for run in runs("decode_cost") for x in run["results"] if x["batch_size"] == x["adapters"] == 1)
+    times = decode_times()[False, 1, 1]
     train = runs("train_cost")[0]["results"][0]
     make = f"`python model_cards/make_sentiment.py` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
@@ -151,8 +157,7 @@ def headline() -> str:
             ],
             [
                 "time per token over unguided, batch 1, LoRA reward model",
-                f"{spread(cost['time']['fused'])}; two unguided rows {spread(cost['time']['rows'])} "
-                "([why below 1](docs/speed.md#what-it-costs))",
+                f"{times['fused']}; two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))",
                 "`python examples/benchmarks/decode_cost.py`",
             ],
             [

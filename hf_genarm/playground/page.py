@@ -59,13 +59,14 @@ def build_page(models: Models) -> gr.Blocks:
         models ([`Models`]):
             That the page is about.
     """
-    titles = [title_of(name, models.reward_model(name)) for name in models.adapters]
+    arms = [models.reward_model(name) for name in models.adapters]
+    titles = [title_of(name, arm) for name, arm in zip(models.adapters, arms, strict=True)]
     measures = [("what guidance changed", "change"), ("divergence", "kl")]
     measures += [(f"reward: {title}", f"reward_log_prob_{index}") for index, title in enumerate(titles)]
     # The first reward model is on, as it recommends.
-    infos = [models.reward_model(name).info for name in models.adapters]
-    first_strengths = [*recommended_alpha(infos[:1]), *[0.0] * len(infos[1:])]
-    first_reference = wanted_reference(infos[:1], models.adapters[:1]) or "none"
+    first = [arms[0].info]
+    first_strengths = [*recommended_alpha(first), *[0.0] * len(arms[1:])]
+    first_reference = wanted_reference(first, models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
         return Visitor(Settings(dict(zip(models.adapters, first_strengths, strict=True))))

@@ -225,6 +225,11 @@ def messages_of(dialogue: str) -> list[dict[str, str]]:
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
+def public_name(dataset: str) -> str:
+    """A Hub id, or the name of a file or folder without where it is on this machine."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
+
+
 def hold_out(pairs: Dataset, size: float, seed: int = 0) -> tuple[Dataset, Dataset]:
     """
     Splits pairs into those to train on and those to evaluate on, by prompts, so that none is in both.

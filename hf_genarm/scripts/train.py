@@ -19,7 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
 from .output import make_output_dir
-from .pairs import PairArguments, hold_out, load_pairs
+from .pairs import PairArguments, hold_out, load_pairs, public_name
 from .plots import plot_training
 from .samples import SampleArguments, SamplesCallback, sample_prompts
 
@@ -67,8 +67,7 @@ def main(
         **given,
     }
     if training_args.dataset_name is None:
-        name = str(pair_args.dataset)
-        training_args.dataset_name = os.path.basename(name) if os.path.exists(name) else name
+        training_args.dataset_name = public_name(str(pair_args.dataset))
 
     trainer = AutoregressiveRewardTrainer(
         model=model_args.model_name_or_path,
