@@ -10,11 +10,8 @@ answer, if that is above the reward of the base alone. The setting and what was 
 there, and not sampled again.
 """
 
-import importlib
 import os
 import shutil
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,12 +41,11 @@ from ..hub.recommendation import (
 from ..hub.reward_model import AutoregressiveRewardModel
 from .judge import Judge
 from .output import make_output_dir
-from .pairs import load_prompts
+from .pairs import load_prompts, public_name
 from .plots import plot_settings
-from .prompts import completion_of, last_text
+from .prompts import last_text
+from .scorer import load_scorer, scores_of
 from .sweep import Answers, Setting, Sweep, base_id, fingerprint
-
-Scorer = Callable[..., Sequence[float]]
 
 
 @dataclass
@@ -183,7 +179,7 @@ def main(args: TuneArguments) -> None:
     arm.info.recommended = asdict(settings[index]) | {
         "measured": {
             "scorer": scored_by,
-            "prompts": Path(args.prompts).name if Path(args.prompts).exists() else args.prompts,
+            "prompts": public_name(args.prompts),
             "n_prompts": len(prompts),
             "max_new_tokens": args.max_new_tokens,
             "max_kl": args.max_kl,
@@ -200,28 +196,6 @@ def main(args: TuneArguments) -> None:
         print(f"It is what `from_pretrained({args.arm!r})` uses from now on: {files} say so.")
     else:
         print(f"Upload {files} to `{args.arm}`, and it is what `from_pretrained` uses.")
-
-
-def load_scorer(name: str) -> Scorer:
-    """
-    Raises:
-        ValueError: if there is no such function.
-    """
-    module_name, _, function = name.partition(":")
-    if not module_name or not function:
-        raise ValueError(f"`scorer` is {name!r}, but must be `module:function`, such as `my_scorer:reward`.")
-    if "" not in sys.path:  # as for `python -m`; the command itself has the folder of its script there
-        sys.path.insert(0, "")
-    try:
-        scorer = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"`scorer` is {name!r}, which can't be imported: {error}. Name a module of this folder or of an installed "
-            "package, and a function in it."
-        ) from error
-    if not callable(scorer):
-        raise ValueError(f"`scorer` is {name!r}, which is a {type(scorer).__name__}, but must be a function.")
-    return scorer
 
 
 def load_base(args: TuneArguments, has_chats: bool) -> tuple[Any, Any]:
@@ -262,23 +236,6 @@ def make_processor(
         tokenizer=tokenizer,
         reward_tokenizer=to_align,
     )
-
-
-def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.ndarray:
-    """
-    What a reward function gives to answers, in the form that prompts have.
-
-    Raises:
-        ValueError: if it doesn't give a finite number to each.
-    """
-    completions = [completion_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    scores = np.array(scorer(prompts=prompts, completions=completions), dtype=float)
-    if scores.shape != (len(texts),) or not np.isfinite(scores).all():
-        raise ValueError(
-            f"The scorer {name} gave {scores.tolist()!r:.80} for {len(texts)} answers, but must give a finite number "
-            "for each. Correct it; the answers are kept."
-        )
-    return scores
 
 
 def statistics(answers: Answers, rewards: np.ndarray, seed: int) -> dict[str, list[float]]:
