@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hf_genarm import RewardInfo, demo
+from hf_genarm.hub.info import INFO_NAME
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
@@ -224,7 +225,7 @@ def test_two_visitors_at_once(open_page):
     for page in pages:
         wait_for(lambda: "processor.alpha" in page.text("#code"))  # noqa: B023
     strengths = [re.search(r"processor.alpha = (\[.*?\])", page.text("#code")).group(1) for page in pages]
-    recommended = RewardInfo.load(ROOT / "model_cards" / "arm-smollm2-135m-sentiment").recommended
+    recommended = RewardInfo.load(ROOT / "model_cards" / "arm-smollm2-135m-sentiment" / INFO_NAME).recommended
     assert strengths == ["[-3.0, 0.0, 0.0]", f"[{recommended['alpha']}, -3.0, 0.0]"]
     assert all(f'reference="{recommended["reference"]}"' in page.text("#code") for page in pages)
     assert pages[0].answers()[0] == pages[1].answers()[0]  # the same seed
