@@ -1,6 +1,7 @@
 """The formulas of GenARM (Xu et al., ICLR 2025, https://hf.co/papers/2410.08193) as pure functions on tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +54,115 @@ def log_normaliser(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: S
     for log_probs, alpha in zip(reward_log_probs, alphas, strict=True):
         product = product + weighted(log_probs, alpha)
     return product.logsumexp(dim=-1)
+
+
+@dataclass(frozen=True)
+class GuidedProduct:
+    r"""
+    The guided distribution of some rows, with what it was made of.
+
+    Parameters:
+        log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Guided log-probabilities in float32; a row without any guidance has its scores. A row with NaN has no token
+            left to choose from.
+        scores (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Logits or log-probabilities of the base model.
+        rewards (list of `torch.Tensor` of shape `(n_rows, vocab_size)`):
+            What was added for each reward at strength 1, minus the reference, NaN for tokens without a reward.
+        filled (list of `torch.Tensor` of shape `(n_rows, vocab_size)`):
+            The same, with the tokens without a reward filled in by [`fill_unscored`].
+        strengths (list of `float` or `torch.Tensor` of shape `(n_rows, 1)`):
+            The strengths in force.
+    """
+
+    log_probs: Tensor
+    scores: Tensor
+    rewards: list[Tensor]
+    filled: list[Tensor]
+    strengths: list[float | Tensor]
+
+    @property
+    def log_z(self) -> Tensor:
+        r"""$\log Z_t$ of each row, `(n_rows,)`, as [`log_normaliser`] defines it."""
+        return log_normaliser(self.scores, self.filled, self.strengths)
+
+    @property
+    def is_empty(self) -> Tensor:
+        """Which rows have no token to choose from, `(n_rows,)`."""
+        return self.log_probs.isnan().any(dim=-1)
+
+    def refuse_empty_rows(self) -> None:
+        """
+        Checks that each row is a distribution.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        is_empty = self.is_empty
+        if is_empty.any():
+            row = int(is_empty.nonzero()[0])
+            cause = "guidance" if (self.scores[row] > -torch.inf).any() else "what runs before guidance"
+            raise ValueError(
+                f"In row {row}, {cause} leaves no token to choose from (strengths {[str(x) for x in self.strengths]}). "
+                "A token to which a reward model gives no probability is excluded by a positive strength, and can't "
+                "have a negative one. Use positive strengths, and processors that leave tokens which the reward models "
+                "know."
+            )
+
+    def with_scores_in_empty_rows(self) -> "GuidedProduct":
+        """Returns the same product, in which rows without a token to choose from have their scores."""
+        return replace(self, log_probs=self.log_probs.where(~self.is_empty[:, None], self.scores.float()))
+
+
+def guided_product(
+    scores: Tensor,
+    reward_log_probs: Sequence[Tensor],
+    strengths: Sequence[float | Tensor],
+    reference_log_probs: Tensor | None = None,
+    incomplete: Collection[int] = (),
+    scale: Callable[[Tensor, list[Tensor], list[float | Tensor]], Tensor] | None = None,
+) -> GuidedProduct:
+    r"""
+    Makes the guided distribution, as every engine of this package does: contrast, fill, scale, multiply.
+
+    $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k
+    \big(\log\pi_{r,k}(y_t) - \log\pi_\text{ref}(y_t)\big) - \log Z_t$$
+
+    Args:
+        scores (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Logits or log-probabilities of the base model.
+        reward_log_probs (sequence of `torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Next-token log-probabilities of each reward model, in float32.
+        strengths (sequence of `float` or `torch.Tensor` of shape `(n_rows, 1)`):
+            One for each reward model. A row whose strengths are all 0 keeps its scores.
+        reference_log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`, *optional*):
+            Those of the reference, which each reward is contrasted with.
+        incomplete (collection of `int`, *optional*):
+            Which reward models have no reward, but NaN, for some tokens. These tokens keep their probability.
+        scale (callable, *optional*):
+            Returns what the strengths are multiplied with, `(n_rows, 1)`, for scores, rewards and strengths.
+
+    Returns:
+        [`GuidedProduct`]
+    """
+    rewards = list(reward_log_probs)
+    if reference_log_probs is not None:
+        rewards = [contrast(log_probs, reference_log_probs) for log_probs in rewards]
+
+    def filled(strengths: Sequence[float | Tensor]) -> list[Tensor]:
+        pairs = enumerate(zip(rewards, strengths, strict=True))
+        return [fill_unscored(x, alpha, scores) if index in incomplete else x for index, (x, alpha) in pairs]
+
+    scaled, complete = list(strengths), filled(strengths)
+    if scale is not None:
+        factor = scale(scores, complete, scaled)
+        scaled = [alpha * factor for alpha in strengths]
+        complete = filled(scaled)
+    guided = guided_log_probs(scores, complete, scaled)
+    per_row = [alpha != 0 for alpha in strengths if isinstance(alpha, Tensor)]
+    if per_row and len(per_row) == len(strengths):
+        guided = torch.where(torch.stack(per_row).any(dim=0), guided, scores.float())
+    return GuidedProduct(guided, scores, rewards, complete, scaled)
 
 
 def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
