@@ -80,7 +80,7 @@ class PromptMask:
     def _ambiguous(self, where: str) -> ValueError:
         return ValueError(
             f"A text {where} with the pad token (id {self.pad_token_id}), and tokens alone don't show whether that is "
-            "padding. Make the processor with `base_model`, so that it knows the mask of `generate`, or give it the mask: "
+            "padding. Make the processor with `base_model`, so that it knows the mask of `generate`, or pass the mask: "
             "`processor.attention_mask = inputs['attention_mask']`. Prompts must be padded on the left "
             "(`padding_side='left'`)."
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..hub.cache import CACHE, n_read
 from .instance_patch import InstancePatch
+from .lockstep import position_ids
 
 if TYPE_CHECKING:
     from .fusion.joint_pass import Fusion
@@ -35,6 +36,8 @@ class Run:
             The run that was going on when this one began, if this one continues its texts, as drafts do.
         step ([`Step`], *optional*):
             Its latest pass.
+        drafts_itself (`bool`):
+            Whether the base drafts for itself in it.
         is_over (`bool`):
             Whether its `generate` call has returned.
         n_hidden (`int`):
@@ -42,7 +45,7 @@ class Run:
         other_inputs (list of `str`):
             What the base reads in addition to tokens, such as `pixel_values`.
         attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
-            The mask of the prompts, and of some of what follows.
+            The mask of the prompts, and of some of what follows, in the first pass.
     """
 
     def __init__(self, input_ids: Tensor, cache: Any = None, is_custom_loop: bool = False):
@@ -53,6 +56,7 @@ class Run:
         self.step: Step | None = None
         self.is_over = False
         self.has_begun = False  # when the base drafts for itself, that comes before its first pass
+        self.drafts_itself = False
         self.n_hidden = 0
         self.other_inputs: list[str] = []
         self.attention_mask = torch.ones_like(input_ids)
@@ -112,7 +116,9 @@ class Step:
         self.run, self.input_ids, self.is_first = run, input_ids, is_first
         # `generate` drops a mask of ones.
         self.attention_mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
-        run.attention_mask, run.step = self.attention_mask, self
+        run.step = self
+        if is_first or input_ids.shape[1] <= run.prompt_length:  # the masks of later drafts are inferred
+            run.attention_mask = self.attention_mask
         self.read = read  # the very tensor that goes to `forward`
         self.logits: Tensor | None = None
 
@@ -275,10 +281,25 @@ class StepWatch:
                 run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
                 run.other_inputs = [name for name, value in kwargs.items() if _is_no_text(name, value)]
         step = self._local.step = Step(run, input_ids, kwargs.get("attention_mask"), is_first, read)
+        if is_first:
+            run.other_inputs += self._changed_inputs(step, inputs, kwargs.get("inputs_embeds"))
         if self._keeps_logits:
             self._record_logits(step)
         for listener in self.listeners:
             listener(step, inputs)
+
+    def _changed_inputs(self, step: Step, inputs: dict[str, Any], embedded: Tensor | None) -> list[str]:
+        """Returns the names of inputs by which the base reads the tokens of a prompt in another way than models do."""
+        names, positions, mask = [], inputs.get("position_ids"), step.attention_mask
+        if embedded is not None and embedded.shape[1] == step.input_ids.shape[1] > 0:
+            usual: Tensor = self.model.get_input_embeddings()(step.input_ids)
+            if not torch.allclose(usual[mask == 1], embedded.to(usual)[mask == 1]):
+                names.append("inputs_embeds")
+        if positions is not None and positions.ndim == 2 and positions.shape[1] <= mask.shape[1]:
+            is_text, usual = mask[:, -positions.shape[1] :] == 1, position_ids(mask)[:, -positions.shape[1] :]
+            if not (positions.expand_as(usual) == usual)[is_text].all():
+                names.append("position_ids")
+        return names
 
     def _run_of(self, input_ids: Tensor, cache: Any, is_first: bool) -> Run:
         """Returns the run of a pass, a new one if it is the first; runs that began inside of it are dropped."""
@@ -286,7 +307,7 @@ class StepWatch:
         if is_first:
             has_drafted = runs and not runs[-1].has_begun and runs[-1].is_continued_by(input_ids)
             run = runs.pop() if has_drafted else Run(input_ids, cache)
-            run.has_begun = True
+            run.has_begun, run.drafts_itself = True, bool(has_drafted)
         else:
             known = next((x for x in reversed(runs) if x.uses(cache)), None)
             known = known or next(

@@ -133,8 +133,9 @@ class TextReader:
             run.prompt_length = min(run.prompt_length, length)
         if len(input_ids) == 1:  # drafts may follow
             self._earlier.record(text_keys(input_ids), [(run, run.prompt_length)])
-        if run.outer is not None:  # `generate` takes generated pad tokens for padding when drafts continue them
-            mask = run.outer.mask_of(input_ids)
+        if run.outer is not None or run.drafts_itself:
+            # Where `generate` infers the mask of drafts, it takes pad tokens that were generated for padding.
+            mask = run.root.mask_of(input_ids)
         return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), step, mask, is_drafted)
 
     def _read_unwatched(self, input_ids: Tensor, step: Step | None) -> Text:

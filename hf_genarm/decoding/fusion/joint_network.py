@@ -81,9 +81,9 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
 
 
 def _are_equal(own: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    """Returns whether two sets of buffers have the same names, dtypes and values."""
-    pairs = ((x, others.get(name)) for name, x in own.items())
-    same = (x is y or (y is not None and x.dtype == y.dtype and x.device == y.device and x.equal(y)) for x, y in pairs)
+    """Returns whether two sets of buffers have the same names and values, in whatever dtype."""
+    pairs = [(x, others.get(name)) for name, x in own.items()]
+    same = (x is y or (y is not None and x.device == y.device and x.double().equal(y.double())) for x, y in pairs)
     return own.keys() == others.keys() and all(same)
 
 
