@@ -15,7 +15,7 @@ _ROWS_AT_ONCE = 64
 
 def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
     r"""
-    Next-token log-probabilities of the guided model, Eq. 7 of the paper with several rewards:
+    Returns the next-token log-probabilities of the guided model, Eq. 7 of the paper with several rewards:
 
     $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k \log\pi_{r,k}(y_t) - \log Z_t$$
 
@@ -39,7 +39,7 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
 
 def log_normaliser(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
     r"""
-    $\log Z_t = \log \sum_v \pi_\text{base}(v) \prod_k \pi_{r,k}(v)^{\alpha_k}$, by which Eq. 7 is normalised.
+    Returns $\log Z_t = \log \sum_v \pi_\text{base}(v) \prod_k \pi_{r,k}(v)^{\alpha_k}$, by which Eq. 7 is normalised.
 
     Sampling token by token draws each text with $1 / \prod_t Z_t$ times its share under the optimum over whole texts.
 
@@ -59,7 +59,7 @@ def log_normaliser(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: S
 @dataclass(frozen=True)
 class GuidedProduct:
     r"""
-    The guided distribution of some rows, with what it was made of.
+    Holds the guided distribution of some rows, and what it was made of.
 
     Parameters:
         log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`):
@@ -167,15 +167,16 @@ def guided_product(
 
 def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     r"""
-    $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)),
-    and what proxy tuning and emulated fine-tuning steer with. Tokens that the reference excludes have none.
+    Returns $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies
+    ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)), and what proxy tuning and emulated fine-tuning steer
+    with. Tokens that the reference excludes have none.
     """
     return torch.where(reference_log_probs == -torch.inf, 0.0, log_probs - reference_log_probs)
 
 
 def ratio_equivalent(alpha: float, temperature: float = 1.0) -> tuple[float, float]:
     r"""
-    The strength and the temperature at which steering by $\log\pi_r - \log\pi_\text{base}$ is Eq. 7 at `alpha`.
+    Returns the strength and the temperature at which steering by $\log\pi_r - \log\pi_\text{base}$ is Eq. 7 at `alpha`.
 
     With $\pi_r = \pi_\text{base}\,e^\Delta$, which is what an adapter on the base is, Eq. 7 turns two knobs at once: it
     steers by the ratio $\Delta$, and samples at a lower temperature.
@@ -202,7 +203,7 @@ def ratio_equivalent(alpha: float, temperature: float = 1.0) -> tuple[float, flo
 
 
 def weighted(log_probs: Tensor, alpha: float | Tensor) -> Tensor:
-    """`alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
+    """Returns `alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
     return torch.where(alpha == 0, 0.0, alpha * log_probs) if isinstance(alpha, Tensor) else alpha * log_probs
 
 
@@ -233,8 +234,8 @@ def fill_unscored(log_probs: Tensor, alpha: float | Tensor, scores: Tensor) -> T
 
 def kl_divergence(log_probs: Tensor, base_log_probs: Tensor) -> Tensor:
     r"""
-    $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row of log-probabilities `(batch_size, vocab_size)`; impossible
-    tokens have no share in it.
+    Returns $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row of log-probabilities `(batch_size, vocab_size)`;
+    impossible tokens add nothing to it.
     """
     ratio = (log_probs - base_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
     return (log_probs.exp() * ratio).sum(dim=-1)
@@ -301,7 +302,8 @@ class _SelectedLogProbs(torch.autograd.Function):
 
 def preference_loss(margin: Tensor, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     r"""
-    Loss of each pair, for the margin $m = r(y_w) - r(y_l)$ of its rewards, less a target margin if there is one.
+    Returns the loss of each pair, for the margin $m = r(y_w) - r(y_l)$ of its rewards, minus a target margin if there
+    is one.
 
     - `"sigmoid"`: $-(1 - \epsilon)\log\sigma(m) - \epsilon\log\sigma(-m)$, Eq. 5 of the paper; with $\epsilon > 0$ that
       of [conservative DPO](https://ericmitchell.ai/cdpo.pdf)
@@ -325,7 +327,7 @@ def preference_loss(margin: Tensor, loss_type: str = "sigmoid", label_smoothing:
 
 def shared_prefix_length(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     """
-    Number of leading tokens that the two sequences of each pair have in common.
+    Returns the number of leading tokens that the two sequences of each pair have in common.
 
     Those tokens add the same log-probability to both rewards of a pair, so they cancel in Eq. 5.
 

@@ -19,7 +19,7 @@ from .hub.sharing import shares_weights
 @register_model("hf-genarm")
 class GuidedHFLM(HFLM):
     r"""
-    The harness's own `hf` model, guided: `generate_until` writes with guidance, and `loglikelihood` and
+    Guides the harness's own `hf` model: `generate_until` writes with guidance, and `loglikelihood` and
     `loglikelihood_rolling` score under the distribution that is written from,
 
     $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k \log\pi_{r,k}(y_t) - \log Z_t$$
@@ -35,8 +35,8 @@ class GuidedHFLM(HFLM):
             Strength of all of them, or one for each. At 0, all numbers are those of `hf`. Defaults to what they
             recommend, or else 1.
         reference (`"auto"`, `"base"` or `None`, *optional*, defaults to `"auto"`):
-            `"base"` steers by what reward models have learned, their log-probability less that of the base; `"auto"` as
-            they recommend, or else were trained.
+            `"base"` steers by what reward models have learned, their log-probability minus that of the base; `"auto"`
+            as they recommend, or else were trained.
         **kwargs:
             Whatever `hf` takes.
 
@@ -83,7 +83,7 @@ class GuidedHFLM(HFLM):
 
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """The guided log-probabilities of all positions, `(batch_size, length, vocab_size)`, instead of logits."""
+        """Returns guided log-probabilities of all positions, `(batch_size, length, vocab_size)`, instead of logits."""
         scores = super()._model_call(inps, attn_mask, labels)
         strengths: Any = self._processor.alpha  # a number for each, as no other kind is taken here
         active = [index for index, alpha in enumerate(strengths) if alpha != 0]
@@ -118,7 +118,7 @@ class GuidedHFLM(HFLM):
         return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, vocab_size)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As it is, with the processor."""
+        """Generates as the harness does, with the processor."""
         return super()._model_generate(
             context, max_length, stop, logits_processor=[self._processor], **generation_kwargs
         )

@@ -124,7 +124,9 @@ def _solve(base: Tensor, direction: Tensor, wanted: Tensor, largest: float) -> t
 
 
 def divergence(base: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
-    r"""$\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row, for $\pi \propto \pi_\text{base}\exp(\text{scale} \cdot
-    \text{direction})$."""
+    r"""
+    Returns $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row, for
+    $\pi \propto \pi_\text{base}\exp(\text{scale} \cdot \text{direction})$.
+    """
     guided = (base + scale[:, None] * direction).log_softmax(dim=-1)
     return kl_divergence(guided, base)

@@ -1,4 +1,4 @@
-"""Which columns of a text are padding: as the base reads it, or as the user says where the base is not watched."""
+"""Which columns of a text are padding: as the base reads it, or as the user gives it where the base is not watched."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class PromptMask:
         self._prompts: Tensor | None = None  # those that the mask belongs to, once seen
 
     def copy(self) -> "PromptMask":
-        """Returns one with the same mask, for prompts of its own."""
+        """Returns another one with the same mask, which can belong to other prompts."""
         return PromptMask(self.pad_token_id, self._attention_mask)
 
     def __call__(self, text: Text) -> Tensor:

@@ -29,7 +29,7 @@ RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
 
 class GenARMLogitsProcessor(GuidanceSettings):
     r"""
-    [`LogitsProcessor`] that makes `generate` sample from the base model guided by autoregressive reward models
+    Makes `generate` sample from the base model guided by autoregressive reward models
     ([GenARM](https://hf.co/papers/2410.08193), Eq. 7):
 
     $$\pi(y_t \mid \cdot) \propto \pi_\text{base}(y_t \mid \cdot) \prod_k \pi_{r,k}(y_t \mid \cdot)^{\alpha_k}$$
@@ -48,14 +48,14 @@ class GenARMLogitsProcessor(GuidanceSettings):
             run, and with all at 0 `generate` returns exactly what it does without the processor; negative values steer
             away. Can be set at any time: `processor.alpha = 0.5`.
         target_kl (`float`, *optional*):
-            Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then says
+            Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then sets
             how strong the rewards are relative to each other. It can't be held where a reward model agrees with the
             base, or the base leaves no choice: no strength is made more than 16 times as large.
         base_model ([`~transformers.PreTrainedModel`], *optional*):
-            The model to be steered. With it the processor knows what `generate` is about to read: it takes the mask and
+            The model to be steered. With it the processor sees what the base reads in `generate`: it takes the mask and
             the beginning of the text from there, and refuses what it can't serve. Reward models that share its weights
             are computed in its forward passes, if they are plain LoRA on linear layers
-            ([`~GenARMLogitsProcessor.engine`] says so). Without it you must see to it that the base reads the very
+            ([`~GenARMLogitsProcessor.engine`] shows it). Without it you must make sure that the base reads exactly the
             `input_ids` that the processor is called with.
         reference (`"base"`, [`~transformers.PreTrainedModel`] or another, *optional*):
             A model that the reward models are contrasted with: rewards are then $\log\pi_r - \log\pi_\text{ref}$. So
@@ -63,7 +63,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             [DeRa](https://hf.co/papers/2402.02992)), and a small pair of tuned and untuned model steers a large one
             ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base, which is `"base"`.
         pad_token_id (`int`, *optional*):
-            The token that pads prompts: where the mask is not known, a text that starts with it is asked about.
+            The token that pads prompts: where the mask is not known, a text that starts with it is refused.
             Defaults to the pad (or, as in `generate`, eos) token of `tokenizer`, or else of the first reward model.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
             The mask of the prompts, needed only where that of the base is not known. Can be set between calls.
@@ -76,8 +76,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
     Raises:
         TypeError: if a reward model is not a decoder-only causal LM.
         ValueError: if `alpha` does not fit the reward models, the tokenizers can't be aligned, or the base model is an
-            encoder-decoder; on a call, if the vocabularies differ, a reward model returns NaN, the padding can't be
-            told from the text, the base has read more than the text, or no token is left.
+            encoder-decoder; on a call, if the vocabularies differ, a reward model returns NaN, padding can't be
+            distinguished from text, the base has read more than the text, or no token is left.
 
     Example:
 
@@ -132,6 +132,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._machine = self._new_machine()
 
     def _new_machine(self) -> GuidanceMachine:
+        """Returns a machine that has read nothing, for these models."""
         return GuidanceMachine(
             self._models, self._vocab_maps, self._base, self.reference, self._tokenizer, self._generation_prompt_ids
         )
@@ -205,9 +206,9 @@ class GenARMLogitsProcessor(GuidanceSettings):
     @property
     def engine(self) -> str:
         """
-        How the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in separate passes
-        over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
-        reward models and separated by commas, if they differ. Makes no difference except in time and memory.
+        Returns how the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in separate
+        passes over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
+        reward models and separated by commas, if they differ. It makes no difference except in time and memory.
         """
         engines = [engine for engine, _ in self._machine.rewards.engines]
         return engines[0] if len(set(engines)) == 1 else ", ".join(engines)
@@ -234,9 +235,9 @@ class GenARMLogitsProcessor(GuidanceSettings):
 
     def statistics(self, sequences: Tensor) -> GuidedTokens:
         """
-        What guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position` and
-        `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (minus that of
-        the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
+        Returns what guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position`
+        and `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (minus that
+        of the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
         drawn from `kl`, the divergence from the base, `log_z`, the logarithm of the sum that normalises Eq. 7,
         `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k. It draws itself.
 
@@ -308,4 +309,5 @@ class GenARMLogitsProcessor(GuidanceSettings):
 
 
 def _model_of(model: Any) -> PreTrainedModel | PeftModel:
+    """Returns the language model of a reward model."""
     return model.model if isinstance(model, AutoregressiveRewardModel) else model

@@ -58,7 +58,7 @@ class NextTokenRewards:
 
     @property
     def engines(self) -> list[tuple[str, str]]:
-        """The engine of each reward model in its present state, and the reason for it."""
+        """Returns the engine of each reward model in its present state, and the reason for it."""
         engines = []
         for model in self.models:
             if not isinstance(model, FusedLM):

@@ -106,7 +106,7 @@ class Statistics:
             if not rows and self._has_forgotten:
                 raise ValueError(
                     f"Nothing is kept about sequence {index}. Of earlier `generate` calls, {self.KEPT_TOKENS} tokens "
-                    "are kept: ask for the statistics of a call before more text is generated."
+                    "are kept: read the statistics of a call before more text is generated."
                 )
             ids = sequences[index].tolist()
             as_text = token_texts(self._tokenizer, ids, rows[0]["position"]) if rows else []

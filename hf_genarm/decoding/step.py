@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class Run:
     """
-    One `generate` call, or one custom decoding loop: prompts and what follows them. All memory is keyed by runs.
+    Stands for one `generate` call, or one custom decoding loop: all memory is keyed by runs.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
@@ -94,7 +94,7 @@ class Run:
 
 class Step:
     """
-    One forward pass of the base, as `prepare_inputs_for_generation` was called for it.
+    Stands for one forward pass of the base, as `prepare_inputs_for_generation` was called for it.
 
     Attributes:
         run ([`Run`]):
@@ -142,7 +142,7 @@ class Step:
 
 class _ThreadState(threading.local):
     """
-    What one thread does with the base.
+    Holds what one thread does with the base.
 
     Attributes:
         step ([`Step`], *optional*):

@@ -40,7 +40,7 @@ class RecentTexts:
 @dataclass
 class Text:
     """
-    What is known about the texts of a call.
+    Holds what is known about the texts of a call.
 
     Parameters:
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
@@ -144,7 +144,7 @@ class TextReader:
         if step is not None and step.run.n_hidden and torch.equal(input_ids, step.input_ids):
             return Text(input_ids, step.run, [0] * len(input_ids), step)
         earlier = [self._earlier.find(key) for key in text_keys(input_ids[:, :-1])]
-        # A loop that continues what `generate` has written is a run of its own.
+        # A loop that continues what `generate` has written is another run.
         earlier = [None if known is None or known[0].is_over else known for known in earlier]
         run = next((known[0] for known in earlier if known is not None), None) or Run(input_ids, is_custom_loop=True)
         values = [(run, length) if known is None else known for known in earlier]

@@ -1,4 +1,4 @@
-"""The network of the base, with the low-rank products of reward adapters added to rows of their own."""
+"""The network of the base, with the low-rank products of reward adapters added to separate rows."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _FEW_ROWS = 32
 
 
 class LowRankProduct(NamedTuple):
-    """The low-rank product of one adapter in one layer."""
+    """Holds the low-rank product of one adapter in one layer."""
 
     a: Tensor
     b: Tensor

@@ -78,7 +78,7 @@ class FusedLM(LockstepLM):
 
 class _ThreadState(threading.local):
     """
-    What one thread knows of the coming passes of the base.
+    Holds what one thread knows of the coming passes of the base.
 
     Attributes:
         waiting (list of [`FusedLM`]):
@@ -100,7 +100,7 @@ class _ThreadState(threading.local):
 
 @dataclass
 class _JointPass:
-    """A forward pass of the base that is about to be joined."""
+    """Holds a forward pass of the base that is about to be joined."""
 
     step: Step
     reward_models: list[FusedLM]
