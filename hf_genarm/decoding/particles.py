@@ -274,6 +274,6 @@ def _refuse(
     if config.return_dict_in_generate and requested:
         raise ValueError(
             f"{', '.join(requested)} can't be served: particles are exchanged on the way, and what they were drawn by "
-            "is not kept. With `processor.keeps_statistics`, `processor.statistics` returns what guidance did to each of "
-            "their tokens."
+            "is not kept. With `processor.keeps_statistics`, `processor.statistics` returns what guidance did to each "
+            "of their tokens."
         )
