@@ -153,3 +153,13 @@ def test_inputs_that_change_how_tokens_are_read_are_refused():
     assert_same(generate([processor], position_ids=positions), output)
     with pytest.raises(ValueError, match="The base model reads `position_ids` in addition to tokens"):
         generate([processor], position_ids=positions * 2)
+
+
+def test_strengths_for_each_beam_are_refused():
+    """Beams change places, so that a row of strengths would not stay with its beam."""
+    processor = GenARMLogitsProcessor(ARM, torch.tensor([[0.5], [1.0]]), base_model=BASE)
+    generate([processor], num_beams=2, do_sample=False)
+    for options in ({"num_beams": 2, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
+        processor.alpha = torch.tensor([[0.5], [1.0], [0.5], [2.0]])
+        with pytest.raises(ValueError, match=r"`alpha` has 4 rows.*was given 2 prompts"):
+            generate([processor], **options)

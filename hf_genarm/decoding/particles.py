@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -108,6 +109,7 @@ def smc_sample(
     _refuse(generation_config, logits_processor, n_particles, ess_threshold, streamer)
     _refuse_inputs(model, model_kwargs)
     batch_size, device = len(input_ids), input_ids.device
+    logits_processor = LogitsProcessorList(_for_particles(x, n_particles) for x in logits_processor)
     input_ids, model_kwargs = model._expand_inputs_for_generation(
         expand_size=n_particles, input_ids=input_ids, **model_kwargs
     )
@@ -204,6 +206,15 @@ def _next_token(
     return scores, left.logsumexp(dim=-1)
 
 
+def _for_particles(processor: LogitsProcessor, n_particles: int) -> LogitsProcessor:
+    """Returns a processor for all particles of its prompts: the penalty knows how much of each row is padding."""
+    if not isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        return processor
+    padding = processor.prompt_ignore_length
+    expanded = padding.repeat_interleave(n_particles) if isinstance(padding, Tensor) else padding
+    return RepetitionPenaltyLogitsProcessor(processor.penalty, expanded)
+
+
 def _cache(model_kwargs: dict[str, Any]) -> Cache | None:
     return next((model_kwargs[name] for name in ALL_CACHE_NAMES if model_kwargs.get(name) is not None), None)
 
@@ -257,10 +268,10 @@ def _refuse(
             f"`target_kl` is {guides[0].target_kl}, which holds the divergence of sampling token by token; weights "
             "over whole texts change it. Set the strength by `alpha`, and `processor.target_kl = None`."
         )
-    if n_particles < 1 or not 0 <= ess_threshold <= 1:
+    if not isinstance(n_particles, int) or n_particles < 1 or not 0 <= ess_threshold <= 1:
         raise ValueError(
-            f"`n_particles` is {n_particles} and `ess_threshold` is {ess_threshold}. There must be one particle at "
-            "least, and the threshold is a share of their number, from 0 to 1."
+            f"`n_particles` is {n_particles!r} and `ess_threshold` is {ess_threshold}. There must be one particle at "
+            "least, in a whole number, and the threshold is a share of their number, from 0 to 1."
         )
     if streamer is not None:
         raise ValueError("`streamer` can't be served: what particles have written may be dropped later. Leave it out.")

@@ -287,7 +287,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
         if drafted is not None:
             return drafted
         text = machine.read(input_ids, scores)
-        alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
+        n_prompts = text.run.n_prompts
+        alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts, n_prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
         if not active:
             return scores

@@ -32,6 +32,8 @@ class Run:
     Attributes:
         depth (`int`):
             How many `generate` calls of the base were going on inside each other, its own included.
+        n_prompts (`int`, *optional*):
+            The number of prompts that `generate` was given, of which each can have several rows.
         outer ([`Run`], *optional*):
             The run that was going on when this one began, if this one continues its texts, as drafts do.
         step ([`Step`], *optional*):
@@ -52,6 +54,7 @@ class Run:
         self._input_ids, self.prompt_length = input_ids, input_ids.shape[1]
         self._cache: Callable[[], Any] = (lambda: None) if cache is None else weakref.ref(cache)
         self.is_custom_loop, self.depth = is_custom_loop, 0
+        self.n_prompts: int | None = None
         self.outer: Run | None = None
         self.step: Step | None = None
         self.is_over = False
@@ -149,8 +152,8 @@ class _ThreadState(threading.local):
             The latest pass that was prepared.
         runs (list of [`Run`]):
             The latest runs. Those that began inside of another one come after it.
-        depth (`int`):
-            How many `generate` calls are going on inside each other.
+        n_prompts (list of `int`, *optional*):
+            The number of prompts of each `generate` call that is going on, the outermost first.
         handle ([`~torch.utils.hooks.RemovableHandle`], *optional*):
             That of the hook that waits for the logits of the next pass.
     """
@@ -158,7 +161,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.step: Step | None = None
         self.runs: list[Run] = []
-        self.depth = 0
+        self.n_prompts: list[int | None] = []
         self.handle: torch.utils.hooks.RemovableHandle | None = None
 
 
@@ -254,13 +257,15 @@ class StepWatch:
     def _generate(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         """Runs `generate`, and records which runs are over when it returns."""
         local = self._local
-        local.depth += 1
+        given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+        prompts = next((x for x in given if isinstance(x, Tensor)), None)
+        local.n_prompts.append(None if prompts is None else len(prompts))
         try:
             return method(*args, **kwargs)
         finally:
             for run in local.runs:
-                run.is_over = run.is_over or run.depth >= local.depth
-            local.depth -= 1
+                run.is_over = run.is_over or run.depth >= len(local.n_prompts)
+            local.n_prompts.pop()
 
     def record(self, input_ids: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Records a pass for which `input_ids` and `kwargs` were prepared into `inputs`."""
@@ -303,7 +308,7 @@ class StepWatch:
 
     def _run_of(self, input_ids: Tensor, cache: Any, is_first: bool) -> Run:
         """Returns the run of a pass, a new one if it is the first; runs that began inside of it are dropped."""
-        runs, depth = self._local.runs, self._local.depth
+        runs, depth = self._local.runs, len(self._local.n_prompts)
         if is_first:
             has_drafted = runs and not runs[-1].has_begun and runs[-1].is_continued_by(input_ids)
             run = runs.pop() if has_drafted else Run(input_ids, cache)
@@ -322,6 +327,7 @@ class StepWatch:
             shorter = (x for x in outer if x.prompt_length < input_ids.shape[1] and x.is_continued_by(input_ids))
             run.outer = next(shorter, None)
         run.depth, run.is_over = depth, False
+        run.n_prompts = self._local.n_prompts[-1] if depth else None
         runs.append(run)
         del runs[: -self.KEPT_RUNS]
         return run

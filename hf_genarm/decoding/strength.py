@@ -118,7 +118,9 @@ def _known(values: Sequence[float | None], name: str, what: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def strengths_at(alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tensor) -> tuple[list[float | Tensor], int]:
+def strengths_at(
+    alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tensor, n_prompts: int | None = None
+) -> tuple[list[float | Tensor], int]:
     """
     Returns the strength of each reward, one number or a tensor of shape `(batch_size, 1)`, and the number of requests
     whose strengths differ.
@@ -132,13 +134,15 @@ def strengths_at(alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tens
             For each row, the number of tokens that were added to its prompt.
         prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
             What the rows begin with.
+        n_prompts (`int`, *optional*):
+            The number of prompts that `generate` was given, if it is known.
     """
     by_step, n_requests = {}, 1
     for step in sorted(set(steps)):
         alphas = check_alpha(alpha(step) if callable(alpha) else alpha, n_rewards)
         if callable(alphas):
             raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
-        by_step[step] = by_reward(alphas, prompts)
+        by_step[step] = by_reward(alphas, prompts, n_prompts)
         n_requests = len(alphas) if isinstance(alphas, Tensor) else n_requests
     strengths, *others = by_step.values()
     for step, own in zip(list(by_step)[1:], others, strict=True):  # custom loops may join texts of any length
@@ -147,7 +151,7 @@ def strengths_at(alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tens
     return strengths, n_requests
 
 
-def by_reward(alphas: list[float] | Tensor, prompts: Tensor) -> list[float | Tensor]:
+def by_reward(alphas: list[float] | Tensor, prompts: Tensor, n_prompts: int | None = None) -> list[float | Tensor]:
     """
     Returns the strength of each reward: one number, or if requests differ a tensor of shape `(batch_size, 1)`.
 
@@ -157,9 +161,12 @@ def by_reward(alphas: list[float] | Tensor, prompts: Tensor) -> list[float | Ten
             other.
         prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
             What the rows begin with.
+        n_prompts (`int`, *optional*):
+            The number of prompts that `generate` was given, if it is known.
 
     Raises:
-        ValueError: if the rows are not a multiple of the requests, or those of one request have different prompts.
+        ValueError: if the rows are not a multiple of the requests, or those of one request have different prompts, or
+            there are strengths for each beam or returned sequence.
     """
     if isinstance(alphas, list):
         return list(alphas)
@@ -171,6 +178,11 @@ def by_reward(alphas: list[float] | Tensor, prompts: Tensor) -> list[float | Ten
             f"`alpha` has {len(alphas)} rows, one for each request, but there are {len(prompts)} rows to generate, and "
             f"they are not {len(alphas)} prompts of equally many rows. Set `processor.alpha` to the strengths of these "
             "requests."
+        )
+    if n_prompts is not None and len(alphas) > n_prompts:
+        raise ValueError(
+            f"`alpha` has {len(alphas)} rows, one for each request, but `generate` was given {n_prompts} prompts. "
+            "Beams and returned sequences of one prompt share its strengths: give one row for each prompt."
         )
     expanded = alphas.to(prompts.device).repeat_interleave(repeats, dim=0)
     return [column[:, None] for column in expanded.unbind(dim=1)]
