@@ -258,5 +258,5 @@ def test_what_the_base_reads_besides_tokens_is_refused(given):
     else:
         base, name = BartForCausalLM(BartConfig(vocab_size=VOCAB_SIZE, **sizes)).eval(), "encoder_hidden_states"
         one[name] = torch.randn(1, 4, 16)
-    with pytest.raises(ValueError, match=f"The base model reads .*`{name}`.* besides tokens"):
+    with pytest.raises(ValueError, match=f"The base model reads .*`{name}`.* in addition to tokens"):
         base.generate(**one, logits_processor=[GenARMLogitsProcessor(tiny_llama(1), base_model=base)])

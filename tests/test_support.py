@@ -344,5 +344,5 @@ def test_a_vision_language_base_is_guided_on_text():
     output = generate([GenARMLogitsProcessor(ARM, base_model=base)], BATCH, base=base)
     assert_same(output, generate([oracle(BATCH)], BATCH, base=base))
     inputs = {"input_ids": torch.tensor([[5, *[VOCAB_SIZE - 1] * 4, 7]]), "pixel_values": torch.randn(1, 3, 4, 4)}
-    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* besides tokens"):
+    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* in addition to tokens"):
         generate([GenARMLogitsProcessor(ARM, base_model=base)], inputs, base=base)

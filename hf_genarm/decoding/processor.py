@@ -125,11 +125,11 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizer = next(iter(own), None) if tokenizer is None else tokenizer  # to show tokens as text
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
         self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
+        self._machine = self._new_machine()
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
         super().__init__(infos, alpha, target_kl, pads, attention_mask)
         self._keeps_statistics = False
-        self._machine = self._new_machine()
 
     def _new_machine(self) -> GuidanceMachine:
         """Returns a machine that has read nothing, for these models."""
