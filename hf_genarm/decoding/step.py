@@ -283,7 +283,8 @@ class StepWatch:
         else:
             run = self._run_of(input_ids, cache, is_first)
             if is_first:
-                run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
+                if n_read(cache) or kwargs.get("inputs_embeds") is not None:
+                    run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
                 run.other_inputs = [name for name, value in kwargs.items() if _is_no_text(name, value)]
         step = self._local.step = Step(run, input_ids, kwargs.get("attention_mask"), is_first, read)
         if is_first:
