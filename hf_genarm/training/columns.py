@@ -261,9 +261,10 @@ def _problem_of_template(pair: dict[str, Any]) -> str | None:
 
 
 def _strings(value: Any) -> Iterable[str]:
-    """Yields the texts in a value, and in its lists and dicts."""
+    """Yields the texts in a value, in its lists and in its messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
+        parts = [value[key] for key in value if key != "role"] if isinstance(value, dict) else value
+        for part in parts:
             yield from _strings(part)

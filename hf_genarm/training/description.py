@@ -97,7 +97,7 @@ class Description(TrainerCallback):
         )
 
     def write(self, folder: str) -> None:
-        """Writes everything next to the weights in a folder, and replaces the card of PEFT, which names another task."""
+        """Writes all of it into the folder of the weights, and replaces the card of PEFT, which names another task."""
         info = self.info
         info.save(folder)
         self.card(info).save(os.path.join(folder, "README.md"))

@@ -11,7 +11,7 @@ _MATCHED = 0.1
 
 
 def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1, or differences of such."""
+    """Returns the 95 % bootstrap interval of a mean, of values that are 0, 0.5 (a tie) or 1, or of differences."""
     outcomes, numbers = np.unique(is_right, return_counts=True)
     # To resample the values is to draw how often each outcome occurs.
     counts = np.random.default_rng(seed).multinomial(len(is_right), numbers / len(is_right), size=n_resamples)

@@ -106,27 +106,36 @@ def as_causal_lm(peft_config: PeftConfig) -> PeftConfig:
     return peft_config
 
 
-def check_adapter(model: PreTrainedModel | PeftModel, args: AutoregressiveRewardConfig) -> None:
+def check_active_adapter(model: PeftModel) -> None:
     """
-    Refuses adapters that can't be trained with the given arguments, or couldn't be loaded from where they are saved.
+    Refuses a model whose active adapter couldn't be loaded from where it is saved, or isn't trained.
 
     Raises:
         ValueError: if the model has such an adapter.
     """
-    if not isinstance(model, PeftModel):
-        return
     if model.active_adapters != ["default"]:
         raise ValueError(
-            f"The model has the adapters {list(model.peft_config)}, and {model.active_adapters} are active, but a "
-            "reward model is the one adapter that PEFT saves into a folder itself, which is called 'default'. Load "
-            "yours under that name, `PeftModel.from_pretrained(base, folder, is_trainable=True)`; merge one that it "
-            "builds on into the base: `base = model.merge_and_unload()`."
+            f"The model has the adapters {list(model.peft_config)}, and {model.active_adapters} are active, but only "
+            "an adapter with the name 'default' is loaded again from the folder that it is saved in. Load yours under "
+            "that name, `PeftModel.from_pretrained(base, folder, is_trainable=True)`; merge one that it builds on into "
+            "the base: `base = model.merge_and_unload()`."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "All weights of the model are frozen, but an adapter is to be trained. Load it with "
             "`PeftModel.from_pretrained(base, folder, is_trainable=True)`, or give `peft_config=LoraConfig()`."
         )
+
+
+def check_adapter(model: PreTrainedModel | PeftModel, args: AutoregressiveRewardConfig) -> None:
+    """
+    Refuses an adapter that PEFT can't train with the given arguments.
+
+    Raises:
+        ValueError: if the model has such an adapter.
+    """
+    if not isinstance(model, PeftModel):
+        return
     config: Any = model.active_peft_config
     if args.gradient_checkpointing and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(

@@ -26,7 +26,14 @@ from .columns import PROMPT_LENGTH, SIDES, check_pairs
 from .config import AutoregressiveRewardConfig
 from .description import Description
 from .metrics import PreferenceMetrics
-from .model_to_train import as_causal_lm, as_config, check_adapter, check_causal_lm, load_model_to_train
+from .model_to_train import (
+    as_causal_lm,
+    as_config,
+    check_active_adapter,
+    check_adapter,
+    check_causal_lm,
+    load_model_to_train,
+)
 from .preference_data import DataCollatorForPairs, PairCounts, prepare_pairs
 from .prefix_sharing import PairBatch, PairLogProbs
 from .starting_point import StartingPoint
@@ -117,6 +124,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             )
         peft_config = peft_config and as_causal_lm(peft_config)
         if isinstance(model, PeftModel):
+            check_active_adapter(model)
             configs: Any = model.peft_config
             configs.update({name: as_causal_lm(config) for name, config in configs.items()})
 
