@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit, message
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardConfig, GuidanceWarning
 from hf_genarm.training import columns
@@ -238,6 +239,36 @@ def test_any_column_is_one_that_trl_can_read_or_refused_by_its_name(data, column
     kinds = {type(checked[name]) for name in ("prompt", "chosen", "rejected") if name in checked}
     assert kinds == {list if is_chat else str}
     assert math.isfinite(checked.get("margin", 0.0))
+
+
+# --- models ---
+
+BIDIRECTIONAL = {
+    "bert": {"is_decoder": False},
+    "llama": {"is_causal": False, "attn_implementation": "sdpa"},
+    "gemma3_text": {"use_bidirectional_attention": True, "head_dim": 8, "num_key_value_heads": 2},
+}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny(model_type, tokenizer, **values):
+    torch.manual_seed(0)
+    settings = {**SIZES, "vocab_size": len(tokenizer), "initializer_range": 0.4, "pad_token_id": 0, **values}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+
+
+@pytest.mark.parametrize("model_type", BIDIRECTIONAL)
+def test_a_model_that_is_bidirectional(make_trainer, tokenizer, model_type):
+    """Its log-probabilities of a token know the token."""
+    model = tiny(model_type, tokenizer, **BIDIRECTIONAL[model_type])
+    with pytest.raises(TypeError, match=r"is bidirectional.*a token changes what the model predicts before it"):
+        make_trainer(model=model)
+
+
+def test_a_causal_model_whose_config_is_no_decoder(make_trainer, tokenizer):
+    model = tiny("gpt_neox", tokenizer)
+    assert not getattr(model.config, "is_decoder", False)
+    make_trainer(model=model, max_steps=1).train()
 
 
 # --- adapters ---

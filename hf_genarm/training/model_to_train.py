@@ -3,14 +3,15 @@
 import copy
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel, TaskType
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..hub.cache import network_of
+from ..hub.causality import refuse_not_causal
 from ..hub.sharing import HARMLESS_INITS
 from .config import AutoregressiveRewardConfig
 
@@ -52,10 +53,10 @@ def load_model_to_train(
 
 def check_causal_lm(model: Any) -> None:
     """
-    Refuses what is no decoder-only causal LM.
+    Refuses what is no decoder-only causal LM, whatever its configuration says.
 
     Raises:
-        TypeError: if the model is not a decoder-only causal LM.
+        TypeError: if the model is of another kind, or a token changes predictions before it.
     """
     is_model = isinstance(model, Module)
     if not is_model:
@@ -63,12 +64,8 @@ def check_causal_lm(model: Any) -> None:
             f"`model` is a `{type(model).__name__}`, but must be the Hub id or folder of a causal LM as a `str`, or "
             "the model itself. TRL's `RewardTrainer` has no `model_init`: make a trainer for each trial."
         )
-    network: Any = model.get_base_model() if is_peft_model(model) else model
-    if network.config.is_encoder_decoder or not network.can_generate():
-        raise TypeError(
-            f"`model` is a `{type(network).__name__}`, but an autoregressive reward model is a decoder-only causal LM, "
-            "whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`, or pass its id."
-        )
+    if not is_deepspeed_zero3_enabled():  # spread over processes, weights can't be used before the first step
+        refuse_not_causal(model)
 
 
 def as_config(args: Any, model: str | PreTrainedModel | PeftModel) -> AutoregressiveRewardConfig:
