@@ -353,6 +353,6 @@ def test_another_version_does_not_use_what_is_cached(trainer, tokenizer, tmp_pat
     monkeypatch.setattr(preference_data, "_shared_length", lambda *texts: 1)
     # The same version may take it from the cache: this is what shows that there is one.
     assert prepared(trainer, tokenizer, Dataset.load_from_disk(tmp_path / "pairs")) == before
-    monkeypatch.setattr(preference_data, "__version__", "another")
+    monkeypatch.setattr(preference_data, "version", lambda name: "another")
     after = prepared(trainer, tokenizer, Dataset.load_from_disk(tmp_path / "pairs"))
     assert [pair[2] for pair in after] == [1, 1, 1] != [pair[2] for pair in before]

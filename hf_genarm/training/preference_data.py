@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +17,6 @@ from trl.data_utils import get_dataset_column_names, is_conversational
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import remove_none_values
 
-from .. import __version__
 from ..hub.end_of_turn import length_to_end
 from .columns import PROMPT_LENGTH, SIDES
 from .config import AutoregressiveRewardConfig
@@ -234,7 +234,7 @@ def prepare_pairs(
     if is_tokenized:
         dataset = dataset.map(with_shared_start, fn_kwargs=kwargs, **options)
     else:
-        kwargs |= {"tokenizer": tokenizer, "ends": ends, "version": __version__}
+        kwargs |= {"tokenizer": tokenizer, "ends": ends, "version": version("hf_genarm")}
         dataset = dataset.map(with_boundaries, fn_kwargs=kwargs, **options)
     dataset = dataset.with_format(None)
     limit = args.max_length if args.max_length is not None else sys.maxsize
