@@ -154,11 +154,6 @@ def test_what_can_not_be_read_is_named(name):
     processor(ids[:, :8], torch.zeros(1, VOCAB_SIZE))
 
 
-def test_models_that_read_both_ways_are_refused():
-    with pytest.raises(TypeError, match=r"BertLMHeadModel.*config\.is_decoder=False.*both ways"):
-        GenARMLogitsProcessor(tiny("bert", is_decoder=False))
-
-
 # --- adapters ---
 
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}

@@ -134,27 +134,6 @@ def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5 * largest)
 
 
-def test_the_decode_aware_loss(make_trainer, tokenizer):
-    """It is Eq. 5 with beta = beta_r / alpha for the product of base and reward model, as Eq. 7 multiplies them."""
-    base = model_for(tokenizer)
-    options = {"beta": 0.3, "peft_config": LoraConfig(**LORA, init_lora_weights=False)}
-    trainer = make_trainer(model=copy.deepcopy(base), decode_alpha=1.5, **options)
-    pairs = pairs_of(trainer.train_dataset)
-    losses = []
-    for pair in pairs:
-        sums = [log_prob(base, ids, 1) + 1.5 * log_prob(trainer.model.eval(), ids, 1) for ids in pair]
-        losses.append(-torch.nn.functional.logsigmoid(0.3 / 1.5 * (sums[0] - sums[1])))
-    expected = torch.stack(losses).mean()
-    assert abs(expected - naive_loss(trainer.model, pairs, 0.3)) > 1e-2
-    loss = loss_of(trainer)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=0)
-    loss.backward()
-    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
-    with pytest.raises(ValueError, match=r"`decode_alpha` is 1.5.*`peft_config=LoraConfig"):
-        make_trainer(decode_alpha=1.5)
-
-
 def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
     """The longer response ends in the pad token, as it does where pad is eos: text in one row, padding in the other."""
     eos = tokenizer.pad_token_id
@@ -534,7 +513,6 @@ def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
         ("truncation_mode", "middle", "must be one of drop, keep_start, keep_end"),
         ("label_smoothing", 0.5, "below 0.5"),
         ("sft_coefficient", -1.0, "must not be negative"),
-        ("decode_alpha", 0.0, "must be positive"),
     ):
         with pytest.raises(ValueError, match=f"`{name}` is .{{0,2}}{value}.*{message}"):
             make_trainer(**{name: value})

@@ -1,4 +1,4 @@
-"""What a reward model has learned about held-out pairs, beside what a rule that only counts tokens knows."""
+"""What a reward model has learned about held-out pairs, compared with a rule that only counts tokens."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _MATCHED = 0.1
 
 
 def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1, or differences of such."""
+    """Returns the 95 % bootstrap interval of a mean, of values that are 0, 0.5 (a tie) or 1, or of differences."""
     outcomes, numbers = np.unique(is_right, return_counts=True)
     # To resample the values is to draw how often each outcome occurs.
     counts = np.random.default_rng(seed).multinomial(len(is_right), numbers / len(is_right), size=n_resamples)
@@ -20,15 +20,17 @@ def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int
 
 
 def is_right(margin: np.ndarray) -> np.ndarray:
-    """1 where the chosen response has the higher reward, 0.5 at a tie, 0 elsewhere."""
+    """Returns 1 where the chosen response has the higher reward, 0.5 at a tie, 0 elsewhere."""
     return (margin > 0) + 0.5 * (margin == 0)
 
 
 def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10) -> float:
     r"""
-    Expected calibration error of $\sigma(|\text{margin}|)$, the probability that the loss gives to the preferred
-    response being the chosen one: the mean distance of confidence and accuracy over equal bins of confidence, weighted
-    by their sizes ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
+    Returns the expected calibration error of the confidence $\sigma(|\text{margin}|)$.
+
+    That is the probability, by the loss, that the response with the higher reward is the chosen one. The error is the
+    mean distance of confidence and accuracy over equal bins of confidence, weighted by the number of pairs in them
+    ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
     """
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
@@ -38,6 +40,8 @@ def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     r"""
+    Measures how well rewards tell chosen from rejected responses.
+
     Args:
         prediction ([`~transformers.EvalPrediction`]):
             `predictions` of shape `(n_pairs, 2)` are the rewards of chosen and rejected. `label_ids` is a tuple: their
@@ -50,18 +54,18 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
               bounds of its 95 % bootstrap interval, `pair_accuracy_low` and `pair_accuracy_high`
             - `shorter_accuracy`: the same for preferring the shorter response, which an untrained model does
             - `gain_over_shorter`, with `gain_over_shorter_low` and `gain_over_shorter_high`: the difference of the two,
-              paired by pair
-            - `mean_margin`: mean of chosen minus rejected reward
-            - `rms_margin`: its root mean square
-            - `margin_length_correlation`: Pearson correlation of that difference with the difference in length; 0 if
-              one of them is constant
+              pair by pair
+            - `mean_margin`: mean of the margin, chosen minus rejected reward
+            - `rms_margin`: root mean square of the margin
+            - `margin_length_correlation`: Pearson correlation of the margin with the difference in length; 0 if one of
+              them is constant
             - `calibration_error`: from [`calibration_error`]
             - `n_length_matched`: number of pairs whose lengths differ by at most 10 % of the longer one
             - `length_matched_accuracy`, with `length_matched_accuracy_low` and `length_matched_accuracy_high`: the
               accuracy on those, if there are any
             - `contrast_accuracy`, with `contrast_accuracy_low` and `contrast_accuracy_high`: the accuracy of
-              $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: the likelihoods and lengths that
-              its base goes by cancel. Rewards that were trained so (`reference="base"`) have no other accuracy
+              $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: what its base prefers, such as
+              likely and short texts, cancels. It is missing with `reference="base"`, where it is `pair_accuracy`
     """
     labels: Any = prediction.label_ids
     rewards: Any = prediction.predictions
@@ -102,15 +106,17 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 class PreferenceMetrics:
     """
-    [`preference_metrics`] for [`~transformers.Trainer`], which hands over all pairs at once, in a list of batches
-    (`eval_do_concat_batches=False`) or batch by batch (`batch_eval_metrics=True`).
+    Computes [`preference_metrics`] for [`~transformers.Trainer`].
+
+    The trainer passes all pairs at once, a list of batches (`eval_do_concat_batches=False`), or one batch after the
+    other (`batch_eval_metrics=True`).
     """
 
     def __init__(self) -> None:
         self._batches: list[list[torch.Tensor]] = []
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """`compute_result` says if these are the last pairs; before that, nothing is returned."""
+        """Returns the metrics of all pairs so far if `compute_result`, which is true for the last batch, or nothing."""
         rewards, given = prediction.predictions, prediction.label_ids
         batches = zip(rewards, given, strict=True) if isinstance(rewards, list) else [(rewards, given)]
         self._batches += [[torch.as_tensor(x).cpu() for x in (one, *others)] for one, others in batches]
