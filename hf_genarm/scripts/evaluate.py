@@ -16,10 +16,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, EvalPrediction
 
+from ..files import make_output_dir
 from ..hub.info import package_versions
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..training.metrics import preference_metrics
-from .output import make_output_dir
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_evaluation
 

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ..decoding.meter import Meter, answer_lengths
 from ..decoding.processor import GenARMLogitsProcessor
+from ..files import write_whole
 from ..hub.base_weights import weights_fingerprint
 from ..hub.end_of_turn import end_token_ids
 from ..hub.info import chat_template_fingerprint, package_versions
@@ -124,10 +125,7 @@ class Sweep:
             set_seed(self._seed + first)
             self._answer(self._prompts[first : first + self._batch_size], setting, processor, answers)
             progress(1)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(answers)), encoding="utf-8")
-        partial.replace(path)  # whole or not at all
+        write_whole(path, json.dumps(asdict(answers)))
         return answers
 
     def _answer(

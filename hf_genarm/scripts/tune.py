@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.recommended import base_reference
 from ..demo import DEMO_MODEL_ID, demo_model
+from ..files import make_output_dir
 from ..hub.card import reward_model_card
 from ..hub.compatibility import tokenizers_to_align
 from ..hub.info import INFO_NAME, RewardInfo
@@ -40,7 +41,6 @@ from ..hub.recommendation import (
 )
 from ..hub.reward_model import AutoregressiveRewardModel
 from .judge import Judge
-from .output import make_output_dir
 from .pairs import load_prompts, public_name
 from .plots import plot_settings
 from .prompts import last_text
