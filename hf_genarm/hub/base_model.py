@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..demo import DEMO_MODEL_ID, demo_model
 from .info import INFO_NAME, RewardInfo
-from .loading import ADAPTER_CONFIG, adapter_config, base_revision, download, short_name
+from .loading import ADAPTER_CONFIG, adapter_config, download, recorded_revision, short_name
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Base:
         return f"`{self.name}` {where_and_how(self.model)}"
 
 
-def where_and_how(model: PreTrainedModel) -> str:
+def where_and_how(model: PreTrainedModel | PeftModel) -> str:
     """The devices and the dtype of a model, as in "on cuda:0 in bfloat16"."""
     devices = dict.fromkeys(str(x.device) for x in model.parameters())
     return f"on {', '.join(devices)} in {str(model.dtype).removeprefix('torch.')}"
@@ -49,6 +50,7 @@ def load_base(
     device_map: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    reward_model_revision: str | None = None,
 ) -> Base:
     """
     Loads the model to be steered and its tokenizer.
@@ -67,6 +69,8 @@ def load_base(
             Of the weights; `"auto"` is that of the checkpoint.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code from the repository.
+        reward_model_revision (`str`, *optional*):
+            Revision of the reward models.
 
     Raises:
         ValueError: if the reward models name different bases or none, the device can't be used, or the base can't be
@@ -78,10 +82,10 @@ def load_base(
             f"`device` is {device!r} and `device_map` is {device_map!r}, but one of them says where the base goes. "
             "Leave the other one out."
         )
-    target = None if device_map is not None else _usable(device)
+    target = None if device_map is not None else usable_device(device)
     what, revision = f"`{base}`", None
     if base is None and reward_models:
-        base, revision = named_base(reward_models)
+        base, revision = named_base(reward_models, reward_model_revision)
         what = f"`{base}`, the base that `{reward_models[0]}` names,"
     name = base or DEMO_MODEL_ID
     path = demo_model() if name == DEMO_MODEL_ID else name
@@ -104,7 +108,7 @@ def load_base(
     return Base(name, model.eval(), tokenizer)
 
 
-def named_base(reward_models: Sequence[str]) -> tuple[str, str | None]:
+def named_base(reward_models: Sequence[str], revision: str | None = None) -> tuple[str, str | None]:
     """
     The base that reward models name, a Hub id or folder, and the revision of it that they were trained on, if known.
 
@@ -112,7 +116,7 @@ def named_base(reward_models: Sequence[str]) -> tuple[str, str | None]:
         ValueError: if they name different ones, or none.
         OSError: if a reward model is not found.
     """
-    named = {reward_model: _named_by(reward_model) for reward_model in reward_models}
+    named = {reward_model: _named_by(reward_model, revision) for reward_model in reward_models}
     for reward_model, (base, _) in named.items():
         if base is None:
             raise ValueError(
@@ -122,13 +126,13 @@ def named_base(reward_models: Sequence[str]) -> tuple[str, str | None]:
     if len({short_name(base) for base, _ in named.values()}) > 1:
         listed = ", ".join(f"`{base}` by `{reward_model}`" for reward_model, (base, _) in named.items())
         raise ValueError(f"The reward models name different bases ({listed}), but one is steered. Choose it: `--base`.")
-    base, revision = named[reward_models[0]]
-    return str(base), revision
+    base, base_revision = named[reward_models[0]]
+    return str(base), base_revision
 
 
-def _named_by(reward_model: str) -> tuple[str | None, str | None]:
+def _named_by(reward_model: str, revision: str | None) -> tuple[str | None, str | None]:
     try:
-        folder = download(reward_model, patterns=[ADAPTER_CONFIG, INFO_NAME])
+        folder = download(reward_model, patterns=[ADAPTER_CONFIG, INFO_NAME], revision=revision)
     except (OSError, ValueError) as error:  # the latter for what can't be a Hub id
         raise OSError(
             f"`{reward_model}` can't be loaded. Name the Hub id or folder of a reward model. {error}"
@@ -137,12 +141,17 @@ def _named_by(reward_model: str) -> tuple[str | None, str | None]:
     if (folder / ADAPTER_CONFIG).exists():
         config = adapter_config(folder / ADAPTER_CONFIG)
         if short_name(config.base_model_name_or_path):
-            return config.base_model_name_or_path, base_revision(config, info)
+            return config.base_model_name_or_path, recorded_revision(config, info)
     return info.base_model, info.base_model_revision
 
 
-def _usable(device: str | None) -> torch.device:
-    """A device that was checked, or else the one that accelerate chooses."""
+def usable_device(device: str | None) -> torch.device:
+    """
+    The device of a name, or else the one that accelerate chooses.
+
+    Raises:
+        ValueError: if it can't be used.
+    """
     if device is None:
         return PartialState().device
     try:

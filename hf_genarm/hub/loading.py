@@ -158,7 +158,7 @@ def _load_base(
             f"`base_model_name_or_path` of `{name}` is {trained_on!r}, but must be the Hub id or the folder of the "
             f"model that it was trained on. Write it into `{folder / ADAPTER_CONFIG}`."
         )
-    revision = base_revision(config, info)
+    revision = recorded_revision(config, info)
     try:
         files = download(trained_on, patterns=["*.json"], revision=revision, **hub_kwargs)
     except HFValidationError as error:
@@ -199,7 +199,7 @@ def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTraine
     return model, sorted(found["unexpected_keys"])
 
 
-def base_revision(config: PeftConfig, info: RewardInfo) -> str | None:
+def recorded_revision(config: PeftConfig, info: RewardInfo) -> str | None:
     """The revision of the base that an adapter was trained on, if it is recorded."""
     is_same = short_name(info.base_model) == short_name(config.base_model_name_or_path)
     return config.revision or (info.base_model_revision if is_same else None)
