@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..hub.compatibility import tokenizers_to_align
 from ..hub.placement import warn_of_other_devices
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
-from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
+from .recommended import log_recommended_settings, recommended_alpha, recommended_reference
 from .strength import Alpha
 
 
@@ -68,7 +68,7 @@ def assemble(
         ValueError: if the reward models recommend different references, or the one that they recommend is not known.
     """
     left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
-    say_what_is_recommended(reward_models, names, left_open)
+    log_recommended_settings(reward_models, names, left_open)
     aligned = None if tokenizer is None else tokenizers_to_align(reward_models, names, base_model, tokenizer)
     return Assembly(
         reward_model=list(reward_models),

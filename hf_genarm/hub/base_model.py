@@ -79,7 +79,7 @@ def load_base(
     """
     if device is not None and device_map is not None:
         raise ValueError(
-            f"`device` is {device!r} and `device_map` is {device_map!r}, but one of them says where the base goes. "
+            f"`device` is {device!r} and `device_map` is {device_map!r}, but only one of them can place the base. "
             "Leave the other one out."
         )
     target = None if device_map is not None else usable_device(device)

@@ -19,7 +19,7 @@ MAX_PROMPT_TOKENS = 512
 
 class Models:
     """
-    A base model, the reward models that the playground began with, and a few that visitors have asked for.
+    A base, the reward models that the playground was started with, and a few that visitors have loaded.
 
     Args:
         base ([`Base`]):
@@ -44,7 +44,7 @@ class Models:
         self.base, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                f"`{self.base}` has no chat template, and the playground asks questions. Use a chat model."
+                f"`{self.base}` has no chat template, which the playground needs to ask questions. Use a chat model."
             )
         self.adapters = list(adapters)
         self.takes_folders = takes_folders

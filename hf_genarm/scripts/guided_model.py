@@ -46,7 +46,7 @@ class BaseArguments:
 
     def load(self, reward_models: Sequence[str], announce: bool = True, revision: str | None = None) -> Base:
         """
-        Loads the base, and prints one line that says which one, on which device, in which dtype.
+        Loads the base, and prints one line with its name, its device and its dtype.
 
         Args:
             reward_models (sequence of `str`):

@@ -4,8 +4,8 @@ Trains an autoregressive reward model on preference pairs.
     hf-genarm train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.jsonl --output_dir my-arm
 
 Any argument of `AutoregressiveRewardConfig` and of TRL's `ModelConfig` can be given, here or in a file: `--config
-recipe.yaml`. An adapter is trained unless `--no_use_peft` is given. Pairs are held out, so that the card of the reward
-model says what it has learned.
+recipe.yaml`. An adapter is trained unless `--no_use_peft` is given. Some pairs are held out, to measure what the reward
+model has learned for its card.
 """
 
 import os
