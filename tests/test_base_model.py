@@ -1,5 +1,6 @@
 """The base that a command steers: the one that the reward models name, and which one that is, is printed."""
 
+import io
 import json
 import shutil
 import sys
@@ -74,6 +75,17 @@ def test_the_answers_are_those_of_that_base(folder, capsys):
         answers.append(Path("answers.jsonl").read_text(encoding="utf-8"))
         Path("answers.jsonl").unlink()
     assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_lacks_characters(folder, monkeypatch, encoding):
+    """A title has an alpha, and the prompt or an answer any character."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    call = ["show", "--prompt", "α → 模型", "--max_new_tokens", "4", "--arm", str(folder / "arm-one")]
+    assert cli.main(call) == 0
+    stream.flush()
+    assert "guided, alpha 1" in stream.buffer.getvalue().decode(encoding)
 
 
 def test_the_page_steers_the_base_that_is_named(folder, monkeypatch, capsys):
