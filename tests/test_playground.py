@@ -227,9 +227,10 @@ def test_chart():
 def test_a_space_is_written(folders, tmp_path):
     _, adapters, _ = folders
     target = tmp_path / "space"
-    write_space(str(target), None, [adapters[0], "user/my-arm"])
+    write_space(str(target), DEMO_MODEL_ID, [adapters[0], "user/my-arm"])
     assert sorted(path.name for path in target.iterdir()) == ["README.md", "adapters", "app.py", "requirements.txt"]
-    assert "serve(None, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\")" in (target / "app.py").read_text()
+    called = f"serve({DEMO_MODEL_ID!r}, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\")"
+    assert called in (target / "app.py").read_text()
     compile((target / "app.py").read_text(), "app.py", "exec")
     assert (target / "adapters" / "arm-1" / "adapter_model.safetensors").exists()
     card = RepoCard.load(target / "README.md", repo_type="space")
@@ -246,10 +247,13 @@ def test_a_space_that_can_not_be_written(folders, tmp_path):
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(ValueError, match="not empty"):
         write_space(str(tmp_path / "full"), None, adapters)
-    with pytest.raises(ValueError, match="is a folder, but a Space loads its base"):
-        write_space(str(tmp_path / "space"), base, adapters)
+    for given in (base, None):  # which the adapters name
+        with pytest.raises(ValueError, match="is a folder, but a Space loads its base"):
+            write_space(str(tmp_path / "space"), given, adapters)
     with pytest.raises(ValueError, match="have the same name"):
-        write_space(str(tmp_path / "space"), None, [adapters[0], str(shutil.copytree(adapters[0], tmp_path / "arm-1"))])
+        write_space(
+            str(tmp_path / "space"), "me/base", [adapters[0], str(shutil.copytree(adapters[0], tmp_path / "arm-1"))]
+        )
 
 
 # --- the command ---
@@ -259,7 +263,7 @@ def test_a_space_that_can_not_be_written(folders, tmp_path):
 def test_the_command(folders, tmp_path, monkeypatch, capsys):
     _, adapters, _ = folders
     target = str(tmp_path / "space")
-    assert cli.main(["demo", "--arm", adapters[0], "--arm", adapters[1], "--export", target]) == 0
+    assert cli.main(["demo", "--arm", *adapters, "--base", DEMO_MODEL_ID, "--export", target]) == 0
     assert "hf upload USER/NAME" in capsys.readouterr().out
     assert "['adapters/arm-1', 'adapters/arm-2']" in Path(target, "app.py").read_text()
     monkeypatch.chdir(tmp_path)

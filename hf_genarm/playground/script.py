@@ -11,8 +11,8 @@ from hf_genarm import GenARMLogitsProcessor
 {imports}
 tokenizer = AutoTokenizer.from_pretrained({base})
 model = AutoModelForCausalLM.from_pretrained({base}, dtype={dtype!r}, device_map={device!r})
-inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-inputs = inputs.to(model.device)
+inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")\
+.to(model.device)
 processor = GenARMLogitsProcessor.from_pretrained({names!r}, base_model=model{options})
 processor.alpha = {alpha}
 torch.manual_seed({seed})
