@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hub.cache import network_of
 from ..hub.compatibility import tokenizers_to_align
 from ..hub.placement import warn_of_other_devices
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
@@ -102,9 +103,13 @@ def load_reward_models(
 
     Returns:
         The reward models, and the tokenizer of the base, `None` if there is none.
+
+    Raises:
+        TypeError: if the base is no model.
     """
     known: dict[str, Any] = {}
     if base_model is not None:
+        network_of(base_model)  # refuses what is no model, such as an id
         if tokenizer is None:  # looked up once, as it takes a minute where the Hub can't be reached
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)

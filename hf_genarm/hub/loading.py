@@ -111,7 +111,7 @@ def load_adapter(
         _refuse_not_finite(load_file(path).items(), name)
         return load_onto_shared_weights(base_model, folder)
     logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
-    network = _load_base(name, config, info, folder, hub_kwargs, loaded_as_base(base_model, kwargs))
+    network = _load_network(name, config, info, folder, hub_kwargs, loaded_as_base(base_model, kwargs))
     if same_weights(info.base_weights, weights_fingerprint(network)) is False:
         warnings.warn(
             f"`{name}` was trained on other weights than those of `{config.base_model_name_or_path}`, so that its "
@@ -149,7 +149,7 @@ def _why_not_shared(
     return None
 
 
-def _load_base(
+def _load_network(
     name: str, config: PeftConfig, info: RewardInfo, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     trained_on = config.base_model_name_or_path
