@@ -1,8 +1,8 @@
 """
 Trains a reward model on 96 preference pairs and steers SmolLM2-135M-Instruct with it, in a few minutes on 2 CPU cores.
 
-    python examples/quickstart.py                                                       # trains, then steers
-    python examples/quickstart.py --adapter model_cards/arm-smollm2-135m-sentiment      # steers with a trained one
+    python -m examples.quickstart                                                       # trains, then steers
+    python -m examples.quickstart --adapter model_cards/arm-smollm2-135m-sentiment      # steers with a trained one
 
 The reward is positive sentiment, so that a program (VADER) can measure it on prompts that were never trained on.
 """
@@ -14,40 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
-from scorers import sentiment
-from small import fitting_adapter, output_folder, sized
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, set_seed
 
+from examples.pairs import held_out_prompts, training_pairs
+from examples.scorers import sentiment
+from examples.small import fitting_adapter, output_folder, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
+from hf_genarm.scripts.tune import interval_of_mean
 
-DATA = Path(__file__).parent / "data" / "sentiment"
 ALPHAS = (0.5, 1.0, 2.0)
-
-
-def training_pairs(n_pairs: int | None = None) -> Dataset:
-    """The pairs that differ most in sentiment."""
-    pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
-    pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
-    return pairs.select(range(min(n_pairs or len(pairs), sized(len(pairs), 4))))
 
 
 def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
     """Trains an adapter."""
-    config = AutoregressiveRewardConfig(
-        output_dir=str(output_dir),
-        gradient_checkpointing=False,
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        logging_steps=6,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        **arguments,
-    )
+    settings = {
+        "output_dir": str(output_dir),
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "logging_steps": 6,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     n_layers = model.config.num_hidden_layers
     adapter = LoraConfig(
@@ -58,7 +51,7 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
     )
     trainer = AutoregressiveRewardTrainer(
         model=model,
-        args=config,
+        args=AutoregressiveRewardConfig(**(settings | arguments)),
         train_dataset=pairs,
         processing_class=copy.deepcopy(tokenizer),
         peft_config=adapter,
@@ -67,14 +60,6 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
     trainer.save_model()
     trainer.model.eval()
     return trainer
-
-
-def held_out_prompts(n_prompts: int | None = None) -> list[str]:
-    """Prompts whose topics are not in the training data, evenly over the topics and templates."""
-    test = load_dataset("json", data_files=str(DATA / "test.jsonl"), split="train")
-    prompts = list(dict.fromkeys(pair["prompt"][0]["content"] for pair in test))
-    n_prompts = min(n_prompts or len(prompts), sized(len(prompts), 4))
-    return prompts[:: len(prompts) // n_prompts][:n_prompts]
 
 
 class Steering:
@@ -99,14 +84,6 @@ class Steering:
         return texts, np.array(sentiment(self.prompts, texts))
 
 
-def bootstrap(values: np.ndarray, seed: int, n_resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean with its 95 % interval, resampling prompts."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(n_resamples, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
 def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: Path, strength: float = 1.0) -> None:
     import matplotlib
 
@@ -114,11 +91,11 @@ def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: 
     from matplotlib import pyplot as plt
 
     alphas = sorted(scores)
-    means, lows, highs = np.array([bootstrap(scores[alpha], seed) for alpha in alphas]).T
+    means, lows, highs = np.array([interval_of_mean(scores[alpha], seed) for alpha in alphas]).T
     figure, axis = plt.subplots(figsize=(7, 4.2), dpi=160)
     axis.fill_between(alphas, lows, highs, color="#1f77b4", alpha=0.18, linewidth=0)
     axis.plot(alphas, means, "o-", color="#1f77b4", linewidth=2, label="guided by the reward model")
-    mean, low, high = bootstrap(control, seed)
+    mean, low, high = interval_of_mean(control, seed)
     axis.errorbar(
         [strength],
         [mean],
@@ -199,7 +176,7 @@ def main() -> None:
     rows += [("guided - unguided, paired", scores[strength] - scores[0.0])]
     rows += [("guided - control, paired", scores[strength] - control_scores)]
     for name, values in rows:
-        mean, low, high = bootstrap(values, args.seed)
+        mean, low, high = interval_of_mean(values, args.seed)
         print(f"  {name:<27} {mean:+.2f}  [{low:+.2f}, {high:+.2f}]")
 
     plot(scores, control_scores, args.seed, args.output / "reward_by_alpha.png", strength)

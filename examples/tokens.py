@@ -1,15 +1,15 @@
 """
 Draws what guidance did to each token of an answer, in the terminal and as `examples/plots/tokens.png`.
 
-    python examples/tokens.py --seed 1
+    python -m examples.tokens --seed 1
 """
 
 import argparse
 
 import torch
-from small import fitting_adapter, output_file, sized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
 

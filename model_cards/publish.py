@@ -13,19 +13,18 @@ from peft import PeftConfig
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.pairs import DATA
+from examples.quickstart import ALPHAS, Steering, train
+from examples.small import output_folder, sized
+from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm.decoding.meter import Meter, answer_lengths
+from hf_genarm.demo import DEMO_MODEL_ID, demo_model
+from hf_genarm.hub.card import Steered, reward_model_card
+from hf_genarm.hub.info import INFO_NAME, RewardInfo
+from hf_genarm.scripts import tune
+from hf_genarm.scripts.tune import interval_of_mean
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "examples"), str(HERE.parent)]
-
-from quickstart import ALPHAS, DATA, Steering, bootstrap, train  # noqa: E402
-from small import output_folder, sized  # noqa: E402
-
-from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
-from hf_genarm.decoding.meter import Meter, answer_lengths  # noqa: E402
-from hf_genarm.demo import DEMO_MODEL_ID, demo_model  # noqa: E402
-from hf_genarm.hub.card import Steered, reward_model_card  # noqa: E402
-from hf_genarm.hub.info import INFO_NAME, RewardInfo  # noqa: E402
-from hf_genarm.scripts import tune  # noqa: E402
-
 SEED = 0
 
 
@@ -39,7 +38,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def interval(values: np.ndarray) -> str:
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values, SEED))
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*interval_of_mean(values, SEED))
 
 
 class MeasuredSteering(Steering):
@@ -140,7 +139,7 @@ def publish(
         unguided=interval(effects[0.0]),
         steered=[Steered(alpha, interval(effects[alpha]), interval(kls[alpha])) for alpha in alphas],
         notes=notes,
-        command=shlex.join(["python", f"model_cards/{Path(sys.argv[0]).name}", *options]),
+        command=shlex.join(["python", "-m", f"model_cards.{Path(sys.argv[0]).stem}", *options]),
     )
     card.save(folder / "README.md")
     write_index(output)
@@ -186,7 +185,7 @@ def write_index(output: Path) -> None:
         "",
         "On held-out pairs. What was learned is the log-probability of an adapter less that of the base.",
         "What an adapter does to generated text is in its card.",
-        "`python model_cards/upload.py --namespace my-name --dry-run` says what would be published on the Hub;",
+        "`python -m model_cards.upload --namespace my-name --dry-run` says what would be published on the Hub;",
         "without `--dry-run` it is.",
     ]
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

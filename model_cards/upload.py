@@ -1,8 +1,8 @@
 """
 Publishes the reward models of this folder on the Hub, and a collection of them.
 
-    python model_cards/upload.py --namespace my-name --dry-run     # says what it would do, without network
-    python model_cards/upload.py --namespace my-name               # needs a token: `hf auth login`
+    python -m model_cards.upload --namespace my-name --dry-run     # says what it would do, without network
+    python -m model_cards.upload --namespace my-name               # needs a token: `hf auth login`
 
 Cards are published with the names that the models have there. What is there already is brought up to date.
 """

@@ -1,7 +1,6 @@
 """Sequential Monte Carlo: the law of its texts against the optimum over whole texts, on languages written out."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +29,7 @@ def generate(base, processor, inputs=BATCH, seed=0, **options):
 @pytest.fixture(scope="module")
 def law():
     """What the benchmark writes out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent.parent / "examples" / "benchmarks"))
-        yield importlib.import_module("sequence_law")
+    return importlib.import_module("examples.benchmarks.sequence_law")
 
 
 def language(law, alpha=0.7, seed=30, **options):

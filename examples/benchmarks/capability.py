@@ -1,7 +1,7 @@
 """
 What guidance costs in knowledge: SmolLM2-135M-Instruct on 239 questions of common knowledge and grammar, by strength.
 
-    python examples/benchmarks/capability.py         # some minutes
+    python -m examples.benchmarks.capability         # some minutes
 
 The task is `examples/data/common_knowledge`, scored by the Language Model Evaluation Harness (`pip install
 hf_genarm[eval]`): an answer is right if the guided distribution gives it the most probability. The sentiment adapter
@@ -11,7 +11,6 @@ and its change from the unguided model, paired.
 
 import argparse
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm.demo import demo_model
+from hf_genarm.scripts.tune import interval_of_mean
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from quickstart import bootstrap  # noqa: E402
-from small import fitting_adapter, output_file, sized  # noqa: E402
-
 TASK = ROOT / "examples" / "data" / "common_knowledge" / "common_knowledge.yaml"
 
 
@@ -87,8 +83,8 @@ def main() -> None:
             {
                 "alpha": alpha,
                 "reference": reference,
-                "accuracy": bootstrap(right, args.seed),
-                "change": bootstrap(right - right_before, args.seed),
+                "accuracy": interval_of_mean(right, args.seed),
+                "change": interval_of_mean(right - right_before, args.seed),
                 "by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items()},
             }
         )

@@ -1,8 +1,8 @@
 """
 What guidance costs: time per new token, guided over unguided, and peak memory, for each engine.
 
-    python examples/benchmarks/decode_cost.py
-    python examples/benchmarks/decode_cost.py --profile
+    python -m examples.benchmarks.decode_cost
+    python -m examples.benchmarks.decode_cost --profile
 
 All ways of decoding take turns within a round, each with prompts of its own. The time per token of a run is the median
 over its steps after the prompt. Ratios are taken within a round; their median and range over the rounds are printed
@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import add_record, cell, forget_peak_memory, memory_mb, output_file, run_for_memory, sized, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
 
+from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
 

@@ -2,7 +2,7 @@
 Makes a shallow reward model of SmolLM2-135M-Instruct: its first layers and its head, as good a small model of it as can
 be had without the Hub.
 
-    python examples/benchmarks/make_shallow.py       # about 35 minutes on one core
+    python -m examples.benchmarks.make_shallow       # about 35 minutes on one core
 
 The whole model answers the prompts of `examples/data/sentiment/train.jsonl`, and its likeliest next tokens are kept
 beside each token that it writes. Its first layers are distilled on these, and then trained as a reward model on the
@@ -12,11 +12,9 @@ preference pairs. All of it is kept in `~/.cache/hf_genarm`; what is there is no
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
-from measuring import sized
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -30,11 +28,9 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from quickstart import DATA, train, training_pairs
-from small import output_folder
-
+from examples.pairs import DATA, training_pairs
+from examples.quickstart import train
+from examples.small import output_folder, sized
 from hf_genarm import AutoregressiveRewardModel
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 
@@ -54,7 +50,7 @@ The first {n_layers} of {n_all_layers} layers of [{base}](https://huggingface.co
 how fast a small reward model drafts for a large base. It is no language model of general use: it was distilled for
 {n_epochs} epochs on {n_texts} short answers of the whole model to questions about everyday things ({nats:.2f} nats per
 token from it on the last batches), and then trained on {n_pairs} preference pairs that the word list VADER has labelled
-by sentiment. Made by `python examples/benchmarks/make_shallow.py`.
+by sentiment. Made by `python -m examples.benchmarks.make_shallow`.
 """
 
 

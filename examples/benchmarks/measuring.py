@@ -12,10 +12,6 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from small import output_file, sized  # noqa: F401  (for the scripts beside this one)
-
 
 def machine() -> dict[str, str | int]:
     model = [
@@ -43,9 +39,14 @@ def run_for_memory(script: str, options: list[str]) -> float:
     """The number that a script prints last, from a process that does nothing else."""
     # Large blocks go back to the system at once, so that memory in use is measured, and not how it is fragmented.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, *options]
+    command = [sys.executable, "-m", module_of(script), *options]
     run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return float(run.stdout.split()[-1])
+
+
+def module_of(script: str) -> str:
+    """The name by which `python -m` runs the file of a benchmark."""
+    return f"examples.benchmarks.{Path(script).stem}"
 
 
 def forget_peak_memory() -> None:
@@ -70,7 +71,7 @@ def save_over_logs(figure: Any, axis: Any, values: Sequence[float], path: Path) 
 
 def add_record(output: Path | None, script: str, results: list[dict]) -> None:
     if output:
-        command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *sys.argv[1:]])
+        command = " ".join(["python", "-m", module_of(script), *sys.argv[1:]])
         records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
         records.append({"command": command, "machine": machine(), "results": results})
         output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

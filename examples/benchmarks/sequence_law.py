@@ -1,7 +1,7 @@
 """
 Sequential Monte Carlo against the optimum over whole texts, on languages that can be written out.
 
-    python examples/benchmarks/sequence_law.py
+    python -m examples.benchmarks.sequence_law
 
 Base and reward model are tiny Llamas with random weights; a language is all texts of at most a few tokens, one of which
 ends a text. Printed over the number of particles N: the total variation distance between the law of the texts and the
@@ -14,10 +14,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from measuring import add_record, output_file, save_over_logs, sized
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples.benchmarks.measuring import add_record, save_over_logs
+from examples.small import output_file, sized
 from hf_genarm import GenARMLogitsProcessor, SMCOutput, smc_sample
 
 PROMPT, PAD, EOS = [3, 4], 0, 1

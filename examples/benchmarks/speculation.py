@@ -1,8 +1,8 @@
 r"""
 What drafts of the reward model gain: time per token, in greedy decoding and sampling, for one text at a time.
 
-    python examples/benchmarks/speculation.py
-    python examples/benchmarks/speculation.py --simulate
+    python -m examples.benchmarks.speculation
+    python -m examples.benchmarks.speculation --simulate
 
 In each round, and for each prompt, all ways of decoding take turns: unguided; guided; guided, with drafts of the reward
 model; and unguided with transformers' own assisted decoding by the same small model before it became a reward model.
@@ -20,7 +20,6 @@ $$S(a, \rho) = \max_K \frac{(1 + \rho)(1 + a + \dots + a^K)}{(K + 1)\rho + 1 + c
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,17 +27,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from make_shallow import DISTILLED, shallow_reward_model
-from measuring import add_record, cell, output_file, sized, spread
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from quickstart import DATA
-
+from examples.benchmarks.make_shallow import DISTILLED, shallow_reward_model
+from examples.benchmarks.measuring import add_record, cell, spread
+from examples.pairs import DATA
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.decoding.pace import Pace
 from hf_genarm.demo import demo_model

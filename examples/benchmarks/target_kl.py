@@ -1,7 +1,7 @@
 """
 Whether `target_kl` holds the divergence from the base, on SmolLM2-135M-Instruct with two shipped reward models.
 
-    python examples/benchmarks/target_kl.py         # about 10 minutes on 2 cores
+    python -m examples.benchmarks.target_kl         # about 10 minutes on 2 cores
 
 The mean divergence per token of guided from unguided distributions over the answers to held-out prompts, sampled at
 temperature 1 under one seed: at strength 1, where it depends on the reward model, and held at several targets. Means
@@ -9,7 +9,6 @@ with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.pairs import held_out_prompts
+from examples.quickstart import Steering
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
+from hf_genarm.scripts.tune import interval_of_mean
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from quickstart import Steering, bootstrap, held_out_prompts  # noqa: E402
-from small import fitting_adapter, output_file, sized  # noqa: E402
-
 NAMES = ("sentiment", "brevity")
 
 
@@ -91,7 +89,7 @@ def main() -> None:
         means = np.array([values.mean() for values in texts])
         low, high = np.quantile(means, [0.05, 0.95])
         print(
-            f"{name:<24} {len(texts):5}  " + "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(means, args.seed))
+            f"{name:<24} {len(texts):5}  " + "{:.3f} [{:.3f}, {:.3f}]".format(*interval_of_mean(means, args.seed))
             + f"     {low:.3f} to {high:.3f}"
         )  # fmt: skip
     if args.plot:

@@ -1,7 +1,7 @@
 """
 How far sampling token by token is from the optimum over whole texts, on languages that can be written out.
 
-    python examples/benchmarks/token_law.py
+    python -m examples.benchmarks.token_law
 
 Guided decoding normalises at each token. The optimum of `E[r] - β KL(π‖π_base)` normalises once for each text; the two
 differ by the weight Π Z_t. Base and reward model are random tables of next-token logits, for all texts of a few tokens.
@@ -14,8 +14,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from measuring import cell, output_file, save_over_logs, sized, spread
 
+from examples.benchmarks.measuring import cell, save_over_logs, spread
+from examples.small import output_file, sized
 from hf_genarm.functional import guided_log_probs
 
 BETA_R = 0.05

@@ -1,8 +1,8 @@
 """
 What training costs: time and peak memory of a step, forward and backward, over the naive form of the same loss.
 
-    python examples/benchmarks/train_cost.py
-    python examples/benchmarks/train_cost.py --heads       # the last layer alone
+    python -m examples.benchmarks.train_cost
+    python -m examples.benchmarks.train_cost --heads       # the last layer alone
 
 *Naive* is TRL's `CPOTrainer` with the same loss: both texts of a pair whole, and logits for every token. *Two rows* is
 `AutoregressiveRewardTrainer` for models that can't share prefixes, *one row* what it does where it saves time. All ways
@@ -17,13 +17,14 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from measuring import add_record, cell, forget_peak_memory, memory_mb, output_file, run_for_memory, sized, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
+from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 from hf_genarm.demo import demo_model
 from hf_genarm.functional import selected_log_probs

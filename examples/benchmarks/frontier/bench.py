@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from fingerprint import fingerprint
-from settings import ADAPTER, TARGETS, TRAINING, Size
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
 
@@ -23,6 +21,9 @@ from hf_genarm.demo import demo_model
 from hf_genarm.hub.info import package_versions
 from hf_genarm.scripts.prompts import left_padded, token_ids
 from hf_genarm.scripts.sweep import Answers, sample_answers
+
+from ...fingerprint import fingerprint
+from .settings import ADAPTER, TARGETS, TRAINING, Size
 
 Judge = Callable[[Sequence[str], Sequence[str]], Iterable[float]]
 Processors = Callable[[Tensor], list[LogitsProcessor]]

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pandas as pd
-from answers import Runs
-from bootstrap import N_RESAMPLES, interpolated, means
+
+from .answers import Runs
+from .bootstrap import N_RESAMPLES, interpolated, means
 
 OURS, DPO = "GenARM: DPO loss, ratio", "DPO, a training run per point"
 EQ7 = "GenARM: Eq. 5, Eq. 7 (the paper)"

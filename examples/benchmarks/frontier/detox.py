@@ -15,12 +15,13 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from bench import Task
 from datasets import Dataset
-from settings import Size
 from transformers import AutoTokenizer
 
 from hf_genarm.demo import demo_model
+
+from .bench import Task
+from .settings import Size
 
 PAIRS = Path(__file__).parent.parent.parent / "data" / "detox" / "train.jsonl"
 

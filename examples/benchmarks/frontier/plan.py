@@ -1,7 +1,7 @@
 """Which answers it takes."""
 
-from bench import Bench, Point, Step, Task
-from methods import (
+from .bench import Bench, Point, Step, Task
+from .methods import (
     GRID,
     GUIDED,
     args_step,
@@ -11,7 +11,7 @@ from methods import (
     rollout_step,
     smc_step,
 )
-from settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, TRIED, WEIGHTS
+from .settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, TRIED, WEIGHTS
 
 DPO = [objective for objective in OBJECTIVES if objective.startswith("dpo")]
 

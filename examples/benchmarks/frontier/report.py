@@ -1,26 +1,23 @@
 """
 Writes RESULTS.md and its figures from the answers that are kept in `results/`, in seconds.
 
-    python examples/benchmarks/frontier/report.py
+    python -m examples.benchmarks.frontier.report
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ...small import output_folder, sized
+from .answers import load
+from .bootstrap import hypervolume, interval, means, shown
+from .curves import DPO, EQ7, NAMES, OURS, Curves, setting
+from .figures import frontier, pareto
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
-
-from answers import load  # noqa: E402
-from bootstrap import hypervolume, interval, means, shown  # noqa: E402
-from curves import DPO, EQ7, NAMES, OURS, Curves, setting  # noqa: E402
-from figures import frontier, pareto  # noqa: E402
-from small import output_folder, sized  # noqa: E402
-
 # Nats per answer at which methods are compared
 TARGETS = {
     "sentiment": np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0]),
@@ -38,8 +35,8 @@ SOUPS = "rewarded soups"
 
 INTRODUCTION = """# Reward against divergence
 
-Made by `python examples/benchmarks/frontier/report.py` from the answers in `results/`, which
-`python examples/benchmarks/frontier/run.py` has sampled.
+Made by `python -m examples.benchmarks.frontier.report` from the answers in `results/`, which
+`python -m examples.benchmarks.frontier.run` has sampled.
 
 **One small model (SmolLM2-135M-Instruct) and programs as judges: what holds here need not hold for large models and
 people's preferences.**

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
-from trajectory_reward import trajectory_rewards
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from .trajectory_reward import trajectory_rewards
 
 
 class RolloutLogitsProcessor(LogitsProcessor):

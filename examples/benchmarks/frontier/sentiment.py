@@ -2,13 +2,14 @@
 
 import json
 
-from bench import Task
 from datasets import Dataset
-from make_sentiment_pairs import TEMPLATES, TOPICS
-from quickstart import DATA, training_pairs
-from settings import Size
 from textblob import TextBlob
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from ...data.make_sentiment_pairs import TEMPLATES, TOPICS
+from ...pairs import DATA, training_pairs
+from .bench import Task
+from .settings import Size
 
 # In no split of the pairs, and in no experiment before this one
 _TEST_TOPICS = """

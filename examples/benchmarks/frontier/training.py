@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Bench
 from datasets import Dataset
 from peft import LoraConfig
-from settings import ADAPTER, TARGETS, TRAINING
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
+
+from .bench import Bench
+from .settings import ADAPTER, TARGETS, TRAINING
 
 
 def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:

@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sentiment
 import torch
-from bench import Bench, Point, Step, Task
-from make_brevity import shorter_is_chosen
-from methods import arm, guided
-from settings import MARGIN, STRENGTHS_OF_TWO, WEIGHTINGS, Size
-from soup import save_soup
+
+from ...pairs import shorter_is_chosen
+from ...soup import save_soup
+from . import sentiment
+from .bench import Bench, Point, Step, Task
+from .methods import arm, guided
+from .settings import MARGIN, STRENGTHS_OF_TWO, WEIGHTINGS, Size
 
 
 def task(size: Size) -> Task:

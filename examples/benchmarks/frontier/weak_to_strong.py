@@ -4,14 +4,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench import Bench, Point, Step, Task
-from make_shallow import DISTILLED, shallow_reward_model
-from methods import by_row
-from settings import MARGIN, OBJECTIVES, WEAK
-from training import train_arm
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+
+from ..make_shallow import DISTILLED, shallow_reward_model
+from .bench import Bench, Point, Step, Task
+from .methods import by_row
+from .settings import MARGIN, OBJECTIVES, WEAK
+from .training import train_arm
 
 
 def steps(bench: Bench, task: Task) -> list[Step]:
