@@ -130,14 +130,14 @@ def headline() -> str:
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
     times = decode_times()[False, 1, 1]
     train = runs("train_cost")[0]["results"][0]
-    make = f"`python model_cards/make_sentiment.py` ([card](model_cards/{SENTIMENT}/README.md))"
+    make = f"`python -m model_cards.make_sentiment` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
         ["", "", "command"],
         [
             [
                 "reward (sentiment) at the same KL from the base, 8 nats per answer",
                 f"{at_same_kl('Sentiment', 8)} ([results](docs/results.md))",
-                "`python examples/benchmarks/frontier/run.py`",
+                "`python -m examples.benchmarks.frontier.run`",
             ],
             [
                 "detoxification (probability of no toxicity) at the same KL, 1.5 nats",
@@ -158,13 +158,13 @@ def headline() -> str:
             [
                 "time per token over unguided, batch 1, LoRA reward model",
                 f"{times['fused']}; two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))",
-                "`python examples/benchmarks/decode_cost.py`",
+                "`python -m examples.benchmarks.decode_cost`",
             ],
             [
                 f"training step, over TRL's `CPOTrainer` ({train['shape'].replace('+', ' + ')} tokens)",
                 f"{spread(train['speed']['one row'])} times as fast, "
                 f"{train['memory_mb']['one row'] / train['memory_mb']['naive']:.2f} of the memory",
-                "`python examples/benchmarks/train_cost.py`",
+                "`python -m examples.benchmarks.train_cost`",
             ],
         ],
     )
