@@ -70,10 +70,17 @@ def runs(name: str) -> list[dict]:
 
 
 def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
-    """Times per token of each engine, by whether adapters are on all linear layers, batch size and their number."""
+    """
+    Times per token of each engine, by whether adapters are on all linear layers, batch size and their number. Those
+    over the unguided base with the matrix products of joint passes are named `same …`; old runs have none.
+    """
     return {  # later runs had more rounds
         ("--targets all" in run["command"], result["batch_size"], result["adapters"]): {
-            engine: spread(time) for engine, time in result["time"].items()
+            engine: spread(time)
+            for engine, time in (
+                *result["time"].items(),
+                *((f"same {engine}", time) for engine, time in result.get("time_over_same_products", {}).items()),
+            )
         }
         for run in runs("decode_cost")
         for result in run["results"]
@@ -81,23 +88,37 @@ def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
 
 
 def decode_cost() -> str:
-    engines = ("fused", "shared", "separate", "rows")
+    times = decode_times()
+    columns = {
+        "same fused": "fused, same products",
+        "same rows": "unguided, with as many rows, same products",
+        "fused": "fused",
+        "shared": "shared",
+        "separate": "separate",
+        "rows": "unguided, with as many rows",
+    }
+    columns = {name: head for name, head in columns.items() if any(name in cells for cells in times.values())}
     return table(
-        ["batch", "reward models", "fused", "shared", "separate", "unguided, with as many rows"],
+        ["batch", "reward models", *columns.values()],
         [
-            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(times.get(x, "") for x in engines)]
-            for (of_all, batch_size, adapters), times in sorted(decode_times().items())
+            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(cells.get(x, "") for x in columns)]
+            for (of_all, batch_size, adapters), cells in sorted(times.items())
         ],
     )
+
+
+def fused(times: dict[str, str]) -> str:
+    """The time per token of an adapter over the unguided base with the same products, or over the base as it is."""
+    return times.get("same fused", times["fused"])
 
 
 def cost() -> str:
     """The answer to the question what guidance costs, in a few rows."""
     times = decode_times()
     rows = [
-        ["a LoRA adapter on the base, one text at a time", times[False, 1, 1]["fused"]],
-        ["the same, 16 texts at a time", times[False, 16, 1]["fused"]],
-        ["four of them, one text at a time", times[False, 1, 4]["fused"]],
+        ["a LoRA adapter on the base, one text at a time", fused(times[False, 1, 1])],
+        ["the same, 16 texts at a time", fused(times[False, 16, 1])],
+        ["four of them, one text at a time", fused(times[False, 1, 4])],
         ["a separate model as large as the base", times[False, 1, 1]["separate"]],
     ]
     return table(["reward model, on 2 CPU cores", "time per token, over unguided"], rows)
@@ -129,6 +150,11 @@ def headline() -> str:
     pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
     times = decode_times()[False, 1, 1]
+    other_baseline = (
+        f"over torch's own, slower matrix products {times['fused']} ([why](docs/speed.md#what-it-costs))"
+        if "same fused" in times
+        else f"two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))"
+    )
     train = runs("train_cost")[0]["results"][0]
     make = f"`python -m model_cards.make_sentiment` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
@@ -157,7 +183,7 @@ def headline() -> str:
             ],
             [
                 "time per token over unguided, batch 1, LoRA reward model",
-                f"{times['fused']}; two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))",
+                f"{fused(times)}; {other_baseline}",
                 "`python -m examples.benchmarks.decode_cost`",
             ],
             [
