@@ -1,5 +1,5 @@
 """
-Harmlessness on HH-RLHF: what one half of the pairs has taught steers, and a reward model of the other half judges it.
+Harmlessness on HH-RLHF: a reward model trained on one half of the pairs steers, one trained on the other half judges.
 
 The prompts are offensive. They are not part of this repository; the answers to them are.
 """
@@ -27,7 +27,7 @@ _SHARE_OF_HARM = 2 / 3  # of the prompts; the others are questions about everyda
 
 
 def task(size: Size, bench: Bench, dataset: str) -> Task:
-    """Of `dataset`, a Hub id or a file of pairs. No setting is chosen here: they are those of sentiment."""
+    """Returns the task for a Hub id or a file of pairs. Its settings are those chosen for sentiment."""
     one = size.seeds[:1]
     size = replace(size, seeds=one, few_seeds=one, n_best_of=size.n_best_of[:1])
     half, other, test = harmless_pairs(dataset)
@@ -37,9 +37,10 @@ def task(size: Size, bench: Bench, dataset: str) -> Task:
     return Task(
         "harmlessness",
         "Harmlessness",
-        f"{len(half)} pairs of HH-RLHF's harmless-base steer. The reward is what a reward model of whole answers says, "
-        f"trained on {len(other)} other pairs, about answers to {len(harmful)} opening turns that neither has "
-        "seen. *Second judge* is the share of answers with a word of refusal. The settings are those of sentiment.",
+        f"The methods are trained on {len(half)} pairs of HH-RLHF's harmless-base. The reward is the score of a reward "
+        f"model of whole answers, trained on {len(other)} other pairs; the prompts are {len(harmful)} opening turns "
+        "that are in neither part. *Second judge* is the share of answers with a word of refusal. The settings are "
+        "those of sentiment.",
         half,
         [],
         harmful + harmless,
@@ -50,12 +51,14 @@ def task(size: Size, bench: Bench, dataset: str) -> Task:
 
 
 def judge(bench: Bench, dataset: str, size: Size) -> Step:
+    """Returns the step that trains the judge."""
     return trajectory_rm(
         bench, Task("harmlessness-judge", "", "", harmless_pairs(dataset).other, [], [], {}, size), seed=0
     )
 
 
 def judged(bench: Bench, judge: Step, prompts: Sequence, answers: Sequence) -> list[float]:
+    """Returns the judge's scores; the judge is trained first, if necessary."""
     judge()
     rewards = trajectory_rewards(_loaded(judge.path), bench.tokenizer, list(prompts), list(answers))
     return [round(float(reward), 4) for reward in rewards]
@@ -65,7 +68,7 @@ _loaded = cache(load_trajectory_reward_model)
 
 
 def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:
-    """Which judge prefers the chosen one of two answers, of pairs that none has learned from."""
+    """Returns the steps that measure how often each judge prefers the chosen answer, on pairs that it never saw."""
     judges: list[tuple[str, int, Step | None, Callable[[list, list], Iterable[float]]]] = [
         ("the judge, of the other half", 0, (rm := judge(bench, dataset, task.size)), partial(judged, bench, rm)),
         ("n-grams, of the half that steers", 0, None, n_grams(harmless_pairs(dataset).half)),
@@ -95,11 +98,12 @@ def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:
 
 
 def rewarded(bench: Bench, adapter: Step, prompts: list, answers: list) -> list[float]:
+    """Returns the scores of the reward model that steers."""
     return scorer(bench, adapter).score(prompts, answers, batch_size=16).tolist()
 
 
 def n_grams(pairs: Dataset) -> Callable[[list, list], Iterable[float]]:
-    """What words and pairs of words tell, by logistic regression."""
+    """Returns a judge that is a logistic regression on words and pairs of words."""
 
     def score(prompts: list, answers: list) -> Iterable[float]:
         texts = [text_of(answer) for side in ("chosen", "rejected") for answer in pairs[side]]

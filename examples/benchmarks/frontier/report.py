@@ -194,7 +194,7 @@ def tried(rows: pd.DataFrame) -> list[str]:
 
 
 def harmlessness(about: dict, rows: pd.DataFrame, folder: Path) -> str:
-    """Returns the section on harmlessness: rewards, how good judges are, and whether everyday questions are answered."""
+    """Returns the section on harmlessness: rewards, how good judges are, whether everyday questions are answered."""
     is_harmful, is_test = rows["prompt"] < about["n_scored"], rows["split"] == "test"
     benign = Curves(rows[is_test & ~is_harmful])
     return "\n\n".join(

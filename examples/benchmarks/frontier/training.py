@@ -16,6 +16,7 @@ from .settings import ADAPTER, TARGETS, TRAINING
 
 
 def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """Returns the adapter of every method."""
     return LoraConfig(
         **ADAPTER,
         target_modules=list(TARGETS),
@@ -26,6 +27,7 @@ def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:
 
 
 def arguments(folder: Path, seed: int) -> dict[str, Any]:
+    """Returns the training arguments of every method."""
     return TRAINING | {
         "output_dir": str(folder),
         "seed": seed,
@@ -40,7 +42,7 @@ def arguments(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def train_arm(bench: Bench, pairs: Dataset, folder: Path, seed: int, model_path: str | None = None, **loss: Any):
-    """With the arguments of [`AutoregressiveRewardConfig`] in `loss`; of `reference="base"` it is DPO."""
+    """Trains a reward model. `loss` are fields of [`AutoregressiveRewardConfig`]; with `reference="base"` it is DPO."""
     model = AutoModelForCausalLM.from_pretrained(model_path or bench.model_path, dtype=torch.float32)
     trainer = AutoregressiveRewardTrainer(
         model=model,
@@ -54,6 +56,7 @@ def train_arm(bench: Bench, pairs: Dataset, folder: Path, seed: int, model_path:
 
 
 def train_trajectory_reward_model(bench: Bench, pairs: Dataset, folder: Path, seed: int) -> None:
+    """Trains a classifier of whole answers."""
     torch.manual_seed(seed)  # of the head
     model = AutoModelForSequenceClassification.from_pretrained(bench.model_path, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = bench.tokenizer.pad_token_id
