@@ -4,7 +4,7 @@ Trains a reward model on 96 preference pairs and steers SmolLM2-135M-Instruct wi
     python -m examples.quickstart                                                       # trains, then steers
     python -m examples.quickstart --adapter model_cards/arm-smollm2-135m-sentiment      # steers with a trained one
 
-The reward is positive sentiment, so that a program (VADER) can measure it on prompts that were never trained on.
+The reward is positive sentiment, which a program (VADER) can measure, here on prompts that were never trained on.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ALPHAS = (0.5, 1.0, 2.0)
 
 
 def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
-    """Trains an adapter."""
+    """Trains an adapter on pairs. `arguments` are fields of [`AutoregressiveRewardConfig`]."""
     settings = {
         "output_dir": str(output_dir),
         "gradient_checkpointing": False,
@@ -63,7 +63,7 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
 
 
 class Steering:
-    """Samples answers to the same prompts under the same seed, with any processor, and scores them."""
+    """Samples answers to the same prompts under the same seed with any processor, and scores them."""
 
     def __init__(self, model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int):
         self.model, self.tokenizer, self.prompts, self.seed = model, tokenizer, prompts, seed
@@ -74,17 +74,19 @@ class Steering:
         self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
 
     def sample(self, processors: list[LogitsProcessor]) -> torch.Tensor:
-        """Token ids of the answers."""
+        """Returns the token ids of the answers."""
         set_seed(self.seed)
         output = self.model.generate(**self.inputs, logits_processor=processors, **self.options)
         return output[:, self.inputs["input_ids"].shape[1] :]
 
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
+        """Returns the answers and their sentiment."""
         texts = self.tokenizer.batch_decode(self.sample([processor]), skip_special_tokens=True)
         return texts, np.array(sentiment(self.prompts, texts))
 
 
 def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: Path, strength: float = 1.0) -> None:
+    """Plots scores against the strength, with their intervals and the control."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,7 +153,7 @@ def main() -> None:
         )
         print(f"The adapter is in {trainer.args.output_dir}")
         processor = GenARMLogitsProcessor(trainer.model, base_model=model)
-    # The untrained reward model is the base itself: without a reference, what it does is sharpen, by a temperature of
+    # The untrained reward model is the base itself. Without a reference it only sharpens, by a temperature of
     # 1 / (1 + strength), and sharpening alone may raise a score.
     (strength,) = processor.alpha  # the one that the reward model recommends, or 1
     control = GenARMLogitsProcessor(model, alpha=strength, base_model=model)

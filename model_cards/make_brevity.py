@@ -39,7 +39,7 @@ def main() -> None:
         license="apache-2.0",
         options=[],
         max_new_tokens=sized(64, 4),
-        alphas=(0.05, 0.1, 0.2),  # beyond, answers of three words are left
+        alphas=(0.05, 0.1, 0.2),  # at larger strengths answers have three words
     )
     recommend(
         args.output / NAME,

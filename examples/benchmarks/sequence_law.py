@@ -3,11 +3,11 @@ Sequential Monte Carlo against the optimum over whole texts, on languages that c
 
     python -m examples.benchmarks.sequence_law
 
-Base and reward model are tiny Llamas with random weights; a language is all texts of at most a few tokens, one of which
-ends a text. Printed over the number of particles N: the total variation distance between the law of the texts and the
-optimum, for SMC and for the best of N texts of the base by the same reward, and the ratio of the estimate of Z to Z;
-means over languages. At N = 1, SMC is guided sampling token by token. The distances of SMC are estimated from below, by
-texts that both halves of the runs agree to be too likely or too rare; those of the best of N are exact.
+Base and reward model are tiny Llamas with random weights. A language is all texts of at most a few tokens, where one
+token ends a text. Printed are, over the number of particles N, the total variation distance between the distribution of
+texts and the optimum, for SMC and for the best of N texts of the base by the same reward, and the ratio of the
+estimate of Z to Z; means over languages. At N = 1, SMC is guided sampling token by token. The distances of SMC are
+lower estimates, since one half of the runs decides which texts are too likely; those of the best of N are exact.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def random_model(seed: int, n_tokens: int) -> LlamaForCausalLM:
 
 class Language:
     """
-    Every text, and what it is worth.
+    All texts of a base and a reward model, with their probabilities and rewards.
 
     Args:
         base, arm ([`~transformers.PreTrainedModel`]):
@@ -44,17 +44,17 @@ class Language:
         length (`int`):
             The longest text.
         temperature (`float`), top_k (`int`):
-            As for `generate`.
+            The options of `generate`.
 
     Attributes:
         texts (list of list of `int`):
             All texts, padded.
         target (`torch.Tensor` of shape `(n_texts,)`):
-            Logarithm of the product of all factors, which `log_z` normalises.
+            Unnormalised log-probabilities of the optimum; `log_z` normalises them.
         token_law, base_law (`torch.Tensor` of shape `(n_texts,)`):
-            Log-probabilities of sampling token by token, and of the base.
+            Log-probabilities of the texts when sampled token by token, and under the base.
         rewards (`torch.Tensor` of shape `(n_texts,)`):
-            Log-probabilities of the reward model.
+            Log-probabilities under the reward model.
     """
 
     def __init__(self, base, arm, alpha: float, length: int, temperature: float = 1.0, top_k: int = 0):
@@ -86,7 +86,7 @@ class Language:
             self._write([*text, token], sums + new, rows)
 
     def sample(self, n_runs: int, n_particles: int, processor=None, **options) -> SMCOutput:
-        """Runs SMC in a batch of so many prompts, which are all the same."""
+        """Runs SMC for a batch of `n_runs` equal prompts."""
         ids = torch.tensor([PROMPT] * n_runs)
         processor = processor or GenARMLogitsProcessor(self.arm, self.alpha, base_model=self.base)
         options = (
@@ -102,7 +102,7 @@ class Language:
         )
 
     def laws(self, output: SMCOutput) -> Tensor:
-        """What each run says of the law of texts, `(n_runs, n_texts)`: its particles, by their weights."""
+        """Returns the distribution of texts in each run, `(n_runs, n_texts)`: its particles with their weights."""
         written = output.particles[:, :, len(PROMPT) :]
         written = torch.nn.functional.pad(written, (0, self.length - written.shape[-1]), value=PAD)
         indices = self._index[tuple(written.unbind(dim=-1))]
@@ -111,14 +111,15 @@ class Language:
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """With its standard error."""
+    """Returns the mean with its standard error."""
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
 def distance(laws: Tensor, log_probs: Tensor) -> tuple[float, float]:
     """
-    Total variation distance from the mean of laws `(n_runs, n_texts)` to a law, with its standard error. Each half of
-    the runs says which texts are too likely, and the other how much, so that noise is not taken for distance.
+    Returns the total variation distance from the mean of distributions `(n_runs, n_texts)` to another one, with its
+    standard error. Each half of the runs decides which texts are too likely, and the other half measures by how much,
+    so that noise does not count as distance.
     """
     law, halves = log_probs.exp(), laws.chunk(2)
     parts = [(measured - law) @ (other.mean(dim=0) - law).sign() / 2 for other, measured in (halves, reversed(halves))]
@@ -126,7 +127,7 @@ def distance(laws: Tensor, log_probs: Tensor) -> tuple[float, float]:
 
 
 def best_of_n(language: Language, n: int) -> Tensor:
-    """Log-probabilities of the text with the highest reward among n of the base."""
+    """Returns the log-probabilities of the text with the highest reward among n texts of the base."""
     order = language.rewards.argsort()
     below = language.base_law[order].exp().cumsum(dim=0).clamp(max=1.0) ** n
     law = torch.empty_like(below)
@@ -149,7 +150,7 @@ def measure(language: Language, n_particles: int, n_runs: int, processor=None) -
 
 
 def over_languages(values: list[tuple[float, float]]) -> list[float]:
-    """The mean with its interval of 95 %."""
+    """Returns the mean with its 95 % interval."""
     centre = sum(x for x, _ in values) / len(values)
     error = 1.96 * sum(e**2 for _, e in values) ** 0.5 / len(values)
     return [centre, centre - error, centre + error]
@@ -162,9 +163,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--particles", type=int, nargs="+", default=sized([1, 2, 4, 8, 16, 32, 64], [1, 4]))
-    parser.add_argument("--texts", type=int, default=sized(40_000, 400), help="written for each number of particles")
+    parser.add_argument(
+        "--texts", type=int, default=sized(40_000, 400), help="texts that are sampled for each number of particles"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=output_file, help="JSON file, to which the results are added")
+    parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--plot", type=output_file, help="PNG file")
     args = parser.parse_args()
     seeds = range(args.seed, args.seed + 2 * args.languages, 2)

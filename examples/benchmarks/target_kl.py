@@ -3,9 +3,10 @@ Whether `target_kl` holds the divergence from the base, on SmolLM2-135M-Instruct
 
     python -m examples.benchmarks.target_kl         # about 10 minutes on 2 cores
 
-The mean divergence per token of guided from unguided distributions over the answers to held-out prompts, sampled at
-temperature 1 under one seed: at strength 1, where it depends on the reward model, and held at several targets. Means
-with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` are left out: little to average.
+Answers to held-out prompts are sampled at temperature 1 under one seed. Printed is the mean divergence per token of the
+guided from the unguided distributions, at strength 1, where it depends on the reward model, and with several targets;
+with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` have too little to average, and are left
+out.
 """
 
 import argparse
@@ -28,7 +29,7 @@ NAMES = ("sentiment", "brevity")
 
 
 def divergences(processor: GenARMLogitsProcessor, steer: Steering, min_tokens: int) -> list[np.ndarray]:
-    """Those of the tokens of each answer, its end included."""
+    """Returns the divergence at each token, including the end, for each answer that is long enough."""
     processor.keeps_statistics = True
     answers = steer.sample([processor])
     sequences = torch.cat([steer.inputs["input_ids"], answers], dim=1)
@@ -44,7 +45,7 @@ def divergences(processor: GenARMLogitsProcessor, steer: Steering, min_tokens: i
 
 
 def plot(runs: dict[str, list[np.ndarray]], path: Path) -> None:
-    """The mean of each text so far, for all texts of a run."""
+    """Plots the running mean of each text, for all texts of a run."""
     import matplotlib
 
     matplotlib.use("Agg")

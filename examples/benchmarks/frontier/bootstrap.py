@@ -24,7 +24,7 @@ def draws(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def means(values: np.ndarray) -> np.ndarray:
-    """Returns the means of values `(n_seeds, n_prompts, n_points)` and their resamples, `(1 + n_resamples, n_points)`."""
+    """Returns means of values `(n_seeds, n_prompts, n_points)` and their resamples, `(1 + n_resamples, n_points)`."""
     seeds, prompts = draws(*values.shape[:2])
     return np.einsum("rs,spk,rp->rk", seeds, values, prompts, optimize=True)
 
