@@ -78,6 +78,7 @@ def test_scripts_are_run_as_modules(path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=module_of)
 def test_help(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.delitem(sys.modules, module_of(script), raising=False)  # it is run as `__main__`
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(module_of(script), run_name="__main__")
     assert commands_of(script)[0] in capsys.readouterr().out
