@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_genarm.demo import demo_model, is_smoke
-from hf_genarm.scripts.output import make_output_dir
+from hf_genarm.files import make_output_dir
 
 T = TypeVar("T")
 

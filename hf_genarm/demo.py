@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
+
+from .files import whole
 
 logger = logging.get_logger(__name__)
 
@@ -89,19 +89,13 @@ def demo_model() -> str:
 
 
 def _made_once(folder: Path, make: Callable[[str], None]) -> str:
-    if folder.is_dir():
-        return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Rename a finished folder into place, so that an interrupted conversion leaves nothing that looks complete.
-    partial = tempfile.mkdtemp(dir=folder.parent)
-    try:
-        make(partial)
-        os.replace(partial, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not folder.is_dir():
+        try:
+            with whole(folder) as partial:
+                make(str(partial))
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     return str(folder)
 
 

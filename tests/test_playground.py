@@ -13,8 +13,8 @@ from tiny import save_adapter, tiny_llama, tiny_tokenizer
 
 from hf_genarm import GenARMLogitsProcessor, cli
 from hf_genarm.demo import DEMO_MODEL_ID
+from hf_genarm.hub.base_model import load_base
 from hf_genarm.playground.answers import Answer, Settings
-from hf_genarm.playground.chart import chart
 from hf_genarm.playground.models import MAX_PROMPT_TOKENS, Models
 from hf_genarm.playground.script import script_of
 from hf_genarm.playground.space import write_space
@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(folders):
     base, adapters, _ = folders
-    return Models(base, adapters)
+    return Models(load_base(base), adapters)
 
 
 def settings_of(models, *strengths, **kwargs):
@@ -180,7 +180,7 @@ def test_scores_are_what_the_adapters_have_learned(models):
 
 def test_adapters_of_visitors(folders, tmp_path):
     base, adapters, other = folders
-    models = Models(base, adapters[:1])
+    models = Models(load_base(base), adapters[:1])
     assert models.reward_model(adapters[1]) is models.reward_model(adapters[1])
     with pytest.raises(ValueError, match="is no adapter: it has no"):
         models.reward_model(other)
@@ -195,7 +195,7 @@ def test_adapters_of_visitors(folders, tmp_path):
     biased = save_adapter(base, str(tmp_path / "biased"), init_lora_weights="pissa")
     with pytest.raises(ValueError, match="because it does more than add to them"):
         models.reward_model(biased)
-    closed = Models(base, adapters[:1], takes_folders=False)
+    closed = Models(load_base(base), adapters[:1], takes_folders=False)
     for name in (adapters[1], "/no/such/folder"):
         with pytest.raises(ValueError, match="no folder of the machine"):
             closed.reward_model(name)
@@ -209,7 +209,10 @@ def test_nothing_is_left_behind(models):
     assert "prepare_inputs_for_generation" not in vars(models.model)
 
 
+@needs_gradio
 def test_chart():
+    from hf_genarm.playground.page import chart
+
     assert chart([], "divergence") == ""
     drawn = chart([0.5, 0.0, float("nan"), 1.5], "<b>")
     assert drawn.count("<rect") == 4

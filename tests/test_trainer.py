@@ -26,8 +26,9 @@ from trl import RewardConfig
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.hub.info import tokenizer_fingerprint
-from hf_genarm.training.metrics import accuracy_interval, calibration_error, preference_metrics
+from hf_genarm.training.metrics import calibration_error, preference_metrics
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -434,8 +435,8 @@ def test_the_interval_of_an_accuracy():
     """Against the normal approximation, and with ties."""
     is_right = np.array([1.0] * 600 + [0.5] * 100 + [0.0] * 300)
     half = 1.96 * is_right.std() / math.sqrt(len(is_right))
-    assert accuracy_interval(is_right) == pytest.approx((0.65 - half, 0.65 + half), abs=0.002)
-    assert accuracy_interval(np.ones(5)) == (1.0, 1.0)
+    assert mean_with_interval(is_right) == pytest.approx((0.65, 0.65 - half, 0.65 + half), abs=0.002)
+    assert mean_with_interval(np.ones(5)) == (1.0, 1.0, 1.0)
 
 
 def test_gain_over_the_length_rule_is_paired():

@@ -1,5 +1,6 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -10,14 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import contrast, guided_log_probs, log_normaliser
 from ..hub.cache import network_of, uncompiled
-from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
+from ..hub.compatibility import generation_prompt_ids
 from ..hub.info import RewardInfo
-from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
+from ..hub.reward_model import AutoregressiveRewardModel
 from .advice import Advice, refuse_hidden_text
+from .assembly import assemble, load_reward_models, names_of
 from .assistant import DraftingAssistant
 from .drafts import Draft
 from .padding import PromptMask, pad_token_id_of
-from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
 from .reference import Reference
 from .rewards import NextTokenRewards, refuse_nan
 from .settings import GuidanceSettings
@@ -158,7 +159,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Sequence[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         base_model: PreTrainedModel | None = None,
         alpha: Alpha | None = None,
         *,
@@ -176,7 +177,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
             pretrained_model_name_or_path (`str` or list of `str`):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
-                As for the class. An adapter that was trained on it shares its weights.
+                As for the class. An adapter that was trained on it shares its weights; another reward model is put on
+                its device and into its dtype, unless `**kwargs` say otherwise.
             alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
                 As for the class. Defaults to the strength that a reward model recommends (`recommended` in its
                 `genarm_config.json`), which is then logged, or else to 1.
@@ -191,25 +193,13 @@ class GenARMLogitsProcessor(GuidanceSettings):
                 Passed to `from_pretrained` of every reward model: `revision`, `subfolder`, `token`, `dtype`,
                 `device_map`, `quantization_config`, …
         """
-        given, base_model = pretrained_model_name_or_path, uncompiled(base_model)
-        names = [given] if isinstance(given, str) else list(given)
-        arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
-        left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
-        say_what_is_recommended(arms, names, left_open)
-        if tokenizer is None and base_model is not None:
-            access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
-            tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
-        to_align = None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer)
+        names, base_model = names_of(pretrained_model_name_or_path), uncompiled(base_model)
+        arms, tokenizer = load_reward_models(names, base_model, tokenizer, **kwargs)
         processor = cls(
-            arms,
-            recommended_alpha([x.info for x in arms]) if alpha is None else alpha,
-            base_model=base_model,
+            **vars(assemble(arms, names, base_model, tokenizer, alpha, reference)),
             target_kl=target_kl,
-            reference=recommended_reference(arms, names, base_model, to_align) if reference == "auto" else reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
-            tokenizer=tokenizer,
-            reward_tokenizer=to_align,
         )
         processor._rewards.log_engines(names)
         return processor

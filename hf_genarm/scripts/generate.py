@@ -19,8 +19,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import set_seed
 
-from .guidance import GuidanceArguments, load_guided
-from .prompts import completion_of, left_padded, load_prompts, token_ids
+from ..hub.placement import device_of
+from .guided_model import GuidanceArguments, load_guided
+from .prompts import completion_of, left_padded, read_rows, token_ids
 from .shards import Shards, digest
 
 
@@ -52,11 +53,12 @@ class GenerateArguments:
             raise ValueError(f"`top_k` is {self.top_k}, but must be at least 0, which cuts nothing off.")
 
 
+_WHERE = ("output", "device", "device_map")  # what answers don't depend on
 ARGUMENTS = (GuidanceArguments, GenerateArguments)
 
 
 def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
-    rows = load_prompts(args.prompts, args.prompt_column)
+    rows = read_rows(args.prompts, args.prompt_column)
     # Who is done first waits for the others.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=52))
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,11 +67,12 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
             f"{started} processes were started, but {state.num_processes} work together, so that prompts would be "
             "answered twice. Start them by `torchrun` or `accelerate launch`."
         )
-    settings = asdict(guidance_args) | {name: value for name, value in asdict(args).items() if name != "output"}
+    settings = {name: value for name, value in (asdict(guidance_args) | asdict(args)).items() if name not in _WHERE}
     shards = Shards(args.output, settings | {"prompts": digest(rows)}, state.process_index)
     state.wait_for_everyone()
 
-    model, tokenizer, processor = load_guided(guidance_args, state.device)
+    base, processor = load_guided(guidance_args, announce=state.is_main_process)
+    model, tokenizer = base.model, base.tokenizer
     prompts = [row[args.prompt_column] for row in rows]
     ids = [token_ids(tokenizer, prompt) for prompt in prompts]
     done = shards.done()
@@ -104,7 +107,7 @@ def batches_by_length(ids: list[list[int]], size: int) -> Iterator[list[int]]:
 
 def answer(model: Any, tokenizer: Any, ids: list[list[int]], processor: Any, options: dict[str, Any]) -> list[str]:
     """The guided answers to the tokens of prompts, without special tokens."""
-    inputs = left_padded(tokenizer, ids, model.device)
+    inputs = left_padded(tokenizer, ids, device_of(model))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     output = model.generate(**inputs, logits_processor=[processor], pad_token_id=pad, **options)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 COMPLETION = "completion"
 
 
-def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
+def read_rows(path: str, column: str) -> list[dict[str, Any]]:
     """
     Reads rows with a text or a list of messages in one column; what else they have is kept as it is.
 

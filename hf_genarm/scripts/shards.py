@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
+
 _RUN = "run.json"
 
 
@@ -53,7 +55,7 @@ class Shards:
                     f"{settings[name]!r}. Go on with the same, remove that folder, or name another `--output`."
                 )
         elif is_first:
-            _write_whole(path, json.dumps(settings, indent=2))
+            write_whole(path, json.dumps(settings, indent=2))
 
     def done(self) -> set[int]:
         """The numbers of the prompts that are answered, by any process of this run or of those before."""
@@ -85,7 +87,7 @@ class Shards:
         if missing:
             raise RuntimeError(f"{len(missing)} of {len(rows)} answers are missing in {self.folder}: start it again.")
         lines = ({**row, "completion": answers[number]} for number, row in enumerate(rows))
-        _write_whole(self.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_whole(self.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         shutil.rmtree(self.folder)
 
     def _answers(self) -> list[dict[str, Any]]:
@@ -106,9 +108,3 @@ def _drop_cut_line(path: Path) -> None:
         content = path.read_bytes()
         with open(path, "r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

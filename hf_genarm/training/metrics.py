@@ -6,17 +6,10 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..bootstrap import mean_with_interval
+
 # Pairs whose responses differ by at most this share of the longer one count as matched in length.
 _MATCHED = 0.1
-
-
-def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1, or differences of such."""
-    outcomes, numbers = np.unique(is_right, return_counts=True)
-    # To resample the values is to draw how often each outcome occurs.
-    counts = np.random.default_rng(seed).multinomial(len(is_right), numbers / len(is_right), size=n_resamples)
-    low, high = np.quantile(counts @ outcomes / len(is_right), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def is_right(margin: np.ndarray) -> np.ndarray:
@@ -69,19 +62,13 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     margin = rewards[:, 0] - rewards[:, 1]
     longer = lengths[:, 0] - lengths[:, 1]
     right, shorter = is_right(margin), is_right(-longer)
-    low, high = accuracy_interval(right)
-    gain_low, gain_high = accuracy_interval(right - shorter)
     varies = margin.std() > 0 and longer.std() > 0
     matched = np.abs(longer) <= _MATCHED * lengths.max(axis=1)
     metrics = {
         "n_pairs": len(margin),
-        "pair_accuracy": float(right.mean()),
-        "pair_accuracy_low": low,
-        "pair_accuracy_high": high,
+        **_measured("pair_accuracy", right),
         "shorter_accuracy": float(shorter.mean()),
-        "gain_over_shorter": float((right - shorter).mean()),
-        "gain_over_shorter_low": gain_low,
-        "gain_over_shorter_high": gain_high,
+        **_measured("gain_over_shorter", right - shorter),
         "mean_margin": float(margin.mean()),
         "rms_margin": float(np.sqrt((margin**2).mean())),
         "margin_length_correlation": float(np.corrcoef(margin, longer)[0, 1]) if varies else 0.0,
@@ -89,15 +76,15 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "n_length_matched": int(matched.sum()),
     }
     if matched.any():
-        low, high = accuracy_interval(right[matched])
-        metrics["length_matched_accuracy"] = float(right[matched].mean())
-        metrics |= {"length_matched_accuracy_low": low, "length_matched_accuracy_high": high}
+        metrics |= _measured("length_matched_accuracy", right[matched])
     for base_rewards in base:
-        has_learned = is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1]))
-        low, high = accuracy_interval(has_learned)
-        metrics["contrast_accuracy"] = float(has_learned.mean())
-        metrics |= {"contrast_accuracy_low": low, "contrast_accuracy_high": high}
+        metrics |= _measured("contrast_accuracy", is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1])))
     return metrics
+
+
+def _measured(name: str, values: np.ndarray) -> dict[str, float]:
+    """The mean of values that are 0, 0.5 (a tie) or 1, or differences of such, and the bounds of its interval."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), mean_with_interval(values), strict=True))
 
 
 class PreferenceMetrics:
