@@ -1,4 +1,4 @@
-"""Docstrings in the style of Hugging Face, as those that mkdocstrings reads."""
+"""Translates docstrings in the style of Hugging Face to the Google style that mkdocstrings reads."""
 
 import re
 
@@ -26,7 +26,7 @@ class HuggingFaceStyle(Extension):
 
 
 def _plain_type(match: re.Match) -> str:
-    """``name ([`~peft.PeftModel`], *optional*):``, without marks: types are shown as code."""
+    """Removes the marks from ``name ([`~peft.PeftModel`], *optional*):``, because types are shown as code."""
     of_type = REFERENCE.sub(lambda found: found[2].split(".")[-1], match[2])
     return f"{match[1]} ({re.sub('[`*]', '', of_type)}):"
 
