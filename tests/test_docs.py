@@ -252,6 +252,10 @@ QUESTIONS = {
     "how do I serve it": ("serving/", "questions/#how-do-i-serve-it"),
     "why is my text odd": ("questions/#why-is-my-text-odd",),
     "can I use my DPO adapter": ("other_adapters/", "questions/#can-i-use-my-dpo-adapter"),
+    "which device do commands use": (
+        "generate/#base-and-device",
+        "questions/#which-base-do-the-commands-steer-and-on-which-device",
+    ),
     "what does it cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
 }
 
