@@ -106,6 +106,7 @@ def test_public_names_and_arguments_are_those_of_the_committed_list():
     api = load("api")
     listed = text_of(api.SNAPSHOT)
     for name in hf_genarm.__all__:
+        assert f"\n::: hf_genarm.{name}\n" in text_of(ROOT / "docs" / "reference.md"), name
         assert re.search(rf"^{name}\(", listed, re.MULTILINE), f"`{name}` is missing from docs/.build/api.py's output."
     assert api.public_api() == listed, "If the public API was changed on purpose, run `make api`."
 
