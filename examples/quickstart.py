@@ -23,8 +23,8 @@ from examples.pairs import held_out_prompts, training_pairs
 from examples.scorers import sentiment
 from examples.small import fitting_adapter, output_folder, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
-from hf_genarm.scripts.tune import interval_of_mean
 
 ALPHAS = (0.5, 1.0, 2.0)
 
@@ -93,11 +93,11 @@ def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: 
     from matplotlib import pyplot as plt
 
     alphas = sorted(scores)
-    means, lows, highs = np.array([interval_of_mean(scores[alpha], seed) for alpha in alphas]).T
+    means, lows, highs = np.array([mean_with_interval(scores[alpha], seed=seed) for alpha in alphas]).T
     figure, axis = plt.subplots(figsize=(7, 4.2), dpi=160)
     axis.fill_between(alphas, lows, highs, color="#1f77b4", alpha=0.18, linewidth=0)
     axis.plot(alphas, means, "o-", color="#1f77b4", linewidth=2, label="guided by the reward model")
-    mean, low, high = interval_of_mean(control, seed)
+    mean, low, high = mean_with_interval(control, seed=seed)
     axis.errorbar(
         [strength],
         [mean],
@@ -178,7 +178,7 @@ def main() -> None:
     rows += [("guided - unguided, paired", scores[strength] - scores[0.0])]
     rows += [("guided - control, paired", scores[strength] - control_scores)]
     for name, values in rows:
-        mean, low, high = interval_of_mean(values, args.seed)
+        mean, low, high = mean_with_interval(values, seed=args.seed)
         print(f"  {name:<27} {mean:+.2f}  [{low:+.2f}, {high:+.2f}]")
 
     plot(scores, control_scores, args.seed, args.output / "reward_by_alpha.png", strength)

@@ -17,12 +17,12 @@ from examples.pairs import DATA
 from examples.quickstart import ALPHAS, Steering, train
 from examples.small import output_folder, sized
 from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.decoding.meter import Meter, answer_lengths
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 from hf_genarm.hub.card import Steered, reward_model_card
 from hf_genarm.hub.info import INFO_NAME, RewardInfo
 from hf_genarm.scripts import tune
-from hf_genarm.scripts.tune import interval_of_mean
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -43,7 +43,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 def interval(values: np.ndarray) -> str:
     """Returns a mean with its interval as text."""
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*interval_of_mean(values, SEED))
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*mean_with_interval(values, seed=SEED))
 
 
 class MeasuredSteering(Steering):

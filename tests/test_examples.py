@@ -106,7 +106,7 @@ def test_the_questions_are_those_that_are_made_and_described():
 
 def test_the_interval_is_that_of_the_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).numpy()
-    mean, low, high = quickstart.interval_of_mean(values, seed=0)
+    mean, low, high = quickstart.mean_with_interval(values, seed=0)
     standard_error = values.std() / len(values) ** 0.5
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - 1.96 * standard_error, abs=0.01)

@@ -1,5 +1,5 @@
 """
-Writes the tables of measured numbers in README.md and `docs/`, from the files that the measurements left.
+Writes the tables of measured numbers in README.md and `docs/`, from the result files of the benchmarks.
 
     python docs/.build/numbers.py
 """
@@ -32,13 +32,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def report_on(section: str) -> str:
-    """A section of the report on reward against divergence, and what follows it."""
+    """The report on reward against divergence, from the heading of a section to the end."""
     text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
     return text[text.index(f"\n## {section}\n") :]
 
 
 def of_report(section: str, after: str) -> str:
-    """The first table of a section after some words."""
+    """The first table of a section that follows the words `after`."""
     text = report_on(section)
     text = text[text.index(after) :]
     return text[text.index("\n|") + 1 :].split("\n\n")[0]
@@ -55,7 +55,7 @@ def matched_kl_and_base(section: str) -> str:
 
 def at_same_kl(section: str, kl: float) -> str:
     head, _, *rows = [line.strip("| ").split(" | ") for line in matched_kl(section).splitlines()]
-    # The head has no name for the names of methods.
+    # The first column, the names of methods, has no heading.
     values = {row[0]: row[head.index(f"KL {kl:g}") + 1] for row in rows}
     ours, dpo, eq7 = (values[name] for name in AT_SAME_KL)
     return f'one adapter, trained and used with `reference="base"` {ours}; DPO, trained for it {dpo}; Eq. 7 {eq7}'
@@ -71,8 +71,10 @@ def runs(name: str) -> list[dict]:
 
 def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
     """
-    Times per token of each engine, by whether adapters are on all linear layers, batch size and their number. Those
-    over the unguided base with the matrix products of joint passes are named `same …`; old runs have none.
+    The times per token of each engine.
+
+    The keys are: whether adapters are on all linear layers, the batch size, and the number of adapters. Times over the
+    unguided base with the matrix products of joint passes are named `same …`; old runs have none.
     """
     return {  # later runs had more rounds
         ("--targets all" in run["command"], result["batch_size"], result["adapters"]): {
@@ -113,7 +115,7 @@ def fused(times: dict[str, str]) -> str:
 
 
 def cost() -> str:
-    """The answer to the question what guidance costs, in a few rows."""
+    """The few rows of `decode_cost` that answer what guidance costs."""
     times = decode_times()
     rows = [
         ["a LoRA adapter on the base, one text at a time", fused(times[False, 1, 1])],
@@ -140,7 +142,7 @@ def train_cost() -> str:
 
 
 def effects(card: str) -> dict[str, str]:
-    """What an adapter does to generated text, by the strength, as its card says."""
+    """The effect of an adapter on generated text at each strength, read from its card."""
     return dict(re.findall(r"^\| (unguided|α = [\d.]+) \| (\S+ \[.*?\]) \|", card, re.MULTILINE))
 
 
@@ -177,8 +179,8 @@ def headline() -> str:
                 make,
             ],
             [
-                "held-out pairs told apart by what was learned",
-                f"{learned}; by length alone {pairs['shorter_accuracy']:.2f}",
+                "accuracy on held-out pairs of what was learned (adapter minus base)",
+                f"{learned}; of length alone {pairs['shorter_accuracy']:.2f}",
                 "the same",
             ],
             [
@@ -204,7 +206,7 @@ def capability() -> str:
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])
         form = "ratio to the base" if row["reference"] else "Eq. 7"
         rows.append([f"{row['alpha']:g}", form if row["alpha"] else "unguided", accuracy, change])
-    return table(["α", "steered by", "accuracy", "less unguided, paired"], rows)
+    return table(["α", "steered by", "accuracy", "minus unguided, paired"], rows)
 
 
 def sequence_law() -> str:
@@ -214,7 +216,7 @@ def sequence_law() -> str:
         for row in rows
     ]
     return table(
-        ["N", "distance of N particles", "of the best of N"],
+        ["N", "distance of N particles", "distance of the best of N"],
         [["token by token", f"{first['token_law']:.2f}", ""], *cells],
     )
 
@@ -268,7 +270,7 @@ def pages() -> list[Path]:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the files have them."""
+    """The text of a page, with the tables that the result files give."""
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 

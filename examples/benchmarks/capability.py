@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 
 from examples.small import fitting_adapter, output_file, sized
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
-from hf_genarm.scripts.tune import interval_of_mean
 
 ROOT = Path(__file__).parent.parent.parent
 TASK = ROOT / "examples" / "data" / "common_knowledge" / "common_knowledge.yaml"
@@ -83,8 +83,8 @@ def main() -> None:
             {
                 "alpha": alpha,
                 "reference": reference,
-                "accuracy": interval_of_mean(right, args.seed),
-                "change": interval_of_mean(right - right_before, args.seed),
+                "accuracy": mean_with_interval(right, seed=args.seed),
+                "change": mean_with_interval(right - right_before, seed=args.seed),
                 "by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items()},
             }
         )

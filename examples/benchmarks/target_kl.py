@@ -21,8 +21,8 @@ from examples.pairs import held_out_prompts
 from examples.quickstart import Steering
 from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
-from hf_genarm.scripts.tune import interval_of_mean
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ("sentiment", "brevity")
@@ -89,10 +89,8 @@ def main() -> None:
     for name, texts in runs.items():
         means = np.array([values.mean() for values in texts])
         low, high = np.quantile(means, [0.05, 0.95])
-        print(
-            f"{name:<24} {len(texts):5}  " + "{:.3f} [{:.3f}, {:.3f}]".format(*interval_of_mean(means, args.seed))
-            + f"     {low:.3f} to {high:.3f}"
-        )  # fmt: skip
+        mean = "{:.3f} [{:.3f}, {:.3f}]".format(*mean_with_interval(means, seed=args.seed))
+        print(f"{name:<24} {len(texts):5}  {mean}     {low:.3f} to {high:.3f}")
     if args.plot:
         shown = [f"{name}, {x}" for name in NAMES for x in ("α = 1", f"target {args.targets[:2][-1]}")]
         plot({name: runs[name] for name in shown}, args.plot)
