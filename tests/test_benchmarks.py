@@ -1,4 +1,4 @@
-"""What the benchmarks measure against: the baselines compute what they say."""
+"""The baselines of the benchmarks compute what they are named for."""
 
 import torch
 from tiny import random_prompts, tiny_llama

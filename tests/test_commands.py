@@ -1,4 +1,4 @@
-"""Every script of the repository answers `--help`, and runs from the command lines that it prints, on a tiny model."""
+"""Every script of the repository has `--help`, and its printed commands run on a tiny model."""
 
 import ast
 import gzip
@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT / folder).rglob("[!_]*.py"))
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-# They start processes of their own, or take as long as all that is not slow.
+# These start several processes, or take as long as the whole default suite.
 SLOW = ("decode_cost", "train_cost", "train_cost --heads", "run", "run --size smoke")
 SLOW += ("run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz",)
 SLOW += ("token_law", "sequence_law", "target_kl", "capability", "speculation", "speculation --simulate")
@@ -59,7 +59,7 @@ COMMANDS = [
 ]
 
 
-def test_every_file_is_a_script_that_says_how_to_run_it_or_a_part_of_one():
+def test_every_file_is_a_script_with_its_command_or_a_part_of_one():
     code = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
     for path in FILES:
         if path in SCRIPTS:
@@ -86,7 +86,7 @@ def test_help(script, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of what has scripts, with a file of real pairs."""
+    """A copy of the folders with scripts, and two files of pairs."""
     folder = tmp_path_factory.mktemp("clone")
     for part in ("examples", "model_cards"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))

@@ -118,7 +118,7 @@ CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
 def test_cards_of_the_shipped_adapters(folder):
-    """What the Hub reads, through its own classes; and that the card repeats what the reward model says of itself."""
+    """The Hub's own classes read the metadata, and the card repeats the information that the reward model carries."""
     card, info = ModelCard.load(folder / "README.md"), RewardInfo.load(folder / "genarm_config.json")
     assert card.data.library_name == "peft"
     assert (card.data.base_model, card.data.base_model_relation) == (info.base_model, "adapter")

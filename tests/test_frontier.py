@@ -1,4 +1,4 @@
-"""The benchmark in `examples/benchmarks/frontier`: its baselines against recomputation, its statistics by hand."""
+"""The benchmark in `examples/benchmarks/frontier`: baselines against recomputation, statistics against small sums."""
 
 import fcntl
 import gzip
@@ -165,7 +165,7 @@ def test_the_meter_measures_what_a_closed_form_says():
 def test_curves_are_read_between_their_points_and_not_beyond():
     x, y = np.array([[4.0, 0.0, 2.0], [0.0, 1.0, 2.0]]), np.array([[5.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
     values = interpolated(x, y, np.array([1.0, 3.0, 5.0]))
-    # The second does not reach 3, and has its end there; the first does not reach 5, so that nobody is read there.
+    # The second curve does not reach 3, and has the value of its end there. The first does not reach 5: all are NaN.
     assert values[:, :2].tolist() == [[1.5, 3.5], [1.0, 2.0]]
     assert np.isnan(values[:, 2]).all()
 

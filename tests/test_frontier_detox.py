@@ -1,4 +1,4 @@
-"""Detoxification in `examples/benchmarks/frontier`: its splits, its judges on sentences, distinct-n by hand."""
+"""Detoxification in `examples/benchmarks/frontier`: splits, judges on sentences, and distinct-n on small texts."""
 
 import json
 import math

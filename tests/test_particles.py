@@ -97,7 +97,7 @@ def test_weights_alone_without_drawing_anew(law):
     output = tiny.sample(500, 16, ess_threshold=0.0)
     ratio, error = law.mean((output.log_z.double() - tiny.log_z).exp())
     assert ratio == pytest.approx(1.0, abs=3.5 * error)
-    centre, error = law.distance(tiny.laws(output), tiny.target - tiny.log_z)
+    centre, error = law.distance(tiny.distributions(output), tiny.target - tiny.log_z)
     assert centre < 0.3 * law.total_variation(tiny.token_law, tiny.target - tiny.log_z)
 
 

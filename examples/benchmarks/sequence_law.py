@@ -79,10 +79,10 @@ class Language:
             base, arm = (model(ids).logits[0, -1].double().log_softmax(dim=-1) for model in (self.base, self.arm))
         factors = (base + self.alpha * arm) / self.options["temperature"]
         kept = factors.topk(self.options["top_k"] or len(factors)).indices
-        law = torch.full_like(factors, -torch.inf)
-        law[kept] = factors[kept].log_softmax(dim=-1)
+        guided = torch.full_like(factors, -torch.inf)
+        guided[kept] = factors[kept].log_softmax(dim=-1)
         for token in kept.tolist():
-            new = torch.stack([factors[token], law[token], base[token], arm[token]])
+            new = torch.stack([factors[token], guided[token], base[token], arm[token]])
             self._write([*text, token], sums + new, rows)
 
     def sample(self, n_runs: int, n_particles: int, processor=None, **options) -> SMCOutput:
@@ -101,13 +101,13 @@ class Language:
             **options,
         )
 
-    def laws(self, output: SMCOutput) -> Tensor:
+    def distributions(self, output: SMCOutput) -> Tensor:
         """Returns the distribution of texts in each run, `(n_runs, n_texts)`: its particles with their weights."""
         written = output.particles[:, :, len(PROMPT) :]
         written = torch.nn.functional.pad(written, (0, self.length - written.shape[-1]), value=PAD)
         indices = self._index[tuple(written.unbind(dim=-1))]
-        laws = torch.zeros(len(indices), len(self.texts), dtype=torch.float64)
-        return laws.scatter_add_(1, indices, output.log_weights.double().exp())
+        empty = torch.zeros(len(indices), len(self.texts), dtype=torch.float64)
+        return empty.scatter_add_(1, indices, output.log_weights.double().exp())
 
 
 def mean(values: Tensor) -> tuple[float, float]:
@@ -115,14 +115,16 @@ def mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
-def distance(laws: Tensor, log_probs: Tensor) -> tuple[float, float]:
+def distance(distributions: Tensor, log_probs: Tensor) -> tuple[float, float]:
     """
     Returns the total variation distance from the mean of distributions `(n_runs, n_texts)` to another one, with its
     standard error. Each half of the runs decides which texts are too likely, and the other half measures by how much,
     so that noise does not count as distance.
     """
-    law, halves = log_probs.exp(), laws.chunk(2)
-    parts = [(measured - law) @ (other.mean(dim=0) - law).sign() / 2 for other, measured in (halves, reversed(halves))]
+    target, halves = log_probs.exp(), distributions.chunk(2)
+    parts = [
+        (measured - target) @ (other.mean(dim=0) - target).sign() / 2 for other, measured in (halves, reversed(halves))
+    ]
     return mean(torch.cat(parts))
 
 
@@ -130,9 +132,9 @@ def best_of_n(language: Language, n: int) -> Tensor:
     """Returns the log-probabilities of the text with the highest reward among n texts of the base."""
     order = language.rewards.argsort()
     below = language.base_law[order].exp().cumsum(dim=0).clamp(max=1.0) ** n
-    law = torch.empty_like(below)
-    law[order] = below.diff(prepend=below.new_zeros(1))
-    return law.log()
+    best = torch.empty_like(below)
+    best[order] = below.diff(prepend=below.new_zeros(1))
+    return best.log()
 
 
 def total_variation(log_probs: Tensor, others: Tensor) -> float:
@@ -140,13 +142,13 @@ def total_variation(log_probs: Tensor, others: Tensor) -> float:
 
 
 def measure(language: Language, n_particles: int, n_runs: int, processor=None) -> dict[str, tuple[float, float]]:
-    laws, ratios = [], []
-    while (n_left := n_runs - sum(map(len, laws))) > 0:
+    distributions, ratios = [], []
+    while (n_left := n_runs - sum(map(len, distributions))) > 0:
         output = language.sample(min(n_left, max(ROWS_AT_ONCE // n_particles, 1)), n_particles, processor)
-        laws.append(language.laws(output))
+        distributions.append(language.distributions(output))
         ratios.append((output.log_z.double() - language.log_z).exp())
     optimum = language.target - language.log_z
-    return {"smc": distance(torch.cat(laws), optimum), "z": mean(torch.cat(ratios))}
+    return {"smc": distance(torch.cat(distributions), optimum), "z": mean(torch.cat(ratios))}
 
 
 def over_languages(values: list[tuple[float, float]]) -> list[float]:

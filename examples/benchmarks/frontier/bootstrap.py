@@ -4,6 +4,8 @@ from functools import cache
 
 import numpy as np
 
+from hf_genarm.bootstrap import interval as interval_of_resamples
+
 N_RESAMPLES = 2_000
 
 
@@ -55,8 +57,7 @@ def interval(resampled: np.ndarray) -> tuple[float, float, float]:
     Returns a number and its 95 % interval, from its values on the sample and on each resample, `(1 + n_resamples,)`.
     They are rounded, so that a tie at the last digit shown is the same on every processor.
     """
-    values = [resampled[0], *np.quantile(resampled[1:], [0.025, 0.975])]
-    value, low, high = (round(float(x), 9) for x in values)
+    value, low, high = (round(float(x), 9) for x in (resampled[0], *interval_of_resamples(resampled[1:])))
     return value, low, high
 
 
