@@ -4,7 +4,7 @@ import torch
 from tiny import random_prompts, tiny_llama
 
 from examples.benchmarks import decode_cost
-from hf_genarm.decoding.fusion import network as joint_network
+from hf_genarm.decoding.fusion import joint_network
 
 
 def test_the_baseline_has_the_products_of_joint_passes_and_the_logits_of_the_base(monkeypatch):

@@ -34,8 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, L
 from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
 from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
-from hf_genarm.decoding.fusion import cache as joint_cache
-from hf_genarm.decoding.fusion import network as joint_network
+from hf_genarm.decoding.fusion import joint_cache, joint_network
 from hf_genarm.demo import demo_model
 
 ENGINES = ("fused", "shared", "separate")
@@ -185,7 +184,7 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
         spent = functools.partial(seconds_in, pstats.Stats(profiler))
         parts = {
             "joint passes: products with the weights of the base": spent(joint_network._linear),
-            "joint passes: low-rank products of the adapter": spent(joint_network.Product.add),
+            "joint passes: low-rank products of the adapter": spent(joint_network.LowRankProduct.add),
             "joint passes: joining and splitting the caches": spent(joint_cache.join) + spent(joint_cache.split),
             "the prompt, read by the base": spent(GenerationMixin._prefill),
             "the processor, which reads the prompt with the reward model": spent(GenARMLogitsProcessor.__call__),

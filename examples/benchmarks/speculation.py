@@ -37,7 +37,7 @@ from examples.benchmarks.measuring import add_record, cell, spread
 from examples.pairs import DATA
 from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
-from hf_genarm.decoding.pace import Pace
+from hf_genarm.decoding.draft_length import DraftLength
 from hf_genarm.demo import demo_model
 
 WAYS = ("unguided", "guided", "drafted", "assisted, unguided")
@@ -67,18 +67,37 @@ class Clock(BaseStreamer):
         return sum(n_tokens for _, n_tokens in self.times[2:]) / len(self.times[2:])
 
 
-class CountingPace(Pace):
-    """Counts drafts that were taken, and those that were rejected."""
+class CountedDrafts:
+    """Counts the drafts of all calls in a `with` block. Those after the first rejected one of a cycle don't count."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.n_taken = self.n_rejected = 0
-        self.numbers: list[int] = []
+        self.cycles: list[tuple[int, int]] = []  # drafts, and how many of them were accepted
 
-    def note_drafts(self, n_drafts: int, n_accepted: int) -> None:
-        super().note_drafts(n_drafts, n_accepted)
-        self.n_taken, self.n_rejected = self.n_taken + n_accepted, self.n_rejected + (n_accepted < n_drafts)
-        self.numbers.append(n_drafts)
+    def __enter__(self) -> "CountedDrafts":
+        record = DraftLength.record
+
+        def recorded(length: DraftLength, n_drafts: int, n_accepted: int) -> None:
+            self.cycles.append((n_drafts, n_accepted))
+            record(length, n_drafts, n_accepted)
+
+        self._patch = mock.patch.object(DraftLength, "record", recorded)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._patch.stop()
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were accepted."""
+        n_accepted = sum(accepted for _, accepted in self.cycles)
+        n_rejected = sum(accepted < drafts for drafts, accepted in self.cycles)
+        return n_accepted / max(n_accepted + n_rejected, 1)
+
+    @property
+    def mean_number(self) -> float:
+        """The mean number of drafts in a cycle."""
+        return sum(drafts for drafts, _ in self.cycles) / max(len(self.cycles), 1)
 
 
 class Passes:
@@ -100,8 +119,6 @@ class Bench:
         self.processor = GenARMLogitsProcessor(arm, args.alpha, base_model=base)
         self.passes = Passes(arm.model)
         self.assistants = {mode: self.processor.assistant(args.drafts) for mode in MODES}
-        for assistant in self.assistants.values():
-            assistant.pace = CountingPace()
 
     def run(self, way: str, mode: str, prompt: torch.Tensor, seed: int) -> dict[str, float]:
         clock, options = Clock(), dict(MODES[mode])
@@ -131,15 +148,13 @@ class Bench:
     def compare(self, mode: str, prompts: list[torch.Tensor], bar: tqdm) -> dict[str, Any]:
         """Measures all ways of decoding, one round per prompt."""
         rounds: list[dict[str, dict[str, float]]] = []
-        pace = self.assistants[mode].pace
         for way in self.ways:  # to warm up
             self.run(way, mode, prompts[0], 0)
-        pace.n_taken = pace.n_rejected = 0
-        pace.numbers.clear()
-        for seed, prompt in enumerate(prompts):
-            turn = seed % len(self.ways)
-            rounds.append({way: self.run(way, mode, prompt, seed) for way in self.ways[turn:] + self.ways[:turn]})
-            bar.update()
+        with CountedDrafts() as counted:
+            for seed, prompt in enumerate(prompts):
+                turn = seed % len(self.ways)
+                rounds.append({way: self.run(way, mode, prompt, seed) for way in self.ways[turn:] + self.ways[:turn]})
+                bar.update()
 
         def ratio(way: str, to: str) -> list[float]:
             return spread([x[way]["seconds"] / x[to]["seconds"] for x in rounds])
@@ -149,12 +164,11 @@ class Bench:
             "drafted_to_guided": ratio("drafted", "guided"),
             "drafted_to_unguided": ratio("drafted", "unguided"),
             "guided_to_unguided": ratio("guided", "unguided"),
-            "acceptance": pace.n_taken / max(pace.n_taken + pace.n_rejected, 1),
-            "drafts": sum(pace.numbers) / max(len(pace.numbers), 1),
+            "acceptance": counted.acceptance,
+            "drafts": counted.mean_number,
             "tokens_per_base_pass": spread([x["drafted"]["tokens_per_pass"] for x in rounds]),
             "reward_passes_per_token": spread([x["drafted"]["reward_passes"] for x in rounds]),
             "seconds_per_token": {way: spread([x[way]["seconds"] for x in rounds]) for way in self.ways},
-            "measured": pace.measured(),
         }
         if "assisted, unguided" in self.ways:
             result["assisted_to_unguided"] = ratio("assisted, unguided", "unguided")
