@@ -1,5 +1,7 @@
 """Tests of README, docs and cards: printed code runs, tables match their files, the site builds, the API is listed."""
 
+import ast
+import builtins
 import importlib.util
 import json
 import os
@@ -41,7 +43,7 @@ def blocks(page, language):
 
 def session(page):
     """All Python blocks of a page, from top to bottom, after those of the quickstart if the page continues it."""
-    continues = re.search(r"\bcontinues? +the \[quickstart\]", " ".join(text_of(page).split()))
+    continues = re.search(r"\bcontinues? from the \[quickstart\]", " ".join(text_of(page).split()))
     return "\n".join([*(blocks(QUICKSTART, "python") if continues else []), *blocks(page, "python")])
 
 
@@ -146,6 +148,18 @@ def test_make_runs_the_commands_that_are_printed():
 
 def test_the_two_lines_are_the_same_everywhere():
     assert blocks(README, "python")[0] == blocks(QUICKSTART, "python")[0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_examples_use_no_name_that_the_page_or_the_quickstart_lacks(page):
+    nodes = list(ast.walk(ast.parse(session(page))))
+    known = set(dir(builtins))
+    known |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    known |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    known |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler)}
+    known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    assert not {node.id for node in nodes if isinstance(node, ast.Name)} - known
 
 
 def test_every_printed_command_is_run_by_a_test():
