@@ -87,11 +87,11 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(llm, reference, prompts
 
 def test_tokens_that_the_engine_hides_are_an_error():
     """Placeholders of asynchronous scheduling, in the place of tokens that reward models would have to read."""
-    from hf_genarm.vllm.requests import Wish
+    from hf_genarm.vllm.request_settings import RequestSettings
     from hf_genarm.vllm.v1 import V1GenARM, _Row
 
     processor = object.__new__(V1GenARM)
-    processor._rows = {0: _Row(Wish((1.0,), None), [5, 6], [7, -1])}
+    processor._rows = {0: _Row(RequestSettings((1.0,), None), [5, 6], [7, -1])}
     with pytest.raises(RuntimeError, match="by its name in `--logits-processors`"):
         processor.apply(torch.zeros(1, 8))
 
