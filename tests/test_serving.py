@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.hub.info import RewardInfo
 from hf_genarm.vllm.batch_guidance import BatchGuidance, GuidedRequest
-from hf_genarm.vllm.reward_lms import RewardLM, load_reward_lms
 from hf_genarm.vllm.request_settings import RequestSettings, ServerDefaults, request_settings
+from hf_genarm.vllm.reward_lms import RewardLM, load_reward_lms
 from hf_genarm.vllm.server_config import ServerConfig
 from hf_genarm.vllm.slots import SlotLM
 
@@ -160,12 +160,8 @@ def served(models):
 def test_requests_with_strengths_of_their_own(models):
     base, generator = tiny_llama(0), random.Random(0)
     batch = Batch(BatchGuidance(served(models)), base)
-    settings_of_requests = [
-        RequestSettings((1.0, 0.0), None),
-        RequestSettings((0.0, 0.0), None),
-        RequestSettings((0.5, -0.5), None),
-        RequestSettings((0.0, 2.0), None),
-    ]
+    strengths = [(1.0, 0.0), (0.0, 0.0), (0.5, -0.5), (0.0, 2.0)]
+    settings_of_requests = [RequestSettings(alpha, None) for alpha in strengths]
     for settings in settings_of_requests:
         prompt = [generator.randrange(3, VOCAB_SIZE) for _ in range(1 + generator.randrange(20))]
         batch.texts[settings] = (prompt, len(prompt))

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -96,7 +94,7 @@ def test_files_that_are_wrong(base, adapter, tmp_path, change, message):
 
 
 def test_a_reward_model_that_does_not_fit(base, adapter, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="up to 256 tokens, but the server takes up to 512. Start it with"):
+    with pytest.raises(ValueError, match="up to 256 tokens, but the server takes up to 512"):
         checked(base, [adapter], 512)
     larger = tiny_tokenizer()
     larger.add_tokens(["<more>"])
@@ -170,9 +168,9 @@ def test_mistakes_are_found_before_the_server_is_started(base, monkeypatch, argu
         started(monkeypatch, "--model", base, *arguments)
 
 
-def test_a_mistake_is_the_last_line():
-    command = [sys.executable, "-m", "hf_genarm.vllm", "--model", "x", "--additional-config.genarm.alpha", "1"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("hf_genarm.vllm: `reward_models` in `genarm`")
-    assert "Traceback" not in result.stderr
+def test_a_mistake_is_one_line(monkeypatch):
+    monkeypatch.setattr(launcher.sys, "argv", ["", "--model", "x", "--additional-config.genarm.alpha", "1"])
+    with pytest.raises(SystemExit) as ended:
+        launcher.run()
+    assert ended.value.code.startswith("hf_genarm.vllm: `reward_models` in `genarm`")
+    assert "\n" not in ended.value.code

@@ -81,8 +81,13 @@ def _additional_config(text: str | None, arguments: list[str]) -> dict[str, Any]
     return additional
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Runs [`main`] from the command line, where a mistake is one line."""
     try:
         main(sys.argv[1:])
     except ValueError as mistake:
-        sys.exit(f"hf_genarm.vllm: {mistake}")
+        sys.exit("hf_genarm.vllm: " + " ".join(str(mistake).split()))
+
+
+if __name__ == "__main__":
+    run()
