@@ -95,16 +95,19 @@ class BatchGuidance:
             for index in range(len(self._models))
         ]
         rewards = [self._rewards(index, requests, scores) for index in range(len(self._models))]
+        read = list(rewards)
         reference = None
         if self._reference == "base":
             reference = scores.log_softmax(dim=-1)
         elif self._reference is not None:
             texts = {x.settings: x.text for x in requests}
             reference = self._reference.log_probs(texts, [len(x.rows) for x in requests]).to(scores.device)
-        if reference is not None:
-            rewards = [contrast(log_probs, reference) for log_probs in rewards]
-        unread = torch.stack([x.isnan().any(dim=-1) for x in rewards]).any(dim=0)
+            read.append(reference)
+        unread = torch.stack([x.isnan().any(dim=-1) for x in read]).any(dim=0)
         rewards = [x.masked_fill(unread[:, None], 0.0) for x in rewards]
+        if reference is not None:
+            reference = reference.masked_fill(unread[:, None], 0.0)
+            rewards = [contrast(log_probs, reference) for log_probs in rewards]
         if any(x.settings.target_kl is not None for x in requests):
             scale = self._scale(requests, scores, rewards, strengths)
             strengths = [alpha * scale for alpha in strengths]

@@ -121,7 +121,7 @@ def test_a_logit_bias_that_can_not_be_checked_is_refused(monkeypatch):
 
     monkeypatch.setattr(logits_processor.handshake, "find", lambda: [])
     for params in (SamplingParams(logit_bias={5: 1.0}), SamplingParams(extra_args={"genarm_alpha": 1})):
-        with pytest.raises(ValueError, match=r"can't be checked .* `HF_GENARM_VLLM`"):
+        with pytest.raises(ValueError, match=r"can't be checked, .* `HF_GENARM_VLLM`"):
             logits_processor.GenARM.validate_params(params)
     logits_processor.GenARM.validate_params(SamplingParams())
 
