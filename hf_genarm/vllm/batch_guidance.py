@@ -4,13 +4,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..decoding.kl_control import controlled_scale
-from ..functional import contrast, guided_log_probs
+from ..functional import guided_product
 from .request_settings import RequestSettings
 from .reward_lms import RewardLM
 
@@ -105,15 +106,12 @@ class BatchGuidance:
             read.append(reference)
         unread = torch.stack([x.isnan().any(dim=-1) for x in read]).any(dim=0)
         rewards = [x.masked_fill(unread[:, None], 0.0) for x in rewards]
-        if reference is not None:
-            reference = reference.masked_fill(unread[:, None], 0.0)
-            rewards = [contrast(log_probs, reference) for log_probs in rewards]
-        if any(x.settings.target_kl is not None for x in requests):
-            scale = self._scale(requests, scores, rewards, strengths)
-            strengths = [alpha * scale for alpha in strengths]
-        guided = guided_log_probs(scores, rewards, strengths)
-        failed = unread | guided.isnan().any(dim=-1)
-        logits[rows] = torch.where(failed[:, None], unguided, guided.to(logits.dtype))
+        reference = None if reference is None else reference.masked_fill(unread[:, None], 0.0)
+        is_scaled = any(x.settings.target_kl is not None for x in requests)
+        scale = partial(self._scale, requests) if is_scaled else None
+        product = guided_product(scores, rewards, strengths, reference, scale=scale)
+        failed = unread | product.is_empty
+        logits[rows] = torch.where(failed[:, None], unguided, product.log_probs.to(logits.dtype))
         if failed.any():
             has_choice = (unguided > -torch.inf).any(dim=-1) | unread
             self._report(requests, failed & has_choice, unread)
@@ -158,7 +156,7 @@ class BatchGuidance:
                 )
 
     def _scale(
-        self, requests: Sequence[GuidedRequest], scores: Tensor, rewards: list[Tensor], strengths: list[Tensor]
+        self, requests: Sequence[GuidedRequest], scores: Tensor, rewards: list[Tensor], strengths: list[Any]
     ) -> Tensor:
         """Returns the factors of the strengths, `(n, 1)`: 1 for requests without a set divergence."""
         scale = torch.ones(len(scores), 1, device=scores.device)
