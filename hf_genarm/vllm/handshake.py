@@ -100,7 +100,9 @@ class Handshake:
             return None
         text = repr(config)
         if self._environment is None or self._environment[0] != text:
-            resolved = config.with_recommended([info_of(x) for x in config.reward_models])
+            is_open = config.alpha is None or config.reference == "auto"
+            infos = [info_of(x) for x in config.reward_models] if is_open else []
+            resolved = config.with_recommended(infos)
             self._environment = text, resolved.server_defaults()
         return self._environment[1]
 
