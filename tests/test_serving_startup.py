@@ -43,6 +43,12 @@ def test_what_is_right_is_resolved(base, adapter):
     assert (config.alpha, config.reference) == ([0.5], "base")
 
 
+def test_a_served_model_that_only_vllm_can_read_is_left_to_it(base, adapter, tmp_path):
+    served = tmp_path / "tiny.gguf"
+    served.touch()
+    assert checked(str(served), [adapter], max_model_len=None).alpha == [1.0]
+
+
 def without_weights(folder):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 

@@ -63,7 +63,7 @@ def check_reward_models(
         base = base_of(name)
         network = name if base is None else served if is_on(name, served) else base
         longest = _longest(network, trust_remote_code)
-        if longest < length:
+        if longest < length < math.inf:
             raise ValueError(
                 f"`{name}` reads texts of up to {longest:g} tokens, but the server takes up to {length:g}. Start it "
                 f"with `--max-model-len {longest:g}` or less, or use another reward model."
@@ -129,7 +129,9 @@ def _refuse_other_bases(
 
 def _fingerprint(name: str, trust_remote_code: bool) -> str | None:
     """Returns the fingerprint of the weights in a folder, of which only some pages are read; `None` if unknown."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = _config(name, trust_remote_code)
+    if config is None:
+        return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     for path in sorted(_download(name, f"`{name}` is not there").glob("*.safetensors")):
@@ -139,6 +141,14 @@ def _fingerprint(name: str, trust_remote_code: bool) -> str | None:
 
 
 def _longest(name: str, trust_remote_code: bool) -> float:
-    """Returns the number of tokens that a model reads, by its configuration."""
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
-    return getattr(config, "max_position_embeddings", math.inf)
+    """Returns the number of tokens that a model reads, by its configuration; infinity if it has none."""
+    config = _config(name, trust_remote_code)
+    return math.inf if config is None else getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def _config(name: str, trust_remote_code: bool) -> Any:
+    """Returns the configuration of a model; `None` for what only vLLM can read, such as a GGUF file."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
