@@ -65,8 +65,8 @@ def run_engine(connection: Connection, model: str, adapter: str | None, args: ar
 def run_slots(connection: Connection, model: str, adapter: str | None, args: argparse.Namespace) -> None:
     """The forward passes that a guided engine has beside those of its base, and nothing else."""
     torch.set_num_threads(args.threads)
-    from hf_genarm.vllm.fast_linear import use_linear_layers_of_vllm
-    from hf_genarm.vllm.loading import load
+    from hf_genarm.vllm.engine import use_linear_layers_of_vllm
+    from hf_genarm.vllm.reward_lms import load_reward_lms
     from hf_genarm.vllm.slots import SlotLM
 
     def make_slots(network: Any, name: str) -> SlotLM:
@@ -74,7 +74,7 @@ def run_slots(connection: Connection, model: str, adapter: str | None, args: arg
         return SlotLM(network, 8, 512, name=name)
 
     vocab_size = AutoConfig.from_pretrained(model).vocab_size
-    (lm,) = load([str(adapter)], model, model, vocab_size, make_slots, torch.float32)
+    (lm,) = load_reward_lms([str(adapter)], model, model, vocab_size, make_slots, torch.float32)
     connection.send("ready")
     while (task := connection.recv()) is not None:
         n, _, seed = task
