@@ -2,18 +2,15 @@
 
 import pytest
 import torch
+from helpers import FOUR, assert_same, generate, row_of
 from oracle import next_token_log_probs
 from support import ARM, ASSISTANT, BASE, ONE
-from test_fusion import adapters, assert_same, base, folder, generate
-from test_strength import FOUR, row_of
 from tiny import VOCAB_SIZE, left_padded
 from transformers import LogitsProcessor
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.decoding.kl_control import KLControl, divergence
 from hf_genarm.decoding.texts import TextReader
-
-__all__ = ["adapters", "base", "folder"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 

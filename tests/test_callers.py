@@ -9,22 +9,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same, generate, guided_until, joint_passes, needs_compile, raises, separate
 from oracle import Recompute
 from peft import LoraConfig, get_peft_model
 from support import ARM, ASSISTANT, BASE, BATCH, ONE
-from test_fusion import (
-    adapters,
-    assert_same,
-    base,
-    folder,
-    generate,
-    guided_until,
-    joint_passes,
-    models,
-    needs_compile,
-    raises,
-    separate,
-)
 from tiny import PAD, VOCAB_SIZE, left_padded, random_prompts, save_adapter, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -36,8 +24,6 @@ from transformers import (
 )
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
-
-__all__ = ["adapters", "base", "folder", "models"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 

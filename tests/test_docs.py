@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run_command
+from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import demo

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import LORA
 from pairs import STANDARD
 from peft import LoraConfig
 from tiny import tiny_llama
@@ -15,8 +16,6 @@ from transformers import EvalPrediction
 from hf_genarm.training.metrics import PreferenceMetrics, preference_metrics
 from hf_genarm.training.preference_data import PairCounts
 from hf_genarm.training.prefix_sharing import PairBatch
-
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture

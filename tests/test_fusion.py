@@ -8,14 +8,14 @@ import threading
 
 import pytest
 import torch
+from helpers import At, assert_same, generate, guided_until, joint_passes, needs_compile, raises, separate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import ARCHITECTURES, BATCH, EXACT, MODES, ONE
 from tiny import PAD, left_padded, random_prompts, save_adapter, tiny_llama
-from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteriaList
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import GenARMLogitsProcessor
@@ -23,63 +23,13 @@ from hf_genarm.hub.sharing import follow
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
-needs_compile = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"),
-    reason="torch 2.6 can't compile a forward pass of transformers that is handed a cache (NameError)",
-)
-
 # Modes in which the base has no growing cache to be joined.
 APART = {"`use_cache=False`", "static cache of the base"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base, and two adapters on it."""
-    folder = tmp_path_factory.mktemp("fusion")
-    tiny_llama(0).save_pretrained(folder / "base")
-    save_adapter(folder / "base", folder / "first")
-    save_adapter(folder / "base", folder / "second", 1, target_modules="all-linear", lora_alpha=16)
-    return folder
-
-
-@pytest.fixture
-def base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder / "base")
-
-
-@pytest.fixture
-def adapters(folder):
-    return [str(folder / "first"), str(folder / "second")]
-
-
-def separate(base_folder, adapter):
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter).eval()
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    """The same adapters, each on weights of its own."""
-    return [separate(folder / "base", folder / "first"), separate(folder / "base", folder / "second")]
-
-
-def generate(base, processors, inputs=BATCH, seed=0, **options):
-    torch.manual_seed(seed)
-    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
-    return base.generate(**(dict(inputs) | defaults | options), logits_processor=processors)
-
-
-def assert_same(output, expected, atol=1e-4):
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    assert_close(output, expected, atol)
 
 
 def assert_close(output, expected, atol=1e-4):
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=atol, rtol=0)
-
-
-def joint_passes(processor):
-    return max(getattr(model, "joint_passes", 0) for model in processor._rewards.models)
 
 
 def is_untouched(base, before):
@@ -261,29 +211,6 @@ def test_one_instance_in_random_order(data, folder, adapters, models):
 
 
 # --- the base never notices ---
-
-
-class At(StoppingCriteria):
-    """Does something after the fifth new token."""
-
-    def __init__(self, action):
-        self.action = action
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] == BATCH["input_ids"].shape[1] + 5:
-            self.action()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-def raises(error):
-    def action(*args, **kwargs):
-        raise error
-
-    return action
-
-
-def guided_until(base, processor, action, **options):
-    return generate(base, [processor], stopping_criteria=StoppingCriteriaList([At(action)]), **options)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

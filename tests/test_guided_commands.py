@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_command
+from helpers import run_command
 from oracle import Recompute, next_token_log_probs
 from tiny import save_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from helpers import LORA, log_prob, loss_of, model_for, pairs_of
 from pairs import STANDARD, conversational
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import LORA, log_prob, loss_of, model_for, pairs_of
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer

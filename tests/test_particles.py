@@ -5,23 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import generate, joint_passes
 from support import ARCHITECTURES, ARM, BASE, BATCH, FILTERS, ONE, SAMPLING, Ban, chat_continues, embeddings
-from test_fusion import adapters, base, folder, joint_passes
 from tiny import EOS, PAD, VOCAB_SIZE, tiny_llama
 from transformers import T5Config, T5ForConditionalGeneration, TemperatureLogitsWarper
 
 from hf_genarm import GenARMLogitsProcessor, SMCOutput, smc_sample
 from hf_genarm.decoding.particles import systematic_resampling
 
-__all__ = ["adapters", "base", "folder"]
-
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
-def generate(base, processor, inputs=BATCH, seed=0, **options):
-    torch.manual_seed(seed)
-    options = SAMPLING | {"custom_generate": smc_sample, "return_dict_in_generate": True, "max_new_tokens": 8} | options
-    return base.generate(**(inputs | options), logits_processor=[processor])
+def sample(base, processor, inputs=BATCH, seed=0, **options):
+    """Sequential Monte Carlo, unless `custom_generate` says otherwise."""
+    options = SAMPLING | {"custom_generate": smc_sample, "output_scores": False, "max_new_tokens": 8} | options
+    return generate(base, [processor], inputs, seed, **options)
 
 
 # --- the law ---
@@ -142,19 +140,19 @@ def test_systematic_resampling_rounds_up_or_down_and_has_no_bias():
 @pytest.mark.parametrize("options", [{}, FILTERS, {"num_return_sequences": 2}, {"renormalize_logits": True}])
 def test_one_particle_is_guided_sampling(options):
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    plain = generate(BASE, processor, custom_generate=None, **options).sequences
+    plain = sample(BASE, processor, custom_generate=None, **options).sequences
     after = torch.rand(1)
-    output = generate(BASE, processor, n_particles=1, **options)
+    output = sample(BASE, processor, n_particles=1, **options)
     assert output.sequences.tolist() == output.particles[:, 0].tolist() == plain.tolist()
     assert torch.rand(1) == after
-    assert generate(BASE, processor, n_particles=1, return_dict_in_generate=False, **options).equal(plain)
+    assert sample(BASE, processor, n_particles=1, return_dict_in_generate=False, **options).equal(plain)
     assert output.log_weights.tolist() == [[0.0]] * len(plain)
-    assert generate(BASE, processor, seed=1, n_particles=1, **options).sequences.tolist() != plain.tolist()
+    assert sample(BASE, processor, seed=1, n_particles=1, **options).sequences.tolist() != plain.tolist()
 
 
 def test_what_is_returned():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    output = generate(BASE, processor, n_particles=6, num_return_sequences=2)
+    output = sample(BASE, processor, n_particles=6, num_return_sequences=2)
     assert type(output) is SMCOutput
     prompts = BATCH["input_ids"].repeat_interleave(2, dim=0)
     n_texts = len(prompts)
@@ -173,7 +171,7 @@ def test_what_is_returned():
 
 def test_it_stops_when_all_have_ended():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    output = generate(BASE, processor, n_particles=4, sequence_bias=[[[EOS], 100.0]], max_new_tokens=20)
+    output = sample(BASE, processor, n_particles=4, sequence_bias=[[[EOS], 100.0]], max_new_tokens=20)
     assert output.particles.shape[-1] == BATCH["input_ids"].shape[1] + 1
     torch.testing.assert_close(output.log_weights, torch.full_like(output.log_weights, -torch.tensor(4.0).log()))
 
@@ -181,12 +179,12 @@ def test_it_stops_when_all_have_ended():
 def test_requests_have_particles_and_strengths_of_their_own():
     """The estimate for each prompt is that of the prompt alone."""
     strengths = torch.tensor([[0.0], [0.7], [1.4]])
-    together = generate(BASE, GenARMLogitsProcessor(ARM, strengths, base_model=BASE), n_particles=400, max_new_tokens=2)
+    together = sample(BASE, GenARMLogitsProcessor(ARM, strengths, base_model=BASE), n_particles=400, max_new_tokens=2)
     assert together.log_z[0].item() == pytest.approx(0.0, abs=1e-4)
     for index in (1, 2):
         alone = {name: value[index : index + 1] for name, value in BATCH.items()}
         processor = GenARMLogitsProcessor(ARM, float(strengths[index]), base_model=BASE)
-        of_one = generate(BASE, processor, alone, n_particles=400, max_new_tokens=2)
+        of_one = sample(BASE, processor, alone, n_particles=400, max_new_tokens=2)
         assert together.log_z[index].item() == pytest.approx(of_one.log_z.item(), abs=0.15)
     assert (together.log_z[1] - together.log_z[2]).abs() > 1.0
 
@@ -198,11 +196,11 @@ def test_particles_are_exchanged_in_all_caches(base, adapters):
     unaware = GenARMLogitsProcessor(tiny_llama(1), attention_mask=BATCH["attention_mask"])
     for processor in (fused, separate, unaware):
         options = {"n_particles": 5, "ess_threshold": 1.0}
-        output = generate(base, processor, **options)
-        expected = generate(base, processor, use_cache=False, **options)
+        output = sample(base, processor, **options)
+        expected = sample(base, processor, use_cache=False, **options)
         assert output.particles.tolist() == expected.particles.tolist()
         torch.testing.assert_close(output.log_z, expected.log_z, atol=1e-3, rtol=0)
-        assert output.particles.tolist() != generate(base, processor, ess_threshold=0, n_particles=5).particles.tolist()
+        assert output.particles.tolist() != sample(base, processor, ess_threshold=0, n_particles=5).particles.tolist()
     assert joint_passes(fused) > 0
 
 
@@ -213,11 +211,11 @@ def test_every_cache_of_the_base(family):
     options = {"n_particles": 4, "ess_threshold": 1.0, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 1}
     if family.name == "RecurrentGemma":
         with pytest.raises(ValueError, match="keeps what it has read in its modules"):
-            generate(base, processor, one, **options)
-        assert generate(base, processor, one, **options | {"ess_threshold": 0.0}).log_z.isfinite().all()
+            sample(base, processor, one, **options)
+        assert sample(base, processor, one, **options | {"ess_threshold": 0.0}).log_z.isfinite().all()
         return
-    output = generate(base, processor, one, **options)
-    expected = generate(base, processor, one, use_cache=False, **options)
+    output = sample(base, processor, one, **options)
+    expected = sample(base, processor, one, use_cache=False, **options)
     assert output.particles.tolist() == expected.particles.tolist()
     torch.testing.assert_close(output.log_z, expected.log_z, atol=1e-3, rtol=0)
 
@@ -236,12 +234,12 @@ def test_every_cache_of_the_base(family):
 def test_other_options_of_generate(options):
     """With one particle they are as in plain sampling, and with several as without a cache."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    plain = generate(BASE, processor, ONE, custom_generate=None, **options)
-    assert generate(BASE, processor, ONE, n_particles=1, **options).sequences.tolist() == plain.sequences.tolist()
+    plain = sample(BASE, processor, ONE, custom_generate=None, **options)
+    assert sample(BASE, processor, ONE, n_particles=1, **options).sequences.tolist() == plain.sequences.tolist()
     of_cache = ("cache_implementation", "prefill_chunk_size", "inputs_embeds")  # embeddings of the prompt need one
     others = {name: value for name, value in options.items() if name not in of_cache}
-    output = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, **options)
-    expected = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, use_cache=False, **others)
+    output = sample(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, **options)
+    expected = sample(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, use_cache=False, **others)
     assert output.particles.tolist() == expected.particles.tolist()
 
 
@@ -250,7 +248,7 @@ def test_a_reference_and_several_rewards():
     models = [ARM, tiny_llama(3)]
     processor = GenARMLogitsProcessor(models, [0.8, -0.3], base_model=BASE, reference="base")
     processor.keeps_statistics = True
-    output = generate(BASE, processor, n_particles=3, ess_threshold=0.0)
+    output = sample(BASE, processor, n_particles=3, ess_threshold=0.0)
     table = processor.statistics(output.particles.flatten(0, 1))
     log_z = torch.zeros(output.particles.shape[0] * 3)
     start = BATCH["input_ids"].shape[1]
@@ -267,10 +265,10 @@ def test_a_reference_and_several_rewards():
 def test_the_full_contrast_with_the_base_is_sampled_exactly_by_tokens(base, adapters):
     """π_base (π_r / π_base) is π_r, which is normalised at each token."""
     contrast = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base, reference="base")
-    output = generate(base, contrast, n_particles=5)
+    output = sample(base, contrast, n_particles=5)
     torch.testing.assert_close(output.log_z, torch.zeros(len(output.log_z)), atol=1e-4, rtol=0)
     contrast.alpha = 0.5
-    assert (generate(base, contrast, n_particles=5).log_z.abs() > 0.1).all()
+    assert (sample(base, contrast, n_particles=5).log_z.abs() > 0.1).all()
 
 
 class Twice(Ban):
@@ -322,4 +320,4 @@ def test_an_encoder_decoder_is_refused():
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB_SIZE}
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=PAD)).eval()
     with pytest.raises(ValueError, match="whose encoder reads the prompt"):
-        generate(base, GenARMLogitsProcessor(ARM), ONE)
+        sample(base, GenARMLogitsProcessor(ARM), ONE)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import batch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import VOCAB_SIZE, tiny_llama
 from torch.nn.functional import pad
@@ -29,27 +30,6 @@ def tiny(model_type, **config):
         model_type, **{**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config}
     )
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def batch(shapes, seed=0, prompt_length=None):
-    """Pairs of the given numbers of tokens (shared, chosen, rejected), which part right after what they share."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(length):
-        return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-
-    texts = ([], [])
-    for shared, *lengths in shapes:
-        prefix = ids(shared)
-        for side, length in enumerate(lengths):
-            own = ids(length)
-            own[:1] = [3 + side] if own else []
-            texts[side].append(prefix + own)
-    texts = texts[0] + texts[1]
-    width = max(map(len, texts))
-    input_ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-    return PairBatch(input_ids, mask, prompt_length)
 
 
 def naive(model, pairs, scored):

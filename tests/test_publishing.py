@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import LORA
 from hub_server import TOKEN, HubServer
 from pairs import conversational
 from peft import LoraConfig, get_peft_model
@@ -19,8 +20,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from trl import clone_chat_template
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
-
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 TRAIN_AND_PUSH = """
 from datasets import Dataset

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
+from helpers import FOUR, assert_same, generate, joint_passes
 from oracle import next_token_log_probs
 from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
-from test_fusion import adapters, assert_same, base, folder, generate, joint_passes, models
-from test_strength import FOUR
 from tiny import VOCAB_SIZE, left_padded, tiny_llama
 from transformers import LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.functional import contrast, ratio_equivalent
-
-__all__ = ["adapters", "base", "folder", "models"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers import FOUR, generate
 from oracle import guided, next_token_log_probs
 from support import ARM, ASSISTANT, BASE, ONE
-from test_fusion import adapters, base, folder, generate, models
-from test_strength import FOUR
 from tiny import VOCAB_SIZE
 
 from hf_genarm import GenARMLogitsProcessor
-
-__all__ = ["adapters", "base", "folder", "models"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 

@@ -5,20 +5,17 @@ import threading
 
 import pytest
 import torch
+from helpers import FOUR, assert_same, generate, joint_passes, row_of
 from oracle import Recompute
 from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
-from test_fusion import adapters, assert_same, base, folder, generate, joint_passes, models
 from tiny import VOCAB_SIZE, left_padded, tiny_llama
 from transformers import LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.decoding.strength import by_reward, check_alpha
 
-__all__ = ["adapters", "base", "folder", "models"]
-
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
-FOUR = left_padded([4, 8, 6, 7])
 # Both rewards, one of them, none, and away from one
 WEIGHTS = torch.tensor([[1.0, 0.5], [0.0, 1.5], [0.0, 0.0], [-0.7, 0.3]])
 
@@ -29,11 +26,6 @@ def listed(inputs=None):
         for mode in MODES
         if mode.expected == EXACT and not mode.elsewhere and (mode.inputs is not ONE) == (inputs is FOUR)
     ]
-
-
-def row_of(inputs, index):
-    kept = inputs["attention_mask"][index].bool()
-    return {name: value[index, kept][None] for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers import LORA, log_prob, loss_of, model_for, pairs_of
 from huggingface_hub import ModelCard
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit
 from peft import (
@@ -29,19 +30,6 @@ from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, G
 from hf_genarm.hub.info import tokenizer_fingerprint
 from hf_genarm.training.metrics import accuracy_interval, calibration_error, preference_metrics
 
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-
-
-def model_for(tokenizer, seed=0, **config):
-    return tiny_llama(seed, vocab_size=len(tokenizer), **config)
-
-
-def log_prob(model, ids, start):
-    """`log π(ids[start:] | ids[:start])` of one unpadded row, in float64."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
-    return sum(logits[at - 1, ids[at]] for at in range(start, len(ids)))
-
 
 def naive_loss(model, pairs, beta, margins=None):
     """Eq. 5, pair by pair, over the whole texts: what a pair shares cancels."""
@@ -50,14 +38,6 @@ def naive_loss(model, pairs, beta, margins=None):
         difference = beta * (log_prob(model, chosen, 1) - log_prob(model, rejected, 1))
         losses.append(-torch.nn.functional.logsigmoid(difference - (margins[index] if margins else 0)))
     return torch.stack(losses).mean()
-
-
-def pairs_of(dataset):
-    return [(row["chosen_ids"], row["rejected_ids"]) for row in dataset]
-
-
-def loss_of(trainer):
-    return trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
 
 
 # --- the loss ---

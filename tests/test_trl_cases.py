@@ -11,9 +11,8 @@ import json
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from pairs import STANDARD, conversational, implicit
+from pairs import STANDARD, TEMPLATES, TOOLS, conversational, implicit
 from peft import LoraConfig, get_peft_model
-from test_formats import TEMPLATES, TOOLS
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config, Qwen3MoeConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, run_command
+from helpers import ROOT, run_command
 from huggingface_hub import ModelCard
 from pairs import PROMPTS, conversational, message
 from tiny import save_adapter, tiny_llama, tiny_tokenizer

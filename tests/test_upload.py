@@ -7,20 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN
 from huggingface_hub import ModelCard
 
 from hf_genarm import RewardInfo
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = sorted(path.parent.name for path in CARDS.glob("*/genarm_config.json"))
-
-
-@pytest.fixture
-def server():
-    server = HubServer()
-    yield server
-    server.shutdown()
 
 
 def upload(server, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
