@@ -70,6 +70,13 @@ def assert_same(output, expected, atol=1e-4):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
+def assert_same_distributions(output, expected, atol=1e-4):
+    """The same log-probabilities of all tokens at every step, whether the scores are normalised or not."""
+    assert len(output.scores) == len(expected.scores) > 0
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=atol, rtol=0)
+
+
 def oracle(inputs, models=(ARM,), alphas=(1.0,)):
     """What our processor must equal on these inputs."""
     return Recompute(list(models), list(alphas), inputs.get("attention_mask"))

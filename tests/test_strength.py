@@ -105,10 +105,7 @@ class RecomputeSchedule(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         step = input_ids.shape[1] - self.inputs["input_ids"].shape[1]
-        alphas = self.schedule(step)
-        if not any(alphas):
-            return scores.log_softmax(-1)
-        return Recompute(self.models, alphas, self.inputs.get("attention_mask"))(input_ids, scores)
+        return Recompute(self.models, self.schedule(step), self.inputs.get("attention_mask"))(input_ids, scores)
 
 
 def schedule(step):
