@@ -99,7 +99,7 @@ MODES = [
     Mode(
         "the same, with a reward model that is not smaller than the base, or an adapter on it",
         expected=REFUSED,
-        elsewhere="test_refused",
+        elsewhere="test_assistants_that_are_refused",
         why="drafts would gain nothing",
     ),
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
@@ -107,7 +107,7 @@ MODES = [
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
     Mode(
         "sequential Monte Carlo, `custom_generate=smc_sample`",
-        elsewhere="test_the_law_goes_to_the_optimum_over_whole_texts",
+        elsewhere="test_the_distribution_approaches_the_optimum_over_whole_texts",
         why="one particle is guided sampling, many are the optimum over whole texts",
     ),
     Mode("`use_cache=False`", {"use_cache": False}),
@@ -143,7 +143,7 @@ MODES = [
     Mode(
         "`smc_sample` with beams, greedy, `target_kl`, several guides, or probabilities changed after guidance",
         expected=REFUSED,
-        elsewhere="test_what_is_not_defined_is_refused",
+        elsewhere="test_combinations_without_a_distribution_are_refused",
         why="no law over whole texts is defined",
     ),
     Mode(

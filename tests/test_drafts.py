@@ -63,7 +63,7 @@ class Clamp(LogitsProcessor):
 
 
 @pytest.mark.parametrize("where", ["before", "after", "around"])
-def test_other_processors_have_their_say(where):
+def test_other_processors_still_act(where):
     def listed(it):
         if where == "around":
 
@@ -147,7 +147,7 @@ def test_stop_strings_within_drafts(tokenizer):
         generate(base, [without], inputs, assistant_model=without.assistant(), **stop)
 
 
-def test_after_a_draft_that_ended_the_text_goes_on():
+def test_a_new_call_after_a_draft_that_ended():
     """What was of no use for a draft is asked for in the next call."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     drafted = {"assistant_model": processor.assistant(3)}
@@ -184,7 +184,7 @@ def test_after_an_exception(where):
         assert_same(generate(BASE, [processor], ONE, **options), generate(BASE, [oracle(ARM)], ONE))
 
 
-def test_accepted_as_an_ensemble():
+def test_an_ensemble_weight_relaxes_what_is_accepted():
     """A weight relaxes what is accepted, so that no score may be left out."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     options = {"eos_token_id": None, "assistant_ensemble_weight": 0.3, "assistant_model": processor.assistant(3)}
@@ -279,7 +279,7 @@ def test_nothing_is_read_after_a_token_that_is_rejected():
 # --- what can't be ---
 
 
-def test_refused():
+def test_assistants_that_are_refused():
     with pytest.raises(ValueError, match="without `base_model`"):
         GenARMLogitsProcessor(ARM).assistant()
     with pytest.raises(ValueError, match="drafts would gain nothing"):
@@ -446,14 +446,14 @@ def p_values(counts, law, n_resamples=2000):
     ("name", "n_texts"),
     [("no end", 200), *(pytest.param(x, 2000, marks=pytest.mark.slow) for x in LAWS)],
 )
-def test_sampled_text_has_the_guided_law(name, n_texts):
+def test_sampled_text_has_the_guided_distribution(name, n_texts):
     torch.manual_seed(0)
     law = law_of(LAWS[name])
     assert abs(sum(law.values()) - 1) < 1e-5
     assert min(p_values(count(LAWS[name], n_texts), law)) > 1e-3
 
 
-def test_what_drafts_are_drawn_from_follows_from_the_text(monkeypatch):
+def test_the_distribution_of_drafts_depends_on_the_text_only(monkeypatch):
     """If it followed from what is drawn, as when what would end the text is dropped, texts would have another law."""
     right, n_possible = DraftingAssistant.generate, {}
 
@@ -472,7 +472,7 @@ def test_what_drafts_are_drawn_from_follows_from_the_text(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["no end", "stop strings"])
-def test_a_wrong_rule_is_noticed(name, monkeypatch):
+def test_a_wrong_acceptance_rule_is_noticed(name, monkeypatch):
     """The control: what replaces a rejected draft is drawn from the law itself, not from what is left of it."""
     from transformers.generation import utils
 
@@ -489,7 +489,7 @@ def test_a_wrong_rule_is_noticed(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_law_that_drafts_were_not_drawn_from_is_noticed(monkeypatch):
+def test_a_wrong_distribution_of_drafts_is_noticed(monkeypatch):
     """The control for what an assistant says of its drafts."""
     right = DraftingAssistant.generate
 

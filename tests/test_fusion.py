@@ -51,7 +51,7 @@ def is_untouched(base, before):
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m.expected == EXACT and not m.elsewhere], ids=lambda m: m.name)
-def test_exact(mode, base, adapters, models):
+def test_joint_passes_equal_recomputation(mode, base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])
     assert processor.engine == "fused"
     assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
@@ -169,7 +169,7 @@ def test_engines_mix(base, folder, adapters, models, tmp_path):
     assert joint_passes(processor) > 0
 
 
-def test_one_log_line_says_why(base, folder, adapters, tmp_path, caplog):
+def test_one_log_line_names_the_engine_and_the_reason(base, folder, adapters, tmp_path, caplog):
     caplog.set_level("INFO", "hf_genarm")
     dora = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
     for name, words in (
@@ -348,7 +348,7 @@ def test_one_row_of_positions_for_all_texts(base, adapters, models):
     assert_same(generate(base, [processor], inputs), generate(base, [Recompute(models, [1.0, 1.0])], inputs))
 
 
-def test_hooks_on_the_base_are_heard(base, adapters, models):
+def test_hooks_on_the_base_still_run(base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     seen = []
     handle = base.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
@@ -362,7 +362,7 @@ def test_hooks_on_the_base_are_heard(base, adapters, models):
 
 
 @needs_compile
-def test_a_base_with_a_compiled_forward_is_run_apart(base, adapters, models):
+def test_a_base_with_a_compiled_forward_gets_separate_passes(base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     base.compile(backend="eager")
     output = generate(base, [processor])
@@ -370,7 +370,7 @@ def test_a_base_with_a_compiled_forward_is_run_apart(base, adapters, models):
     assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
 
 
-def test_a_base_that_was_changed_is_run_apart(base, adapters, models):
+def test_a_changed_base_gets_separate_passes(base, adapters, models):
     """The reward model is the adapter on the base as it was; the base is what it is now."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     torch.manual_seed(9)

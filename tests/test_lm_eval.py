@@ -152,7 +152,7 @@ def test_windows_of_a_text_longer_than_the_model_reads(folders):
     assert rolled == pytest.approx(expected, abs=1e-4)
 
 
-def test_at_zero_it_is_hf(folders):
+def test_at_strength_zero_it_equals_hf(folders):
     base, arms, _ = folders
     ours = GuidedHFLM(base, arms, 0.0, batch_size=3, device="cpu")
     theirs = HFLM(base, batch_size=3, device="cpu")
@@ -214,6 +214,6 @@ def test_the_command_is_that_of_the_harness(folders, tmp_path, monkeypatch, caps
     assert get_model("hf-genarm") is GuidedHFLM
 
 
-def test_a_reference_that_is_none_is_refused(folders):
+def test_invalid_references(folders):
     with pytest.raises(ValueError, match="`reference` is 'arm', but must be 'auto', 'base' or None"):
         GuidedHFLM(folders[0], folders[1][0], reference="arm")

@@ -49,7 +49,7 @@ def test_one_instance_serves_many_calls():
         assert_same(output, generate(BASE, [Recompute([ARM], [1.5], inputs.get("attention_mask"))], inputs, **SAMPLING))
 
 
-def test_a_conversation_that_goes_on():
+def test_a_conversation_of_several_turns():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     ids = random_prompts(1, 5)
     for turn in range(3):
@@ -58,7 +58,7 @@ def test_a_conversation_that_goes_on():
         ids = torch.cat([output.sequences, random_prompts(1, 3, seed=turn)], dim=1)
 
 
-def test_alpha_zero_is_no_processor_bit_for_bit_and_runs_no_reward_model(monkeypatch):
+def test_alpha_zero_equals_no_processor_and_runs_no_reward_model(monkeypatch):
     arm = copy.deepcopy(ARM)
     processor = GenARMLogitsProcessor(arm, 0.0, base_model=BASE)
     monkeypatch.setattr(arm, "forward", None)
@@ -123,7 +123,7 @@ def test_two_rewards_add_up():
     torch.testing.assert_close(both, GenARMLogitsProcessor(OTHER, 1.3, base_model=BASE)(ids, first), atol=1e-4, rtol=0)
 
 
-def test_the_sampled_law_is_the_enumerated_one():
+def test_sampled_texts_follow_the_enumerated_distribution():
     """All continuations of two tokens over a vocabulary of 5: frequencies of 20,000 samples against Eq. 7."""
     sizes = {"vocab_size": 5, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     base, arm = tiny_llama(0, **sizes), tiny_llama(1, **sizes)
@@ -248,7 +248,7 @@ def test_a_mask_serves_its_prompts_only():
     )
 
 
-def test_padding_is_asked_for_where_the_base_is_not_known():
+def test_without_the_base_the_mask_must_be_given():
     prompt = torch.tensor([[PAD, 5, 6]])
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     for case in (inputs, left_padded([3, 5])):
@@ -307,7 +307,7 @@ def test_right_padding_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (3,)])
-def test_masks_that_are_none(shape):
+def test_invalid_masks(shape):
     with pytest.raises(ValueError, match=r"`attention_mask` has shape .*two dimensions"):
         GenARMLogitsProcessor(ARM, attention_mask=torch.ones(shape))
 

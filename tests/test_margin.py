@@ -66,7 +66,7 @@ def test_loss_in_closed_form(make_trainer, started, shares):
     torch.testing.assert_close(loss_of(trainer).double(), expected, atol=1e-4, rtol=0)
 
 
-def test_before_the_first_step_the_loss_is_that_of_a_coin(make_trainer):
+def test_before_the_first_step_the_loss_is_log_2(make_trainer):
     for peft_config in (None, LoraConfig(**LORA)):
         trainer = make_trainer(peft_config=peft_config, reference="base")
         assert loss_of(trainer).item() == pytest.approx(0.693147, abs=1e-5)
@@ -165,7 +165,7 @@ def test_gradients_add_up_over_batches(make_trainer):
         torch.testing.assert_close(value, steps[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_it_has_no_dropout(make_trainer, tokenizer):
+def test_the_reference_has_no_dropout(make_trainer, tokenizer):
     model = tiny_llama(vocab_size=len(tokenizer), attention_dropout=0.5)
     trainer = make_trainer(model=model, reference="base", disable_dropout=False)
     trainer.model.train()

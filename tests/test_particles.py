@@ -64,7 +64,7 @@ def check(law, tiny, measured):
         assert error < 0.02
 
 
-def test_the_law_goes_to_the_optimum_over_whole_texts(law):
+def test_the_distribution_approaches_the_optimum_over_whole_texts(law):
     """And the estimate of Z has no bias, with any number of particles."""
     tiny = language(law)
     check(law, tiny, measure(law, tiny))
@@ -92,7 +92,7 @@ def test_the_target_with_temperature_and_filters(law):
     assert law.total_variation(others, tiny.target - tiny.log_z) > 0.1
 
 
-def test_weights_alone_without_drawing_anew(law):
+def test_weights_without_resampling(law):
     tiny = language(law)
     torch.manual_seed(0)
     output = tiny.sample(500, 16, ess_threshold=0.0)
@@ -102,7 +102,7 @@ def test_weights_alone_without_drawing_anew(law):
     assert centre < 0.3 * law.total_variation(tiny.token_law, tiny.target - tiny.log_z)
 
 
-def test_the_text_that_is_returned_is_drawn_by_the_weights(law):
+def test_the_returned_text_is_drawn_by_weight(law):
     tiny = language(law, alpha=2.0)
     torch.manual_seed(0)
     output = tiny.sample(4000, 3, ess_threshold=0.0)
@@ -115,7 +115,7 @@ def test_the_text_that_is_returned_is_drawn_by_the_weights(law):
     assert abs(difference) < 3.5 * error
 
 
-def test_best_of_n_is_that_of_texts_drawn_and_compared(law):
+def test_best_of_n_equals_drawing_and_comparing(law):
     tiny = language(law)
     torch.manual_seed(0)
     drawn = torch.multinomial(tiny.base_law.exp(), 3 * 20_000, replacement=True).view(-1, 3)
@@ -176,7 +176,7 @@ def test_it_stops_when_all_have_ended():
     torch.testing.assert_close(output.log_weights, torch.full_like(output.log_weights, -torch.tensor(4.0).log()))
 
 
-def test_requests_have_particles_and_strengths_of_their_own():
+def test_each_request_has_its_own_particles_and_strengths():
     """The estimate for each prompt is that of the prompt alone."""
     strengths = torch.tensor([[0.0], [0.7], [1.4]])
     together = sample(BASE, GenARMLogitsProcessor(ARM, strengths, base_model=BASE), n_particles=400, max_new_tokens=2)
@@ -300,7 +300,7 @@ ANOTHER = GenARMLogitsProcessor(ARM, base_model=BASE)
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_is_not_defined_is_refused(message):
+def test_combinations_without_a_distribution_are_refused(message):
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     options = REFUSED[message](processor)
     with pytest.raises(ValueError, match=message):

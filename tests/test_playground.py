@@ -140,7 +140,7 @@ def test_the_script_writes_the_same(models, capsys):
     assert capsys.readouterr().out.rstrip("\n") == models.tokenizer.decode(frame.ids[1], skip_special_tokens=True)
 
 
-def test_stop_and_nobody_looking(models):
+def test_stop_and_a_visitor_who_leaves(models):
     def stop(n, answer):
         if n == 2:
             answer.stop()

@@ -164,7 +164,7 @@ APART = {
 
 
 @pytest.mark.parametrize("model_type", APART)
-def test_models_that_can_not(model_type, monkeypatch):
+def test_models_that_cannot_share(model_type, monkeypatch):
     """Their texts are forwarded one by one, and right."""
     config, could = APART[model_type]
     model = tiny(model_type, **config)
@@ -235,7 +235,7 @@ def test_lower_precision(dtype):
     assert PairLogProbs(bloom)._why_not_shared(bloom, "cpu") is not None
 
 
-def test_it_is_done_where_it_saves(monkeypatch):
+def test_prefixes_are_shared_only_where_it_saves(monkeypatch):
     """Not for pairs that share too little, and not where unequal prompts would make a row longer than two."""
     monkeypatch.setattr(PairLogProbs, "_joint_inputs", spy := Spy(PairLogProbs._joint_inputs))
     model = tiny_llama()

@@ -102,12 +102,12 @@ def test_eq_7_is_the_ratio_sampled_at_a_lower_temperature(base, adapters, alpha,
     assert not torch.allclose(hotter.scores[0].log_softmax(-1), expected.scores[0].log_softmax(-1), atol=1e-2)
 
 
-def test_where_no_ratio_is_eq_7():
+def test_strengths_without_an_equivalent_ratio():
     with pytest.raises(ValueError, match="`alpha` is -1, but only above -1"):
         ratio_equivalent(-1)
 
 
-def test_between_the_two_it_is_their_geometric_mean(models):
+def test_between_base_and_adapter_it_is_their_geometric_mean(models):
     """DeRa: realignment at any strength between base and adapter."""
     ids = ONE["input_ids"]
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_proxy_tuning():
     torch.testing.assert_close(processor(ids, logits[0]), expected, atol=1e-5, rtol=0)
 
 
-def test_it_is_two_reward_models_of_opposite_strength():
+def test_a_reference_equals_a_reward_model_of_opposite_strength():
     ids, scores = left_padded([7, 7])["input_ids"], torch.randn(2, VOCAB_SIZE)
     one = GenARMLogitsProcessor(ARM, 0.6, reference=ASSISTANT)(ids, scores)
     two = GenARMLogitsProcessor([ARM, ASSISTANT], [0.6, -0.6])(ids, scores)

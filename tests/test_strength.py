@@ -30,7 +30,7 @@ def listed(inputs=None):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
 @pytest.mark.parametrize("mode", listed(FOUR), ids=lambda mode: mode.name)
-def test_four_requests_with_strengths_of_their_own(mode, fused, base, adapters, models):
+def test_each_request_has_its_own_strengths(mode, fused, base, adapters, models):
     if fused:
         processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=WEIGHTS)
     else:
@@ -131,7 +131,7 @@ def test_a_schedule(mode, fused, base, adapters, models):
     assert output.sequences.tolist() != unguided.sequences.tolist()
 
 
-def test_a_schedule_in_a_loop_of_ones_own():
+def test_a_schedule_in_a_custom_loop():
     steps = []
     processor = GenARMLogitsProcessor(ARM, lambda step: steps.append(step) or 1.0)
     for _ in range(2):
@@ -157,7 +157,7 @@ def test_a_schedule_of_each_request():
 # --- setting it ---
 
 
-def test_set_from_another_thread_each_token_has_one_setting():
+def test_each_token_has_one_setting_when_another_thread_sets_it():
     """Every row of scores is that of one of the two settings, never of a mixture."""
     settings = [[0.5, 0.5], [1.5, -0.5]]
     processor = GenARMLogitsProcessor([ARM, ASSISTANT], settings[0])
@@ -186,7 +186,7 @@ def test_set_from_another_thread_each_token_has_one_setting():
     assert set(seen) == {0, 1}
 
 
-def test_what_is_refused():
+def test_invalid_strengths():
     for alpha, message in (
         (torch.zeros(4, 3), r"shape \(4, 3\), but there are 2 reward models"),
         (torch.zeros(0, 2), r"shape \(0, 2\)"),

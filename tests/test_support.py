@@ -36,7 +36,7 @@ def listed(expected):
 
 
 @pytest.mark.parametrize("mode", listed(EXACT), ids=lambda mode: mode.name)
-def test_exact(mode):
+def test_guided_text_equals_recomputation(mode):
     output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
     expected = generate(BASE, [oracle(mode.inputs)], mode.inputs, **mode.kwargs())
     unguided = generate(BASE, [], mode.inputs, **mode.kwargs())
@@ -45,7 +45,7 @@ def test_exact(mode):
 
 
 @pytest.mark.parametrize("mode", listed(REFUSED), ids=lambda mode: mode.name)
-def test_refused(mode):
+def test_unsupported_modes_are_refused(mode):
     with pytest.raises((ValueError, NotImplementedError), match=mode.error):
         generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
 

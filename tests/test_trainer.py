@@ -313,7 +313,7 @@ def test_a_model_id_is_loaded_as_a_causal_lm(make_trainer, tokenizer, tmp_path):
     assert trainer.args.model_init_kwargs == init_kwargs
 
 
-def test_the_saved_folder_says_everything(make_trainer, tokenizer):
+def test_the_saved_folder_describes_the_training(make_trainer, tokenizer):
     words = {"objective": "warm weather", "description": "It likes the sun.", "dataset_name": "me/my-pairs"}
     trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD), **words)
     metrics = trainer.evaluate()
@@ -505,7 +505,7 @@ def test_the_config_is_parsed_from_the_command_line():
 # --- bad input ---
 
 
-def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
+def test_invalid_arguments(make_trainer, tokenizer):
     with pytest.raises(ValueError, match=r"`center_rewards_coefficient` is 0.01.*never centred"):
         make_trainer(center_rewards_coefficient=0.01)
     for name, value, message in (

@@ -154,7 +154,7 @@ def test_what_is_measured_is_what_was_sampled_from(folder):
         assert answers.base_log_prob[row] == pytest.approx(taken.item(), rel=1e-3)
 
 
-def test_the_rule():
+def test_the_rule_of_choice():
     def row(alpha, reward, kl):
         return {"alpha": alpha, "reward": [reward], "kl": [kl]}
 
@@ -270,13 +270,13 @@ def test_a_recommended_setting_is_taken_where_no_other_is_given(folder, said):
     assert len(said) == 2
 
 
-def test_nothing_is_said_where_nothing_is_recommended(folder, said):
+def test_no_message_without_a_recommendation(folder, said):
     base = AutoModelForCausalLM.from_pretrained("base")
     processor = GenARMLogitsProcessor.from_pretrained("arm", base_model=base)
     assert (processor.alpha, processor.reference, said) == ([1.0], None, [])
 
 
-def test_one_reference_serves_all(folder, said):
+def test_recommended_references_that_differ_are_refused(folder, said):
     save_adapter("base", "other", seed=1)
     base = AutoModelForCausalLM.from_pretrained("base")
     recommend(folder, alpha=0.4)

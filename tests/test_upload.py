@@ -80,7 +80,7 @@ def test_without_a_token_nothing_is_published(server, tmp_path):
     assert not server.requests
 
 
-def test_a_token_that_is_refused_is_told(server, tmp_path):
+def test_a_refused_token_is_reported(server, tmp_path):
     done = upload(server, tmp_path, token="hf_wrong")
     assert done.returncode == 1
     assert done.stderr.startswith("upload: ")
