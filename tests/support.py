@@ -13,6 +13,8 @@ import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
+from hf_genarm.hub.cache import CACHE
+
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 START, END = "<!-- support: begin -->", "<!-- support: end -->"
 
@@ -57,8 +59,8 @@ class Ban(LogitsProcessor):
 def chat_continues() -> dict:
     cache = DynamicCache(config=BASE.config)
     with torch.no_grad():
-        BASE(input_ids=ONE["input_ids"][:, :5], past_key_values=cache, use_cache=True)
-    return {"past_key_values": cache}
+        BASE(input_ids=ONE["input_ids"][:, :5], **{CACHE: cache}, use_cache=True)
+    return {CACHE: cache}
 
 
 def embeddings() -> dict:
@@ -116,7 +118,7 @@ MODES = [
     Mode("`past_key_values` that continues a chat", chat_continues, ONE),
     Mode("`inputs_embeds` beside `input_ids`", embeddings, ONE),
     Mode("classifier-free guidance", {"guidance_scale": 1.5}, ONE),
-    Mode("`min_new_tokens`", {"min_new_tokens": 6}),
+    Mode("`min_new_tokens`", {"min_new_tokens": 5}),
     Mode("repetition and n-gram penalties", {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
     Mode("`forced_eos_token_id`", {"forced_eos_token_id": EOS}),
     Mode("`suppress_tokens`, `bad_words_ids`", {"suppress_tokens": [4, 5], "bad_words_ids": [[6], [7, 8]]}),

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.hub.cache import CACHE
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -85,9 +86,9 @@ def test_wrapped_processors(name, options, base, adapters, models):
     output = generate(base, [CALLERS[name](processor)], INPUTS, **options)
     assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], INPUTS["attention_mask"])], INPUTS, **options))
     assert joint_passes(processor) > 5
-    hidden = {"past_key_values": DynamicCache(config=base.config), **ONE}
+    hidden = {CACHE: DynamicCache(config=base.config), **ONE}
     with torch.no_grad():
-        base(input_ids=ONE["input_ids"][:, :5], past_key_values=hidden["past_key_values"], use_cache=True)
+        base(input_ids=ONE["input_ids"][:, :5], **{CACHE: hidden[CACHE]}, use_cache=True)
     hidden["input_ids"] = ONE["input_ids"][:, 5:]
     with pytest.raises(ValueError, match="has read 9 tokens, but `generate` was given 4"):
         generate(base, [CALLERS[name](processor)], hidden)
@@ -114,6 +115,7 @@ def test_two_processors_on_one_base_both_join(base, adapters, models):
     assert joint_passes(first) == joint_passes(second) == 9
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that older loops use
 @pytest.mark.parametrize("has_base", [True, False])
 def test_a_custom_loop_that_prefills_and_steers(has_base, base, adapters, models):
     """With left padding, for which the processor asks where nobody tells it."""

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.hub.cache import CACHE
 from hf_genarm.hub.sharing import follow
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
@@ -96,7 +97,8 @@ def test_architectures(family, tmp_path):
     base = family.model()
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
-    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", target_modules=family.targets)
+    options = {"target_modules": family.targets, "fan_in_fan_out": family.name == "GPT-2"}
+    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", **options)
     model = separate(tmp_path / "base", adapter)
     fused = 0
     for options, inputs in (
@@ -133,6 +135,10 @@ OTHER_LORA = {
 }
 
 
+# PEFT warns of biases that can't be merged, and of embeddings that it saves.
+@pytest.mark.filterwarnings(
+    "ignore::peft.utils.warning.PeftWarning", "ignore:Setting `save_embedding_layers`:UserWarning"
+)
 @pytest.mark.parametrize("name", [*LORA, *OTHER_LORA])
 def test_kinds_of_lora(name, folder, base, tmp_path):
     config, engine = (LORA[name], "fused") if name in LORA else OTHER_LORA[name]
@@ -227,14 +233,14 @@ def test_the_base_after_an_error(base, adapters, models, error, where, monkeypat
         fail, action = action, lambda: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
     cache = DynamicCache(config=base.config)
     with pytest.raises(error) as held:  # a traceback keeps the frames of `generate` alive, as it does in a notebook
-        guided_until(base, processor, action, past_key_values=cache)
+        guided_until(base, processor, action, **{CACHE: cache})
     monkeypatch.undo()
     joint = joint_passes(processor)
     assert {layer.keys.shape for layer in cache.layers} == {(3, 1, cache.get_seq_length(), 8)}
     with torch.no_grad():  # nothing is in effect, even when the same cache goes on
         new = torch.full((3, 1), 5)
-        ours = base(input_ids=new, past_key_values=copy.deepcopy(cache), use_cache=True).logits
-        theirs = tiny_llama(0)(input_ids=new, past_key_values=cache, use_cache=True).logits
+        ours = base(input_ids=new, **{CACHE: copy.deepcopy(cache)}, use_cache=True).logits
+        theirs = tiny_llama(0)(input_ids=new, **{CACHE: cache}, use_cache=True).logits
     assert torch.equal(ours, theirs)
     unguided = generate(base, [])
     assert joint_passes(processor) == joint

@@ -12,6 +12,7 @@ from tiny import PAD, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
 from transformers import AutoModelForSequenceClassification, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.hub.cache import CACHE
 
 BASE, ARM, OTHER = tiny_llama(0), tiny_llama(1), tiny_llama(2)
 
@@ -289,8 +290,8 @@ def test_a_text_that_is_only_in_the_cache_of_the_base_is_refused():
     ids = random_prompts(1, 9)
     cache = DynamicCache(config=BASE.config)
     with torch.no_grad():
-        BASE(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
-    inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones(1, 9, dtype=torch.long), "past_key_values": cache}
+        BASE(input_ids=ids[:, :5], **{CACHE: cache}, use_cache=True)
+    inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones(1, 9, dtype=torch.long), CACHE: cache}
     with pytest.raises(ValueError, match="has read 9 tokens, but `generate` was given 4"):
         generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], inputs)
 
