@@ -90,7 +90,7 @@ def row_of(inputs, index):
 
 def joint_passes(processor):
     """How many forward passes the reward models had together with the base."""
-    return max(getattr(model, "joint_passes", 0) for model in processor._rewards.models)
+    return max(getattr(model, "joint_passes", 0) for model in processor._machine.rewards.models)
 
 
 def separate(base_folder, adapter):

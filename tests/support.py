@@ -146,7 +146,7 @@ MODES = [
         "`smc_sample` with beams, greedy, `target_kl`, several guides, or probabilities changed after guidance",
         expected=REFUSED,
         elsewhere="test_combinations_without_a_distribution_are_refused",
-        why="no law over whole texts is defined",
+        why="no distribution over whole texts is defined",
     ),
     Mode(
         "group and constrained beams, contrastive search, DoLa",

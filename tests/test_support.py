@@ -1,8 +1,10 @@
 """Every line of the support table: guided `generate` against recomputation from scratch."""
 
 import copy
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,9 @@ from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
+TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
+
+
 def listed(expected):
     return [mode for mode in MODES if mode.expected == expected and not mode.elsewhere]
 
@@ -48,6 +53,11 @@ def test_guided_text_equals_recomputation(mode):
 def test_unsupported_modes_are_refused(mode):
     with pytest.raises((ValueError, NotImplementedError), match=mode.error):
         generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
+
+
+def test_every_other_mode_names_its_test():
+    tests = {name for path in Path(__file__).parent.glob("test_*.py") for name in TEST.findall(path.read_text("utf-8"))}
+    assert {mode.elsewhere for mode in MODES if mode.elsewhere} <= tests
 
 
 def test_the_table_on_the_page_is_this_list():
