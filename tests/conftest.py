@@ -15,7 +15,7 @@ from datasets import Dataset
 from helpers import separate
 from hub_server import HubServer
 from pairs import STANDARD
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 
@@ -100,10 +100,7 @@ def models(folder):
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
     """A model and its tokenizer."""
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

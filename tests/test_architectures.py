@@ -186,6 +186,7 @@ def adapted(kind, **sizes):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that PEFT uses
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_that_look_at_the_whole_text(kind):
     assert_exact(adapted(kind), tiny_llama(0), inputs=WITH_INVOCATION)

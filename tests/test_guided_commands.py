@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import run_command
 from oracle import Recompute, next_token_log_probs
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import AutoregressiveRewardModel, cli
@@ -26,9 +26,7 @@ ALPHAS = [1.5, 0.5]
 def folders(tmp_path_factory):
     """A base and two adapters."""
     folder = tmp_path_factory.mktemp("models")
-    base = str(folder / "base")
-    tiny_llama(vocab_size=len(tiny_tokenizer()), max_position_embeddings=512).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base = save_llama(folder / "base", max_position_embeddings=512)
     arms = [save_adapter(base, str(folder / name), seed) for seed, name in enumerate(("warm", "brief"))]
     return base, arms
 
@@ -224,9 +222,7 @@ def test_env_prints_versions_and_engines_but_no_paths(folders, capfd):
 
 def test_env_prints_why_a_reward_model_runs_separately(folders, capfd, tmp_path):
     base, _ = folders
-    tiny_llama(1, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "whole")
-    tiny_tokenizer().save_pretrained(tmp_path / "whole")
-    assert cli.main(["env", "--base", base, "--arm", str(tmp_path / "whole")]) == 0
+    assert cli.main(["env", "--base", base, "--arm", save_llama(tmp_path / "whole", 1)]) == 0
     assert "- whole: engine `separate`, because it is not an adapter." in capfd.readouterr().out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from oracle import Recompute, guided, next_token_log_probs
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_genarm import AutoregressiveRewardModel, cli
@@ -34,9 +34,7 @@ PAIRS = [
 def folders(tmp_path_factory):
     """A base, two adapters, and a model of other weights whose tokens have other ids."""
     folder = tmp_path_factory.mktemp("models")
-    base = str(folder / "base")
-    tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base = save_llama(folder / "base")
     arms = [save_adapter(base, str(folder / name), seed) for seed, name in enumerate(("warm", "brief"))]
     return base, arms, reordered(str(folder / "reordered"))
 

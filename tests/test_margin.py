@@ -10,7 +10,7 @@ from datasets import Dataset
 from helpers import LORA, log_prob, loss_of, model_for, pairs_of
 from pairs import STANDARD, conversational
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_llama
+from tiny import save_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -188,11 +188,9 @@ def test_an_adapter_that_changes_the_base_is_refused(make_trainer):
 @pytest.fixture(params=KINDS)
 def published(request, make_trainer, tokenizer, tmp_path):
     """A folder, the model that training started from, and what was trained."""
-    model_for(tokenizer).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     trainer = make_trainer(
         conversational(True),
-        model=str(tmp_path / "base"),
+        model=save_llama(tmp_path / "base"),
         peft_config=LoraConfig(**LORA) if request.param == "LoRA" else None,
         reference="base",
         beta=0.3,

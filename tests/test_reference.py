@@ -73,7 +73,9 @@ def test_other_weights_between_calls(base, adapters, models):
     torch.nn.init.normal_(base.lm_head.weight, std=0.4, generator=torch.Generator().manual_seed(7))
     inputs = {"input_ids": text[:, :-1], "attention_mask": torch.ones_like(text[:, :-1])}
     output = generate(base, [processor], inputs)
-    expected = generate(base, [RecomputeContrast([processor._rewards.models[0].model], [1.0], base, inputs)], inputs)
+    expected = generate(
+        base, [RecomputeContrast([processor._machine.rewards.models[0].model], [1.0], base, inputs)], inputs
+    )
     assert_same(output, expected)
 
 

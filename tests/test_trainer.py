@@ -469,6 +469,7 @@ PROMPTS_OF_PEFT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that PEFT uses
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", PROMPTS_OF_PEFT)
 def test_adapters_before_the_text(make_trainer, tokenizer, kind, checkpointing):

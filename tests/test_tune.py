@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, run_command
 from huggingface_hub import ModelCard
 from pairs import PROMPTS, conversational, message
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -46,10 +46,7 @@ not_a_function = 5
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A base, an adapter on it, prompts and a scorer."""
-    tokenizer = tiny_tokenizer()
-    tiny_llama(0, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    save_adapter(str(tmp_path / "base"), str(tmp_path / "arm"))
+    save_adapter(save_llama(tmp_path / "base"), str(tmp_path / "arm"))
     RewardInfo(beta=0.1, objective="length").save(tmp_path / "arm")
     rows = [{"prompt": message("user", prompt)} for prompt in [*PROMPTS, PROMPTS[0]]]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
