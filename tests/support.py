@@ -13,6 +13,8 @@ import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
+from hf_genarm.hub.cache import CACHE
+
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 START, END = "<!-- support: begin -->", "<!-- support: end -->"
 
@@ -57,8 +59,8 @@ class Ban(LogitsProcessor):
 def chat_continues() -> dict:
     cache = DynamicCache(config=BASE.config)
     with torch.no_grad():
-        BASE(input_ids=ONE["input_ids"][:, :5], past_key_values=cache, use_cache=True)
-    return {"past_key_values": cache}
+        BASE(input_ids=ONE["input_ids"][:, :5], **{CACHE: cache}, use_cache=True)
+    return {CACHE: cache}
 
 
 def embeddings() -> dict:
@@ -99,7 +101,7 @@ MODES = [
     Mode(
         "the same, with a reward model that is not smaller than the base, or an adapter on it",
         expected=REFUSED,
-        elsewhere="test_refused",
+        elsewhere="test_assistants_that_are_refused",
         why="drafts would gain nothing",
     ),
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
@@ -107,7 +109,7 @@ MODES = [
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
     Mode(
         "sequential Monte Carlo, `custom_generate=smc_sample`",
-        elsewhere="test_the_law_goes_to_the_optimum_over_whole_texts",
+        elsewhere="test_the_distribution_approaches_the_optimum_over_whole_texts",
         why="one particle is guided sampling, many are the optimum over whole texts",
     ),
     Mode("`use_cache=False`", {"use_cache": False}),
@@ -116,7 +118,7 @@ MODES = [
     Mode("`past_key_values` that continues a chat", chat_continues, ONE),
     Mode("`inputs_embeds` together with `input_ids`", embeddings, ONE),
     Mode("classifier-free guidance", {"guidance_scale": 1.5}, ONE),
-    Mode("`min_new_tokens`", {"min_new_tokens": 6}),
+    Mode("`min_new_tokens`", {"min_new_tokens": 5}),
     Mode("repetition and n-gram penalties", {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
     Mode("`forced_eos_token_id`", {"forced_eos_token_id": EOS}),
     Mode("`suppress_tokens`, `bad_words_ids`", {"suppress_tokens": [4, 5], "bad_words_ids": [[6], [7, 8]]}),
@@ -143,7 +145,7 @@ MODES = [
     Mode(
         "`smc_sample` with beams, greedy, `target_kl`, several guides, or probabilities changed after guidance",
         expected=REFUSED,
-        elsewhere="test_what_is_not_defined_is_refused",
+        elsewhere="test_combinations_without_a_distribution_are_refused",
         why="no distribution over whole texts is defined",
     ),
     Mode(

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run_command
+from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_genarm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_command
+from helpers import run_command
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from oracle import Recompute

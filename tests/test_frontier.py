@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import run_command
+from helpers import run_command
 from tiny import EOS, PAD, random_prompts, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification, LogitsProcessor, TemperatureLogitsWarper
 

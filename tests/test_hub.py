@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN
 from tiny import save_adapter, tiny_llama
 
 HEADER = """
@@ -18,13 +18,6 @@ def logits(arm):
     with torch.no_grad():
         return arm.model(input_ids=ids).logits
 """
-
-
-@pytest.fixture
-def server():
-    server = HubServer()
-    yield server
-    server.shutdown()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import RepoCard
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 
 from hf_genarm import GenARMLogitsProcessor, cli
 from hf_genarm.demo import DEMO_MODEL_ID
@@ -39,10 +39,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     adapters = [save_adapter(base, str(root / f"arm-{seed}"), seed) for seed in (1, 2)]
-    other = str(root / "other")
-    tiny_llama(5, vocab_size=len(tokenizer)).save_pretrained(other)
-    tokenizer.save_pretrained(other)
-    return base, adapters, other
+    return base, adapters, save_llama(root / "other", 5)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +137,7 @@ def test_the_script_writes_the_same(models, capsys):
     assert capsys.readouterr().out.rstrip("\n") == models.tokenizer.decode(frame.ids[1], skip_special_tokens=True)
 
 
-def test_stop_and_nobody_looking(models):
+def test_stop_and_a_visitor_who_leaves(models):
     def stop(n, answer):
         if n == 2:
             answer.stop()

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import LORA
 from hub_server import TOKEN, HubServer
 from pairs import conversational
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
+from tiny import save_llama, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import clone_chat_template
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
-
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 TRAIN_AND_PUSH = """
 from datasets import Dataset
@@ -144,9 +143,7 @@ def folders(tokenizer, tmp_path):
     other.save_pretrained(tmp_path / "other")
 
     def save(tied):
-        tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
-        tokenizer.save_pretrained(tmp_path / "base")
-        return str(tmp_path / "base"), str(tmp_path / "other")
+        return save_llama(tmp_path / "base", tie_word_embeddings=tied), str(tmp_path / "other")
 
     return save
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers import LORA, log_prob, loss_of, model_for, pairs_of
 from huggingface_hub import ModelCard
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit
 from peft import (
@@ -30,19 +31,6 @@ from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.hub.info import tokenizer_fingerprint
 from hf_genarm.training.metrics import calibration_error, preference_metrics
 
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-
-
-def model_for(tokenizer, seed=0, **config):
-    return tiny_llama(seed, vocab_size=len(tokenizer), **config)
-
-
-def log_prob(model, ids, start):
-    """`log π(ids[start:] | ids[:start])` of one unpadded row, in float64."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
-    return sum(logits[at - 1, ids[at]] for at in range(start, len(ids)))
-
 
 def naive_loss(model, pairs, beta, margins=None):
     """Eq. 5, pair by pair, over the whole texts: what a pair shares cancels."""
@@ -51,14 +39,6 @@ def naive_loss(model, pairs, beta, margins=None):
         difference = beta * (log_prob(model, chosen, 1) - log_prob(model, rejected, 1))
         losses.append(-torch.nn.functional.logsigmoid(difference - (margins[index] if margins else 0)))
     return torch.stack(losses).mean()
-
-
-def pairs_of(dataset):
-    return [(row["chosen_ids"], row["rejected_ids"]) for row in dataset]
-
-
-def loss_of(trainer):
-    return trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
 
 
 # --- the loss ---
@@ -313,7 +293,7 @@ def test_a_model_id_is_loaded_as_a_causal_lm(make_trainer, tokenizer, tmp_path):
     assert trainer.args.model_init_kwargs == init_kwargs
 
 
-def test_the_saved_folder_says_everything(make_trainer, tokenizer):
+def test_the_saved_folder_describes_the_training(make_trainer, tokenizer):
     words = {"objective": "warm weather", "description": "It likes the sun.", "dataset_name": "me/my-pairs"}
     trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD), **words)
     metrics = trainer.evaluate()
@@ -469,6 +449,7 @@ PROMPTS_OF_PEFT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that PEFT uses
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", PROMPTS_OF_PEFT)
 def test_adapters_before_the_text(make_trainer, tokenizer, kind, checkpointing):
@@ -505,7 +486,7 @@ def test_the_config_is_parsed_from_the_command_line():
 # --- bad input ---
 
 
-def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
+def test_invalid_arguments(make_trainer, tokenizer):
     with pytest.raises(ValueError, match=r"`center_rewards_coefficient` is 0.01.*never centred"):
         make_trainer(center_rewards_coefficient=0.01)
     for name, value, message in (

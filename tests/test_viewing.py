@@ -14,8 +14,8 @@ import matplotlib
 import pandas
 import pytest
 import torch
-from support import ONE
-from test_statistics import ARM, ASSISTANT, BASE, generate
+from helpers import generate
+from support import ARM, ASSISTANT, BASE, ONE
 from tiny import tiny_llama
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
