@@ -199,7 +199,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
         if tokenizer is None and base_model is not None:
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
-        to_align = None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer)
+        aligned = tokenizers_to_align(arms, names, base_model, tokenizer)
+        to_align = aligned if any(x is not None for x in aligned) else None
         processor = cls(
             arms,
             recommended_alpha([x.info for x in arms]) if alpha is None else alpha,

@@ -86,7 +86,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | PurePath,
         base_model: PreTrainedModel | None = None,
         *,
         trust_remote_code: bool = False,
@@ -98,7 +98,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         `genarm_config.json`. Any causal LM or adapter on one will do; what it lacks to be used well is logged.
 
         Args:
-            pretrained_model_name_or_path (`str`):
+            pretrained_model_name_or_path (`str` or `pathlib.Path`):
                 Hub id or local folder. The weights must be safetensors.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights, in other modules around
@@ -125,6 +125,12 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 that describes them is not valid, or of a format that is newer than this package.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
+        if not isinstance(pretrained_model_name_or_path, str | PurePath):
+            raise TypeError(
+                f"`pretrained_model_name_or_path` is {pretrained_model_name_or_path!r:.80}, but it is a Hub id or a "
+                "folder. A model that is loaded already goes to the class itself: `AutoregressiveRewardModel(model)`."
+            )
+        pretrained_model_name_or_path = str(pretrained_model_name_or_path)
         folder = download(pretrained_model_name_or_path, subfolder, **hub_kwargs)
         has_info = (folder / INFO_NAME).exists()
         info = RewardInfo.load(folder / INFO_NAME) if has_info else RewardInfo()
