@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import contrast, guided_log_probs, log_normaliser
-from ..hub.cache import network_of, uncompiled
 from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
+from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from .advice import Advice, refuse_hidden_text
 from .assistant import DraftingAssistant

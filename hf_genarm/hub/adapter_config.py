@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from .cache import embeddings_of
+from .kv_cache import embeddings_of
 from .sharing import saved_shapes
 
 _SECONDS = 20  # for a regular expression, which takes microseconds

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter_config import n_added_tokens, refuse_other_dtypes, refuse_out_of_bounds
 from .base_weights import has_weights
-from .cache import embeddings_of
 from .info import INFO_NAME, RewardInfo
+from .kv_cache import embeddings_of
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 from .warning import GuidanceWarning
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..functional import token_log_probs
 from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
-from .cache import CACHE, embeddings_of, network_of, new_cache
 from .causality import refuse_not_causal
 from .end_of_turn import end_token_ids, length_to_end
+from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 from .limits import fixed_length, refuse_out_of_range, why_no_cache
 
 Messages = list[dict[str, str]]

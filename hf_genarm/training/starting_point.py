@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..hub.cache import network_of
+from ..hub.kv_cache import network_of
 from ..hub.sharing import HARMLESS_INITS
 from .config import AutoregressiveRewardConfig
 

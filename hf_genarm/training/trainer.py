@@ -22,11 +22,11 @@ from trl.trainer.utils import get_config_model_id
 
 from ..functional import preference_loss
 from ..hub.base_weights import weights_fingerprint
-from ..hub.cache import network_of
 from ..hub.card import METRICS, OPTIONAL_METRICS, TAGS, reward_model_card
 from ..hub.custom_generate import write_custom_generate
 from ..hub.end_of_turn import end_token_ids
 from ..hub.info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
+from ..hub.kv_cache import network_of
 from .config import AutoregressiveRewardConfig
 from .metrics import PreferenceMetrics
 from .preference_data import PROMPT_LENGTH, SIDES, DataCollatorForPairs, PairCounts, check_pairs, prepare_pairs
