@@ -1,6 +1,7 @@
 """The formulas of GenARM (Xu et al., ICLR 2025, https://hf.co/papers/2410.08193) as pure functions on tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ _ROWS_AT_ONCE = 64
 
 def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
     r"""
-    Next-token log-probabilities of the guided model, Eq. 7 of the paper with several rewards:
+    Returns the next-token log-probabilities of the guided model, Eq. 7 of the paper with several rewards:
 
     $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k \log\pi_{r,k}(y_t) - \log Z_t$$
 
@@ -38,7 +39,7 @@ def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas:
 
 def log_normaliser(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
     r"""
-    $\log Z_t = \log \sum_v \pi_\text{base}(v) \prod_k \pi_{r,k}(v)^{\alpha_k}$, by which Eq. 7 is normalised.
+    Returns $\log Z_t = \log \sum_v \pi_\text{base}(v) \prod_k \pi_{r,k}(v)^{\alpha_k}$, by which Eq. 7 is normalised.
 
     Sampling token by token draws each text with $1 / \prod_t Z_t$ times its share under the optimum over whole texts.
 
@@ -55,17 +56,127 @@ def log_normaliser(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: S
     return product.logsumexp(dim=-1)
 
 
+@dataclass(frozen=True)
+class GuidedProduct:
+    r"""
+    Holds the guided distribution of some rows, and what it was made of.
+
+    Parameters:
+        log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Guided log-probabilities in float32; a row without any guidance has its scores. A row with NaN has no token
+            left to choose from.
+        scores (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Logits or log-probabilities of the base model.
+        rewards (list of `torch.Tensor` of shape `(n_rows, vocab_size)`):
+            What was added for each reward at strength 1, minus the reference, NaN for tokens without a reward.
+        filled (list of `torch.Tensor` of shape `(n_rows, vocab_size)`):
+            The same, with the tokens without a reward filled in by [`fill_unscored`].
+        strengths (list of `float` or `torch.Tensor` of shape `(n_rows, 1)`):
+            The strengths in force.
+    """
+
+    log_probs: Tensor
+    scores: Tensor
+    rewards: list[Tensor]
+    filled: list[Tensor]
+    strengths: list[float | Tensor]
+
+    @property
+    def log_z(self) -> Tensor:
+        r"""$\log Z_t$ of each row, `(n_rows,)`, as [`log_normaliser`] defines it."""
+        return log_normaliser(self.scores, self.filled, self.strengths)
+
+    @property
+    def is_empty(self) -> Tensor:
+        """Which rows have no token to choose from, `(n_rows,)`."""
+        return self.log_probs.isnan().any(dim=-1)
+
+    def refuse_empty_rows(self) -> None:
+        """
+        Checks that each row is a distribution.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        is_empty = self.is_empty
+        if is_empty.any():
+            row = int(is_empty.nonzero()[0])
+            cause = "guidance" if (self.scores[row] > -torch.inf).any() else "what runs before guidance"
+            raise ValueError(
+                f"In row {row}, {cause} leaves no token to choose from (strengths {[str(x) for x in self.strengths]}). "
+                "A token to which a reward model gives no probability is excluded by a positive strength, and can't "
+                "have a negative one. Use positive strengths, and processors that leave tokens which the reward models "
+                "know."
+            )
+
+    def with_scores_in_empty_rows(self) -> "GuidedProduct":
+        """Returns the same product, in which rows without a token to choose from have their scores."""
+        return replace(self, log_probs=self.log_probs.where(~self.is_empty[:, None], self.scores.float()))
+
+
+def guided_product(
+    scores: Tensor,
+    reward_log_probs: Sequence[Tensor],
+    strengths: Sequence[float | Tensor],
+    reference_log_probs: Tensor | None = None,
+    incomplete: Collection[int] = (),
+    scale: Callable[[Tensor, list[Tensor], list[float | Tensor]], Tensor] | None = None,
+) -> GuidedProduct:
+    r"""
+    Makes the guided distribution, as every engine of this package does: contrast, fill, scale, multiply.
+
+    $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k
+    \big(\log\pi_{r,k}(y_t) - \log\pi_\text{ref}(y_t)\big) - \log Z_t$$
+
+    Args:
+        scores (`torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Logits or log-probabilities of the base model.
+        reward_log_probs (sequence of `torch.Tensor` of shape `(n_rows, vocab_size)`):
+            Next-token log-probabilities of each reward model, in float32.
+        strengths (sequence of `float` or `torch.Tensor` of shape `(n_rows, 1)`):
+            One for each reward model. A row whose strengths are all 0 keeps its scores.
+        reference_log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`, *optional*):
+            Those of the reference, which each reward is contrasted with.
+        incomplete (collection of `int`, *optional*):
+            Which reward models have no reward, but NaN, for some tokens. These tokens keep their probability.
+        scale (callable, *optional*):
+            Returns what the strengths are multiplied with, `(n_rows, 1)`, for scores, rewards and strengths.
+
+    Returns:
+        [`GuidedProduct`]
+    """
+    rewards = list(reward_log_probs)
+    if reference_log_probs is not None:
+        rewards = [contrast(log_probs, reference_log_probs) for log_probs in rewards]
+
+    def filled(strengths: Sequence[float | Tensor]) -> list[Tensor]:
+        pairs = enumerate(zip(rewards, strengths, strict=True))
+        return [fill_unscored(x, alpha, scores) if index in incomplete else x for index, (x, alpha) in pairs]
+
+    scaled, complete = list(strengths), filled(strengths)
+    if scale is not None:
+        factor = scale(scores, complete, scaled)
+        scaled = [alpha * factor for alpha in strengths]
+        complete = filled(scaled)
+    guided = guided_log_probs(scores, complete, scaled)
+    per_row = [alpha != 0 for alpha in strengths if isinstance(alpha, Tensor)]
+    if per_row and len(per_row) == len(strengths):
+        guided = torch.where(torch.stack(per_row).any(dim=0), guided, scores.float())
+    return GuidedProduct(guided, scores, rewards, complete, scaled)
+
+
 def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     r"""
-    $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)),
-    and what proxy tuning and emulated fine-tuning steer with. Tokens that the reference excludes have none.
+    Returns $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies
+    ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)), and what proxy tuning and emulated fine-tuning steer
+    with. Tokens that the reference excludes have none.
     """
     return torch.where(reference_log_probs == -torch.inf, 0.0, log_probs - reference_log_probs)
 
 
 def ratio_equivalent(alpha: float, temperature: float = 1.0) -> tuple[float, float]:
     r"""
-    The strength and the temperature at which steering by $\log\pi_r - \log\pi_\text{base}$ is Eq. 7 at `alpha`.
+    Returns the strength and the temperature at which steering by $\log\pi_r - \log\pi_\text{base}$ is Eq. 7 at `alpha`.
 
     With $\pi_r = \pi_\text{base}\,e^\Delta$, which is what an adapter on the base is, Eq. 7 turns two knobs at once: it
     steers by the ratio $\Delta$, and samples at a lower temperature.
@@ -92,7 +203,7 @@ def ratio_equivalent(alpha: float, temperature: float = 1.0) -> tuple[float, flo
 
 
 def weighted(log_probs: Tensor, alpha: float | Tensor) -> Tensor:
-    """`alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
+    """Returns `alpha * log_probs`, where 0 times anything is 0, minus infinity and NaN included."""
     return torch.where(alpha == 0, 0.0, alpha * log_probs) if isinstance(alpha, Tensor) else alpha * log_probs
 
 
@@ -123,8 +234,8 @@ def fill_unscored(log_probs: Tensor, alpha: float | Tensor, scores: Tensor) -> T
 
 def kl_divergence(log_probs: Tensor, base_log_probs: Tensor) -> Tensor:
     r"""
-    $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row of log-probabilities `(batch_size, vocab_size)`; impossible
-    tokens have no share in it.
+    Returns $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row of log-probabilities `(batch_size, vocab_size)`;
+    impossible tokens add nothing to it.
     """
     ratio = (log_probs - base_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
     return (log_probs.exp() * ratio).sum(dim=-1)
@@ -191,7 +302,8 @@ class _SelectedLogProbs(torch.autograd.Function):
 
 def preference_loss(margin: Tensor, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     r"""
-    Loss of each pair, for the margin $m = r(y_w) - r(y_l)$ of its rewards, less a target margin if there is one.
+    Returns the loss of each pair, for the margin $m = r(y_w) - r(y_l)$ of its rewards, minus a target margin if there
+    is one.
 
     - `"sigmoid"`: $-(1 - \epsilon)\log\sigma(m) - \epsilon\log\sigma(-m)$, Eq. 5 of the paper; with $\epsilon > 0$ that
       of [conservative DPO](https://ericmitchell.ai/cdpo.pdf)
@@ -215,7 +327,7 @@ def preference_loss(margin: Tensor, loss_type: str = "sigmoid", label_smoothing:
 
 def shared_prefix_length(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     """
-    Number of leading tokens that the two sequences of each pair have in common.
+    Returns the number of leading tokens that the two sequences of each pair have in common.
 
     Those tokens add the same log-probability to both rewards of a pair, so they cancel in Eq. 5.
 

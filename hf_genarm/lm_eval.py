@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .decoding.processor import GenARMLogitsProcessor
 from .decoding.recommended import recommended_alpha, recommended_reference
-from .decoding.rewards import refuse_nan
 from .decoding.vocab import vocab_maps
-from .functional import contrast, fill_unscored, guided_log_probs
+from .functional import guided_product
 from .hub.compatibility import tokenizers_to_align
 from .hub.reward_model import AutoregressiveRewardModel
 from .hub.sharing import shares_weights
@@ -20,7 +19,7 @@ from .hub.sharing import shares_weights
 @register_model("hf-genarm")
 class GuidedHFLM(HFLM):
     r"""
-    The harness's own `hf` model, guided: `generate_until` writes with guidance, and `loglikelihood` and
+    Guides the harness's own `hf` model: `generate_until` writes with guidance, and `loglikelihood` and
     `loglikelihood_rolling` score under the distribution that is written from,
 
     $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k \log\pi_{r,k}(y_t) - \log Z_t$$
@@ -36,8 +35,8 @@ class GuidedHFLM(HFLM):
             Strength of all of them, or one for each. At 0, all numbers are those of `hf`. Defaults to what they
             recommend, or else 1.
         reference (`"auto"`, `"base"` or `None`, *optional*, defaults to `"auto"`):
-            `"base"` steers by what reward models have learned, their log-probability less that of the base; `"auto"` as
-            they recommend, or else were trained.
+            `"base"` steers by what reward models have learned, their log-probability minus that of the base; `"auto"`
+            as they recommend, or else were trained.
         **kwargs:
             Whatever `hf` takes.
 
@@ -84,24 +83,23 @@ class GuidedHFLM(HFLM):
 
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """The guided log-probabilities of all positions, `(batch_size, length, vocab_size)`, instead of logits."""
+        """Returns guided log-probabilities of all positions, `(batch_size, length, vocab_size)`, instead of logits."""
         scores = super()._model_call(inps, attn_mask, labels)
         strengths: Any = self._processor.alpha  # a number for each, as no other kind is taken here
         active = [index for index, alpha in enumerate(strengths) if alpha != 0]
         if not active:
             return scores
         logits = {index: self._reward_logits(index, inps) for index in active}
+        alphas = [strengths[index] for index in active]
+        incomplete = [place for place, index in enumerate(active) if self._vocab_maps[index] is not None]
         # Row by row, since float32 copies of all logits are large
         rows = []
         for row, base in enumerate(scores):
-            rewards = [self._rewards(index, logits[index][row], base) for index in active]
-            alphas = [strengths[index] for index in active]
-            filled = [
-                reward if self._vocab_maps[index] is None else fill_unscored(reward, alpha, base)
-                for index, reward, alpha in zip(active, rewards, alphas, strict=True)
-            ]
-            rows.append(guided_log_probs(base, filled, alphas))
-            refuse_nan(rows[-1], base, alphas)
+            rewards = [self._log_probs(index, logits[index][row], base.shape[-1]) for index in active]
+            reference = base.float().log_softmax(dim=-1) if self._is_contrasted else None
+            product = guided_product(base, rewards, alphas, reference, incomplete)
+            product.refuse_empty_rows()
+            rows.append(product.log_probs)
         return torch.stack(rows)
 
     def _reward_logits(self, index: int, input_ids: Tensor) -> Tensor:
@@ -113,16 +111,14 @@ class GuidedHFLM(HFLM):
         ):
             return self._arms[index](input_ids).logits
 
-    def _rewards(self, index: int, logits: Tensor, base: Tensor) -> Tensor:
-        """What the product is made of, for one text: `(length, vocab_size)`, NaN where it can't be scored."""
+    def _log_probs(self, index: int, logits: Tensor, vocab_size: int) -> Tensor:
+        """Returns the log-probabilities of one text for the tokens of the base, `(length, vocab_size)`."""
         log_probs = logits.float().log_softmax(dim=-1)
         vocab_map = self._vocab_maps[index]
-        if vocab_map is not None:
-            log_probs = vocab_map.base_log_probs(log_probs, base.shape[-1])
-        return contrast(log_probs, base.float().log_softmax(dim=-1)) if self._is_contrasted else log_probs
+        return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, vocab_size)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As it is, with the processor."""
+        """Generates as the harness does, with the processor."""
         return super()._model_generate(
             context, max_length, stop, logits_processor=[self._processor], **generation_kwargs
         )

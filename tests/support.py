@@ -144,7 +144,7 @@ MODES = [
         "`smc_sample` with beams, greedy, `target_kl`, several guides, or probabilities changed after guidance",
         expected=REFUSED,
         elsewhere="test_what_is_not_defined_is_refused",
-        why="no law over whole texts is defined",
+        why="no distribution over whole texts is defined",
     ),
     Mode(
         "group and constrained beams, contrastive search, DoLa",

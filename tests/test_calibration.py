@@ -37,7 +37,7 @@ def test_beta():
     torch.testing.assert_close(guided[0].double(), optimum.log_softmax(-1), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="`beta` is 0"):
         processor.set_beta(0)
-    with pytest.raises(ValueError, match=r"Reward model 1 does not say the `beta`.*Set `alpha`"):
+    with pytest.raises(ValueError, match=r"Reward model 1 does not record the `beta`.*Set `alpha`"):
         GenARMLogitsProcessor(arms(beta=(0.05, None))).set_beta(0.1)
 
 
@@ -53,7 +53,7 @@ def test_weights_of_objectives():
     for weights in ([0.5, 0.6], [1.5, -0.5], [1.0], [[0.5, 0.5], [0.5, 0.4]]):
         with pytest.raises(ValueError, match="with the sum 1"):
             processor.set_weights(weights)
-    with pytest.raises(ValueError, match=r"Reward model 0 does not say its scale.*`reward_scale`"):
+    with pytest.raises(ValueError, match=r"Reward model 0 does not record its scale.*`reward_scale`"):
         GenARMLogitsProcessor(arms(reward_scale=(None, 1.0))).set_weights([0.5, 0.5])
 
 

@@ -297,7 +297,7 @@ def test_a_compiled_base_and_reward_model(base, adapters, models):
     assert joint_passes(processor) == 9
     compiled = torch.compile(copy.deepcopy(ARM), backend="eager")
     processor = GenARMLogitsProcessor(compiled, base_model=base)
-    assert processor._rewards.models[0].has_cache
+    assert processor._machine.rewards.models[0].has_cache
     assert_same(
         generate(base, [processor], INPUTS), generate(base, [Recompute([ARM], [1.0], INPUTS["attention_mask"])], INPUTS)
     )
@@ -463,7 +463,7 @@ def test_a_reward_model_that_was_changed_between_two_calls(change, is_fused, bas
     processor = GenARMLogitsProcessor(arm, base_model=base)
     if is_fused:
         processor = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base)
-        arm = processor._rewards.models[0].model
+        arm = processor._machine.rewards.models[0].model
     text = generate(base, [processor], ONE).sequences
     before = Recompute([arm], [1.0])(text, torch.zeros(1, VOCAB_SIZE))
     change(arm)
@@ -563,12 +563,12 @@ def test_a_prompt_that_goes_on_from_an_earlier_text_begins_anew():
 def test_what_is_remembered_is_bounded():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, target_kl=0.2)
     processor.keeps_statistics = True
-    processor._statistics.KEPT_TOKENS = 40
+    processor._machine.statistics.KEPT_TOKENS = 40
     outputs = [generate(BASE, [processor], left_padded([6, 4], seed), min_new_tokens=10) for seed in range(12)]
     gc.collect()
-    runs = processor._statistics._runs.values()
+    runs = processor._machine.statistics._runs.values()
     assert sum(len(run.of_text) for run in runs) <= 60
-    assert len(processor._kl_control._missing) <= len(runs) + BASE.prepare_inputs_for_generation.watch.KEPT_RUNS
+    assert len(processor._machine.kl_control._missing) <= len(runs) + BASE.prepare_inputs_for_generation.watch.KEPT_RUNS
     assert processor.statistics(outputs[-1].sequences)["kl"]
     with pytest.raises(ValueError, match="Nothing is kept about sequence 0"):
         processor.statistics(outputs[0].sequences)

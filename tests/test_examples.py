@@ -175,7 +175,7 @@ def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2, mode):
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
     reward = GenARMLogitsProcessor.from_pretrained(str(ROOT / ADAPTER), base_model=model, **eq7)
-    arm = reward._rewards.models[0].model
+    arm = reward._machine.rewards.models[0].model
     if "assistant" in mode or "lookup" in mode:
         inputs = {name: inputs[name][2:] for name in ("input_ids", "attention_mask")}
     oracle = Recompute([arm], [1.0], inputs["attention_mask"])

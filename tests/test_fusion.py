@@ -79,7 +79,7 @@ def assert_close(output, expected, atol=1e-4):
 
 
 def joint_passes(processor):
-    return max(getattr(model, "joint_passes", 0) for model in processor._rewards.models)
+    return max(getattr(model, "joint_passes", 0) for model in processor._machine.rewards.models)
 
 
 def is_untouched(base, before):
@@ -385,7 +385,7 @@ def test_a_base_that_moves_takes_its_reward_models_along(base, adapters):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     generate(base, [processor])
     base.to("meta")
-    for reward_model in processor._rewards.models:
+    for reward_model in processor._machine.rewards.models:
         follow(reward_model.model, base)
         tensors = [*reward_model.model.parameters(), *reward_model.model.buffers()]
         assert {x.device.type for x in tensors} == {"meta"}
@@ -452,7 +452,7 @@ def test_a_base_that_was_changed_is_run_apart(base, adapters, models):
 def test_adapters_that_change(base, adapters, models):
     """Scaled, switched off, or trained on, between calls and in the middle of one."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters[1], base_model=base)
-    (arm,), model = [x.model for x in processor._rewards.models], copy.deepcopy(models[1])
+    (arm,), model = [x.model for x in processor._machine.rewards.models], copy.deepcopy(models[1])
     oracle = Recompute([model], [1.0], BATCH["attention_mask"])
     for change in (
         lambda peft: [torch.nn.init.normal_(x, std=0.3) for name, x in peft.named_parameters() if "lora_B" in name],
@@ -485,9 +485,9 @@ def test_no_weight_is_copied(base, adapters):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     generate(base, [processor])
     own = {x.data_ptr() for x in base.parameters()}
-    (network,) = processor._rewards.models[0]._fusion._local.networks.values()
+    (network,) = processor._machine.rewards.models[0]._fusion._local.networks.values()
     assert {x.data_ptr() for x in network._network.parameters()} == own
-    for reward_model in processor._rewards.models:
+    for reward_model in processor._machine.rewards.models:
         names = {name for name, x in reward_model.model.named_parameters() if x.data_ptr() not in own}
         assert names
         assert all("lora_" in name for name in names)
@@ -499,7 +499,7 @@ def test_memory_of_the_caches(base, adapters):
     output = generate(base, [processor])
     keys = output.past_key_values.layers[0].keys
     assert keys.untyped_storage().nbytes() == 3 * keys.numel() * keys.element_size()
-    for reward_model in processor._rewards.models:
+    for reward_model in processor._machine.rewards.models:
         own = reward_model._state.cache.layers[0].keys
         assert own.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
 

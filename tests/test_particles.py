@@ -323,3 +323,17 @@ def test_an_encoder_decoder_is_refused():
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=PAD)).eval()
     with pytest.raises(ValueError, match="whose encoder reads the prompt"):
         generate(base, GenARMLogitsProcessor(ARM), ONE)
+
+
+def test_a_repetition_penalty_of_several_prompts():
+    """It is per row, and knows how much of each row is padding."""
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 6, "repetition_penalty": 1.3}
+    texts = []
+    for custom in ({"custom_generate": smc_sample, "n_particles": 1}, {}):
+        torch.manual_seed(0)
+        texts.append(BASE.generate(**BATCH, logits_processor=[processor], **options, **custom).tolist())
+    assert texts[0] == texts[1]
+    BASE.generate(**BATCH, logits_processor=[processor], custom_generate=smc_sample, n_particles=4, **options)
+    with pytest.raises(ValueError, match=r"`n_particles` is 1\.5"):
+        BASE.generate(**BATCH, logits_processor=[processor], custom_generate=smc_sample, n_particles=1.5, **options)

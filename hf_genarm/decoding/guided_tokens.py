@@ -13,7 +13,7 @@ Likeliest = list[tuple[str, float]]
 
 class GuidedTokens(Drawing, dict):
     r"""
-    What guidance did to each token: a plain `dict` of columns, for a `pandas.DataFrame`, that draws itself.
+    Holds what guidance did to each token: a plain `dict` of columns, for a `pandas.DataFrame`, that draws itself.
 
     It is coloured by `change`, $\log\pi - \log\pi_\text{base}$ of the token that was taken: blue was made likelier,
     orange less likely. `by` colours it by a column.
@@ -44,7 +44,7 @@ class GuidedTokens(Drawing, dict):
 
     def by(self, measure: str) -> Picture:
         """
-        The same picture, coloured by a column such as `"kl"` or `"reward_log_prob_0"`.
+        Returns the same picture, coloured by a column such as `"kl"` or `"reward_log_prob_0"`.
 
         Args:
             measure (`str`):
@@ -60,7 +60,7 @@ class GuidedTokens(Drawing, dict):
         return Picture([TokenText(tokens, name_of(measure), titles[index]) for index, tokens in texts.items()])
 
     def tokens(self, measure: str = "change") -> dict[tuple[int, int], Token]:
-        """The tokens of the picture that `by` draws, by sequence and position."""
+        """Returns the tokens of the picture that `by` draws, by sequence and position."""
         if measure == "change":
             values = [x - y for x, y in zip(self["guided_log_prob"], self["base_log_prob"], strict=True)]
         elif measure in self:
@@ -88,8 +88,8 @@ class GuidedTokens(Drawing, dict):
 
 
 def name_of(measure: str) -> str:
-    """What stands beside the scale of a picture."""
-    names = {"change": "guided less base log-probability, nats", "kl": "divergence from the base, nats"}
+    """Returns the label of the scale of a picture."""
+    names = {"change": "guided minus base log-probability, nats", "kl": "divergence from the base, nats"}
     if measure.startswith("reward_log_prob_"):
         return f"reward {measure.removeprefix('reward_log_prob_')}, nats"
     return names.get(measure, measure)

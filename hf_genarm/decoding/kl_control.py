@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import SupportsFloat
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..functional import kl_divergence, weighted
 from .step import Run
-from .texts import Recent, Text, text_keys
+from .texts import RecentTexts, Text, text_keys
 
 # What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
 _HORIZON, _LARGEST = 4, 16.0
@@ -21,30 +22,32 @@ class KLControl:
     is a set value.
 
     What the tokens of a text have spent is kept by its run, its request and the tokens themselves, not by a step
-    counter. So beams that permute, rejected drafts and several returns have the strengths that each would have alone.
-
-    Args:
-        target (`float`):
-            Mean divergence per token, in nats.
-
-    Raises:
-        ValueError: if the target is not positive.
+    counter. So beams that permute, rejected drafts and several returned sequences have the strengths that each would
+    have alone.
     """
 
-    def __init__(self, target: float):
-        check_target_kl(target)
-        self.target = float(target)
-        self._missing: WeakKeyDictionary[Run, Recent] = WeakKeyDictionary()
+    def __init__(self) -> None:
+        self._missing: WeakKeyDictionary[Run, RecentTexts] = WeakKeyDictionary()
 
     def __call__(
-        self, text: Text, n_requests: int, scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence
+        self,
+        text: Text,
+        n_requests: int,
+        target: float,
+        scores: Tensor,
+        rewards: Sequence[Tensor],
+        alphas: Sequence[float | Tensor],
     ) -> Tensor:
         """
+        Returns the factor of the strengths of each row, and records what its next token spends.
+
         Args:
             text ([`Text`]):
                 The texts so far.
             n_requests (`int`):
-                How many requests with strengths of their own there are.
+                The number of requests whose strengths differ.
+            target (`float`):
+                Mean divergence per token, in nats.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
                 Logits or log-probabilities of the base model.
             rewards (sequence of `torch.Tensor` of shape `(batch_size, vocab_size)`):
@@ -55,32 +58,40 @@ class KLControl:
         Returns:
             `torch.Tensor` of shape `(batch_size, 1)`: what the strengths are to be multiplied with.
         """
-        of_run = self._missing.setdefault(text.run, Recent())
+        of_run = self._missing.setdefault(text.run, RecentTexts())
         before = text_keys(text.input_ids[:, :-1], n_requests)
         missing = torch.tensor(
             [of_run.find(key, 0.0) if n_new else 0.0 for key, n_new in zip(before, text.n_new, strict=True)],
             device=scores.device,
         )
-        scale, missing = controlled_scale(scores, rewards, alphas, torch.full_like(missing, self.target), missing)
-        of_run.note(text_keys(text.input_ids, n_requests), missing.tolist())
+        scale, missing = controlled_scale(scores, rewards, alphas, torch.full_like(missing, target), missing)
+        of_run.record(text_keys(text.input_ids, n_requests), missing.tolist())
         return scale[:, None]
 
 
-def check_target_kl(target: float) -> None:
+def check_target_kl(target: float) -> float:
     """
+    Returns a divergence per token that texts can be held at.
+
     Raises:
-        ValueError: if no text can be held at it.
+        TypeError: if it is not a number.
+        ValueError: if it is not positive and finite.
     """
-    if not 0 < target < math.inf:
+    if isinstance(target, bool | str) or not isinstance(target, SupportsFloat):
+        raise TypeError(f"`target_kl` is {target!r}, but must be a number of nats per token, or `None` for none.")
+    if not 0 < float(target) < math.inf:
         raise ValueError(
             f"`target_kl` is {target}, but a divergence per token is a positive number. Use `alpha=0` for none."
         )
+    return float(target)
 
 
 def controlled_scale(
     scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence[float | Tensor], target: Tensor, missing: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
+    Returns the factors at which each row spends what it may, and what is missing from the target afterwards.
+
     Args:
         scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Logits or log-probabilities of the base model.
@@ -89,7 +100,7 @@ def controlled_scale(
         target (`torch.Tensor` of shape `(batch_size,)`):
             Mean divergence per token, in nats.
         missing (`torch.Tensor` of shape `(batch_size,)`):
-            What the tokens before have spent less than that, in all.
+            How much less than that the tokens before have spent in all.
 
     Returns:
         Two `torch.Tensor` of shape `(batch_size,)`: the factors of the strengths, and what is missing after this token.
@@ -103,7 +114,7 @@ def controlled_scale(
 
 
 def _solve(base: Tensor, direction: Tensor, wanted: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """The factors at which the divergence of each row is the wanted one, by bisection: it grows with the factor."""
+    """Finds the factors at which each row has the wanted divergence, by bisection: it grows with the factor."""
     low, high = torch.zeros_like(wanted), torch.full_like(wanted, largest)
     for _ in range(20):
         middle = (low + high) / 2
@@ -113,7 +124,9 @@ def _solve(base: Tensor, direction: Tensor, wanted: Tensor, largest: float) -> t
 
 
 def divergence(base: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
-    r"""$\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row, for $\pi \propto \pi_\text{base}\exp(\text{scale} \cdot
-    \text{direction})$."""
+    r"""
+    Returns $\text{KL}(\pi \,\|\, \pi_\text{base})$ of each row, for
+    $\pi \propto \pi_\text{base}\exp(\text{scale} \cdot \text{direction})$.
+    """
     guided = (base + scale[:, None] * direction).log_softmax(dim=-1)
     return kl_divergence(guided, base)

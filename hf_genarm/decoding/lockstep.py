@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 class LockstepLM:
     """
-    Next-token logits of a causal LM for whatever `input_ids` it is called with, at the cost of the new tokens only.
+    Returns the next-token logits of a causal LM for any `input_ids`, at the cost of the new tokens only.
 
     There is no notion of a step. The cache is keyed by the tokens that are in it: each row of a call is matched with
     the cached row that shares its longest prefix, the cache is reordered and cropped to what is shared, and the rest is
@@ -39,7 +39,7 @@ class LockstepLM:
         TypeError: if the model is not a decoder-only causal LM.
     """
 
-    # Assisted decoding asks again for the lengths that drafting went through; it has one row, and drafts are short.
+    # Assisted decoding calls again for the lengths that drafting went through; it has one row, and drafts are short.
     KEPT_LOGITS = 64
 
     def __init__(self, model: PreTrainedModel | PeftModel):
@@ -67,13 +67,15 @@ class LockstepLM:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, n_logits: int = 1) -> Tensor:
         """
+        Returns the logits that follow some texts.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 Token ids, on any device.
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 1 for tokens, 0 for padding. The last column must be all ones.
             n_logits (`int`, *optional*, defaults to 1):
-                For how many lengths, up to this one, logits are wanted: of one text, drafts, that is read in one pass.
+                For how many of the last lengths logits are computed, when one text with drafts is read in one pass.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, vocab_size)`: the logits of the next token, in the dtype and on the
@@ -82,11 +84,11 @@ class LockstepLM:
         first_token = int(attention_mask.any(dim=0).nonzero()[0])  # columns that only pad carry nothing
         # Offloaded weights are on no device until they are needed; hooks then fetch the inputs too.
         device = input_ids.device if self.model.device.type == "meta" else self.model.device
-        input_ids = input_ids[:, first_token:].to(device)
+        input_ids = input_ids[:, first_token:].to(device, torch.long)
         attention_mask = attention_mask[:, first_token:].to(device)
         length = input_ids.shape[1]
         if length > self._fixed_length:
-            return self._forward_afresh(input_ids, attention_mask)[:, -1]
+            return self._forward_from_scratch(input_ids, attention_mask)[:, -1]
 
         # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.
         state, self._state = self._state, None
@@ -99,32 +101,32 @@ class LockstepLM:
         if shared < length or any(at not in state.logits for at in wanted):
             # The logits of the last tokens are wanted, so at least those are forwarded.
             kept = min(shared, length - n_logits)
-            if kept == 0 and state.logits:  # not new, and of no use
+            if kept == 0 and state.logits:  # it shares nothing with the text
                 state = self._new_state(input_ids)
             state.crop(kept)
             if self.has_cache:
                 logits = self._forward(state, input_ids, attention_mask, n_logits)
             else:
-                logits = self._forward_afresh(input_ids, attention_mask)
+                logits = self._forward_from_scratch(input_ids, attention_mask)
             state.extend(input_ids, attention_mask, logits)
         self._state = state
         return state.logits[length]
 
     def take(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> "State | None":
         """
-        Takes the state out, if it has read the leading columns of a coming call and none that follow. So they can be
-        read elsewhere. Give it back with [`~LockstepLM.put_back`]; what is not given back is computed again.
+        Takes the state out, if it has read the leading columns of a coming call and none that follow, so that another
+        network can read these. Return it with [`~LockstepLM.put_back`]; otherwise it is computed again.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, longer)`):
-                Of the call.
+                Those of the call.
             length (`int`):
                 The number of columns that must have been read.
         """
         state = self._state
         if state is None or not self.has_cache or input_ids.shape[1] > self._fixed_length:
             return None
-        rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
+        rows, shared = _longest_shared_prefix(state, input_ids.long(), attention_mask)
         if shared != length:
             return None
         self._state = None
@@ -134,15 +136,17 @@ class LockstepLM:
         return state
 
     def put_back(self, state: "State") -> None:
-        """Gives back what was taken, with or without more in it."""
+        """Puts back the state that was taken, with or without more in it."""
         self._state = state
 
     def _new_state(self, input_ids: Tensor) -> "State":
+        """Returns a state that has read nothing."""
         empty = input_ids[:, :0]
         cache = new_cache(self._network) if self.has_cache else None
         return State(empty, empty, DynamicCache() if cache is None else cache)
 
     def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor, n_logits: int) -> Tensor:
+        """Reads what is not in the cache yet."""
         cached = state.input_ids.shape[1]
         logits = self._call(
             {
@@ -161,8 +165,8 @@ class LockstepLM:
             )
         return logits
 
-    def _forward_afresh(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Without a cache, and row by row, since such a model may not know padding either."""
+    def _forward_from_scratch(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Reads the whole texts without a cache, and row by row, since such a model may not support padding either."""
         rows = [row[mask == 1][None] for row, mask in zip(input_ids, attention_mask, strict=True)]
         logits = []
         for row in rows:
@@ -172,6 +176,7 @@ class LockstepLM:
         return torch.cat(logits)
 
     def _call(self, inputs: dict, n_logits: int = 1) -> Tensor:
+        """Calls the model with the arguments that it has, and returns its last logits."""
         inputs["logits_to_keep"] = n_logits
         try:
             output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
@@ -183,13 +188,13 @@ class LockstepLM:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """The position of each token in its text, as `generate` counts: padding is no part of it."""
+    """Returns the position of each token in its text, as `generate` counts: padding is not part of the text."""
     return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 @dataclass
 class State:
-    """What has been read: the tokens, the cache that they left, and the logits that followed some lengths."""
+    """Holds what has been read: the tokens, the cache that they left, and the logits that followed some lengths."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -197,17 +202,19 @@ class State:
     logits: dict[int, Tensor] = field(default_factory=dict)
 
     def select_rows(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # says `torch.LongTensor`, which no tensor is for mypy
+        """Replaces the rows by some of them."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for mypy, no tensor is a `torch.LongTensor`
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.logits = {at: logits[rows] for at, logits in self.logits.items()}
 
     def crop(self, length: int) -> None:
+        """Forgets what follows the first columns."""
         self.cache.crop(length - self.input_ids.shape[1])
         self.input_ids, self.attention_mask = self.input_ids[:, :length], self.attention_mask[:, :length]
         self.logits = {at: logits for at, logits in self.logits.items() if at <= length}
 
     def extend(self, input_ids: Tensor, attention_mask: Tensor, logits: Tensor) -> None:
-        """Takes note of what is in the cache by now; `logits[:, -n:]` follow the last n tokens."""
+        """Records what the cache now holds; `logits[:, -n:]` follow the last n tokens."""
         self.input_ids, self.attention_mask = input_ids, attention_mask
         length, n_logits = input_ids.shape[1], logits.shape[1]
         new = {length - n_logits + 1 + index: logits[:, index] for index in range(n_logits)}

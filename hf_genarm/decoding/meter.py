@@ -10,13 +10,13 @@ from ..functional import kl_divergence
 
 
 def answer_lengths(answers: Tensor, end_token_ids: Collection[int]) -> Tensor:
-    """How many tokens of each row are the answer, its end token included; `(batch_size,)`."""
+    """Returns how many tokens of each row are the answer, its end token included; `(batch_size,)`."""
     ended = torch.isin(answers, torch.tensor(list(end_token_ids), device=answers.device)).long()
     return (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
 
 
 class Meter:
-    """The exact divergence from the base at each step, and the log-probability that the base gives to each token."""
+    """Measures the exact divergence from the base at each step, and the base's log-probability of each token."""
 
     def __init__(self) -> None:
         self._divergences: list[Tensor] = []
@@ -50,6 +50,8 @@ class Meter:
 
     def read(self, answers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """
+        Returns what was measured for some answers.
+
         Args:
             answers (`torch.LongTensor` of shape `(batch_size, max_length)`):
                 The tokens that were generated.

@@ -1,4 +1,4 @@
-"""Which columns of a text are padding: the base knows, and where it can't be asked, the mask is given or asked for."""
+"""Which columns of a text are padding: as the base reads it, or as the user gives it where the base is not watched."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from .texts import Text
 
 class PromptMask:
     """
-    The attention mask of the texts that a processor is called with.
+    Returns the attention mask of the texts that a processor is called with.
 
     In `generate` it is that of the base. Elsewhere it is the one that is given, and without one all tokens are text;
-    a text that could be padded is asked about.
+    a text that could be padded is then an error.
 
     Args:
         pad_token_id (`int`, *optional*):
             The token that pads prompts. `None` means that prompts are never padded.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
-            The mask of the prompts. It is repeated for several returns and for beams, and checked to belong to the
-            prompts that it was first used with.
+            The mask of the prompts. It is repeated for several returned sequences and for beams, and checked to belong
+            to the prompts that it was first used with.
     """
 
     def __init__(self, pad_token_id: int | None, attention_mask: Any = None):
@@ -37,8 +37,14 @@ class PromptMask:
         self._attention_mask = None if attention_mask is None else _check(attention_mask)
         self._prompts: Tensor | None = None  # those that the mask belongs to, once seen
 
+    def copy(self) -> "PromptMask":
+        """Returns another one with the same mask, which can belong to other prompts."""
+        return PromptMask(self.pad_token_id, self._attention_mask)
+
     def __call__(self, text: Text) -> Tensor:
         """
+        Returns the mask of some texts.
+
         Returns:
             `torch.LongTensor` of shape `(batch_size, length)`: 1 for tokens, 0 for padding.
 
@@ -48,11 +54,11 @@ class PromptMask:
         if text.input_ids.shape[1] == 0:
             raise ValueError(
                 "`generate` passed no prompt tokens to its logits processors, as it does with `inputs_embeds` alone: "
-                "the reward model can't read the prompt. Pass `input_ids` (beside `inputs_embeds` if need be)."
+                "the reward model can't read the prompt. Pass `input_ids` (together with `inputs_embeds` if need be)."
             )
         given = None if self._attention_mask is None else self._expand(text.input_ids, self._attention_mask)
         if text.base_mask is None:
-            return self._ask(text) if given is None else given
+            return self._all_text(text) if given is None else given
         if not text.base_mask[:, -1].all():
             raise _padded_on_the_right("The mask of `generate`")
         if given is not None and not torch.equal(given, text.base_mask):
@@ -62,7 +68,8 @@ class PromptMask:
             )
         return text.base_mask
 
-    def _ask(self, text: Text) -> Tensor:
+    def _all_text(self, text: Text) -> Tensor:
+        """Returns a mask of ones, unless a text could be padded."""
         is_pad = text.input_ids == (-1 if self.pad_token_id is None else self.pad_token_id)
         if is_pad[:, 0].any():
             raise self._ambiguous("starts")
@@ -72,19 +79,19 @@ class PromptMask:
 
     def _ambiguous(self, where: str) -> ValueError:
         return ValueError(
-            f"A text {where} with the pad token (id {self.pad_token_id}), and tokens can't tell padding from text. "
-            "Make the processor with `base_model`, so that it knows the mask of `generate`, or give it the mask: "
+            f"A text {where} with the pad token (id {self.pad_token_id}), and tokens alone don't show whether that is "
+            "padding. Make the processor with `base_model`, so that it knows the mask of `generate`, or pass the mask: "
             "`processor.attention_mask = inputs['attention_mask']`. Prompts must be padded on the left "
             "(`padding_side='left'`)."
         )
 
     def _expand(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Of prompts to rows, which are several for a prompt, and to the tokens that follow."""
+        """Extends the mask of the prompts to their rows and to the tokens that follow."""
         mask = mask.to(input_ids.device, input_ids.dtype)
         (n_prompts, length), repeats = mask.shape, len(input_ids) // len(mask)
         if repeats * n_prompts == len(input_ids) > 0 and input_ids.shape[1] >= length:
             mask = mask.repeat_interleave(repeats, dim=0)
-            prompts = input_ids[:, :length] * mask  # whatever stands under padding makes no difference
+            prompts = input_ids[:, :length] * mask  # padded tokens make no difference
             if self._prompts is None:
                 self._prompts = prompts[::repeats].clone()
             if torch.equal(prompts, self._prompts.repeat_interleave(repeats, dim=0)):
@@ -96,7 +103,7 @@ class PromptMask:
 
 
 def pad_token_id_of(special_tokens: PreTrainedTokenizerBase | GenerationConfig) -> int | None:
-    """The token that pads prompts: as in `generate` the (first) eos token, if no other is named."""
+    """Returns the token that pads prompts: as in `generate` the (first) eos token, if no other is named."""
     if special_tokens.pad_token_id is not None:
         return special_tokens.pad_token_id
     eos_token_id = special_tokens.eos_token_id
@@ -117,6 +124,6 @@ def _check(attention_mask: Any) -> Tensor:
 
 def _padded_on_the_right(what: str) -> ValueError:
     return ValueError(
-        f"{what} ends in 0: prompts are padded on the right, so that generation would go on from padding. Pad on the "
+        f"{what} ends in 0: prompts are padded on the right, so that generation would continue padding. Pad on the "
         "left: `tokenizer.padding_side = 'left'`."
     )

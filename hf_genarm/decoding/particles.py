@@ -1,4 +1,4 @@
-"""Sampling from the optimum over whole texts: particles that are weighted, and drawn anew, while they are written."""
+"""Sampling from the optimum over whole texts: particles that are weighted and resampled while they are written."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -65,27 +66,27 @@ def smc_sample(
     $$\pi(y) \propto \prod_t \pi_\text{base}(y_t \mid y_{<t})\, \pi_r(y_t \mid y_{<t})^\alpha$$
 
     Each prompt has `n_particles` texts, which are written token by token as ever, and weighted by $Z_t$ before a token
-    is drawn. When the weights have become too uneven, texts are drawn anew by them. With one particle this is guided
-    sampling, to the token; with many it is the law above.
+    is drawn. When the weights have become too uneven, texts are resampled by them. With one particle this is guided
+    sampling, to the token; with many it is the distribution above.
 
     What the target is, exactly:
 
     - $\pi_\text{base}$ is the base with whatever runs before guidance (penalties, banned tokens, a minimal length),
-      and $\pi_r^\alpha$ stands for all rewards of the processor, each with its strength and less its reference.
-    - With `temperature`, all factors have the power $1/T$: the target is the law above, of whole texts, at that
-      temperature. The base alone, at $\alpha = 0$, is then sharpened as a law over texts, too.
-    - With `top_k`, `top_p` and the other filters, it is that law over the texts of which no token is filtered out. Note
-      that `generate` has `top_k=50` unless told otherwise.
+      and $\pi_r^\alpha$ stands for all rewards of the processor, each with its strength and minus its reference.
+    - With `temperature`, all factors have the power $1/T$: the target is the distribution above, over whole texts,
+      at that temperature. The base alone, at $\alpha = 0$, is then sharpened as a distribution over texts, too.
+    - With `top_k`, `top_p` and the other filters, it is that distribution over the texts of which no token is filtered
+      out. Note that `generate` has `top_k=50` by default.
     - A text that reaches the maximal length, or is stopped, has the weight of what was written.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs:
             From `generate`. There must be one [`GenARMLogitsProcessor`] in `logits_processor`. With
-            `num_return_sequences`, each text that is returned has particles of its own.
+            `num_return_sequences`, each text that is returned has its own particles.
         n_particles (`int`, *optional*, defaults to 16):
             How many texts are written for each one that is returned.
         ess_threshold (`float`, *optional*, defaults to 0.5):
-            Texts are drawn anew when the effective sample size $1 / \sum_i w_i^2$ of the weights falls below this share
+            Texts are resampled when the effective sample size $1 / \sum_i w_i^2$ of the weights falls below this share
             of `n_particles`; never at 0, which is importance sampling.
         streamer (*optional*):
             Is refused, since what has been written may be dropped. `generate` does not hand it on: it gets the prompt,
@@ -95,7 +96,7 @@ def smc_sample(
         [`SMCOutput`] with `return_dict_in_generate=True`, else `torch.LongTensor` of shape `(batch_size, length)`.
 
     Raises:
-        ValueError: if the arguments leave no target that could be sampled from, or ask for what is not kept.
+        ValueError: if the arguments leave no target that could be sampled from, or request output that is not kept.
 
     Example:
 
@@ -108,6 +109,7 @@ def smc_sample(
     _refuse(generation_config, logits_processor, n_particles, ess_threshold, streamer)
     _refuse_inputs(model, model_kwargs)
     batch_size, device = len(input_ids), input_ids.device
+    logits_processor = LogitsProcessorList(_for_particles(x, n_particles) for x in logits_processor)
     input_ids, model_kwargs = model._expand_inputs_for_generation(
         expand_size=n_particles, input_ids=input_ids, **model_kwargs
     )
@@ -123,7 +125,7 @@ def smc_sample(
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
         scores, log_sums = _next_token(logits_processor, input_ids, logits, temperature)
         log_weights = log_weights + log_sums.where(unfinished, 0.0).view_as(log_weights)
-        rows, log_weights = _draw_anew(log_weights, ess_threshold)
+        rows, log_weights = _resample(log_weights, ess_threshold)
         if rows is not None:
             input_ids, scores, unfinished = input_ids[rows], scores[rows], unfinished[rows]
             _reorder_cache(model, model_kwargs, rows)
@@ -168,12 +170,12 @@ def systematic_resampling(log_weights: Tensor, n: int) -> Tensor:
 
 
 def _log_mean(log_weights: Tensor) -> Tensor:
-    """`(batch_size, 1)`"""
+    """Returns the logarithm of the mean weight, `(batch_size, 1)`."""
     return log_weights.logsumexp(dim=-1, keepdim=True) - math.log(log_weights.shape[1])
 
 
-def _draw_anew(log_weights: Tensor, ess_threshold: float) -> tuple[Tensor | None, Tensor]:
-    """Which row each row goes on from, `None` if all go on from their own; and the weights that they then have."""
+def _resample(log_weights: Tensor, ess_threshold: float) -> tuple[Tensor | None, Tensor]:
+    """Returns which row each row continues, `None` if all continue themselves; and the weights that they then have."""
     batch_size, n_particles = log_weights.shape
     effective_size = (2 * log_weights.logsumexp(dim=-1) - (2 * log_weights).logsumexp(dim=-1)).exp()
     is_uneven = (effective_size < ess_threshold * n_particles)[:, None]
@@ -188,7 +190,7 @@ def _draw_anew(log_weights: Tensor, ess_threshold: float) -> tuple[Tensor | None
 def _next_token(
     processors: Sequence[LogitsProcessor], input_ids: Tensor, scores: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The scores `(n_rows, vocab_size)` that a token is drawn by, and the log `(n_rows,)` of the sum of its factors."""
+    """Returns the scores `(n_rows, vocab_size)` to draw by, and the log `(n_rows,)` of the sum of their factors."""
     for processor in processors:
         scores = processor(input_ids, scores)
         if isinstance(processor, GenARMLogitsProcessor):
@@ -198,10 +200,19 @@ def _next_token(
         names = ", ".join(f"`{type(x).__name__}`" for x in processors)
         raise ValueError(
             f"After guidance, more is done to probabilities than a temperature and filters do, in {names}, so that no "
-            "law over whole texts is defined. Put the other processors before the `GenARMLogitsProcessor`, and set the "
-            "temperature by `temperature`."
+            "distribution over whole texts is defined. Put the other processors before the `GenARMLogitsProcessor`, "
+            "and set the temperature by `temperature`."
         )
     return scores, left.logsumexp(dim=-1)
+
+
+def _for_particles(processor: LogitsProcessor, n_particles: int) -> LogitsProcessor:
+    """Returns a processor for all particles of its prompts: the penalty knows how much of each row is padding."""
+    if not isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        return processor
+    padding = processor.prompt_ignore_length
+    expanded = padding.repeat_interleave(n_particles) if isinstance(padding, Tensor) else padding
+    return RepetitionPenaltyLogitsProcessor(processor.penalty, expanded)
 
 
 def _cache(model_kwargs: dict[str, Any]) -> Cache | None:
@@ -215,9 +226,9 @@ def _reorder_cache(model: Any, model_kwargs: dict[str, Any], rows: Tensor) -> No
     if not isinstance(cache, Cache) or (model._is_stateful and not _has_states(cache)):
         raise ValueError(
             f"`{type(model).__name__}` keeps what it has read in its modules, where rows can't be exchanged. Use "
-            "`use_cache=False`, or `ess_threshold=0`, with which no text is drawn anew."
+            "`use_cache=False`, or `ess_threshold=0`, with which no text is resampled."
         )
-    cache.reorder_cache(rows)  # type: ignore[arg-type]  # says `torch.LongTensor`, which no tensor is for mypy
+    cache.reorder_cache(rows)  # type: ignore[arg-type]  # for mypy, no tensor is a `torch.LongTensor`
 
 
 def _has_states(cache: Cache) -> bool:
@@ -249,18 +260,18 @@ def _refuse(
     guides = [x for x in processors if isinstance(x, GenARMLogitsProcessor)]
     if len(guides) != 1:
         raise ValueError(
-            f"`logits_processor` has {len(guides)} `GenARMLogitsProcessor`, but particles are weighted by what one "
-            "says. Pass one, with all reward models, and not inside of another processor."
+            f"`logits_processor` has {len(guides)} `GenARMLogitsProcessor`, but particles are weighted by one. "
+            "Pass one, with all reward models, and not inside of another processor."
         )
     if guides[0].target_kl is not None:
         raise ValueError(
             f"`target_kl` is {guides[0].target_kl}, which holds the divergence of sampling token by token; weights "
             "over whole texts change it. Set the strength by `alpha`, and `processor.target_kl = None`."
         )
-    if n_particles < 1 or not 0 <= ess_threshold <= 1:
+    if not isinstance(n_particles, int) or n_particles < 1 or not 0 <= ess_threshold <= 1:
         raise ValueError(
-            f"`n_particles` is {n_particles} and `ess_threshold` is {ess_threshold}. There must be one particle at "
-            "least, and the threshold is a share of their number, from 0 to 1."
+            f"`n_particles` is {n_particles!r} and `ess_threshold` is {ess_threshold}. There must be one particle at "
+            "least, in a whole number, and the threshold is a share of their number, from 0 to 1."
         )
     if streamer is not None:
         raise ValueError("`streamer` can't be served: what particles have written may be dropped later. Leave it out.")
@@ -269,10 +280,11 @@ def _refuse(
             f"`do_sample` is {config.do_sample} and `num_beams` is {config.num_beams}, but particles are sampled. Use "
             "`do_sample=True` without beams."
         )
-    asked = [name for name in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{name}")]
-    if config.return_dict_in_generate and asked:
+    outputs = ("scores", "logits", "attentions", "hidden_states")
+    requested = [f"`output_{name}`" for name in outputs if getattr(config, f"output_{name}")]
+    if config.return_dict_in_generate and requested:
         raise ValueError(
-            f"{', '.join(f'`output_{name}`' for name in asked)} can't be served: particles are exchanged on the way, "
-            "and what they were drawn by is not kept. With `processor.keeps_statistics`, `processor.statistics` tells "
-            "what guidance did to each of their tokens."
+            f"{', '.join(requested)} can't be served: particles are exchanged on the way, and what they were drawn by "
+            "is not kept. With `processor.keeps_statistics`, `processor.statistics` returns what guidance did to each "
+            "of their tokens."
         )

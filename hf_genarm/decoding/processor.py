@@ -1,6 +1,7 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -8,22 +9,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..functional import contrast, guided_log_probs, log_normaliser
+from ..functional import guided_product
 from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
-from .advice import Advice, refuse_hidden_text
 from .assistant import DraftingAssistant
-from .drafts import Draft
-from .padding import PromptMask, pad_token_id_of
+from .guided_tokens import GuidedTokens
+from .likely_mistakes import refuse_hidden_text
+from .machine import GuidanceMachine
+from .padding import pad_token_id_of
 from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
-from .reference import Reference
-from .rewards import NextTokenRewards, refuse_nan
 from .settings import GuidanceSettings
-from .step import StepWatch
-from .strength import Alpha, strengths_at, unguided_where_zero
-from .texts import TextReader
+from .strength import Alpha, strengths_at
 from .vocab import vocab_maps
 
 RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
@@ -31,7 +29,7 @@ RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
 
 class GenARMLogitsProcessor(GuidanceSettings):
     r"""
-    [`LogitsProcessor`] that makes `generate` sample from the base model guided by autoregressive reward models
+    Makes `generate` sample from the base model guided by autoregressive reward models
     ([GenARM](https://hf.co/papers/2410.08193), Eq. 7):
 
     $$\pi(y_t \mid \cdot) \propto \pi_\text{base}(y_t \mid \cdot) \prod_k \pi_{r,k}(y_t \mid \cdot)^{\alpha_k}$$
@@ -50,14 +48,14 @@ class GenARMLogitsProcessor(GuidanceSettings):
             run, and with all at 0 `generate` returns exactly what it does without the processor; negative values steer
             away. Can be set at any time: `processor.alpha = 0.5`.
         target_kl (`float`, *optional*):
-            Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then says
+            Mean divergence per token, in nats, at which each text is held by scaling its strengths; `alpha` then sets
             how strong the rewards are relative to each other. It can't be held where a reward model agrees with the
             base, or the base leaves no choice: no strength is made more than 16 times as large.
         base_model ([`~transformers.PreTrainedModel`], *optional*):
-            The model to be steered. With it the processor knows what `generate` is about to read: it takes the mask and
+            The model to be steered. With it the processor sees what the base reads in `generate`: it takes the mask and
             the beginning of the text from there, and refuses what it can't serve. Reward models that share its weights
             are computed in its forward passes, if they are plain LoRA on linear layers
-            ([`~GenARMLogitsProcessor.engine`] says so). Without it you must see to it that the base reads the very
+            ([`~GenARMLogitsProcessor.engine`] shows it). Without it you must make sure that the base reads exactly the
             `input_ids` that the processor is called with.
         reference (`"base"`, [`~transformers.PreTrainedModel`] or another, *optional*):
             A model that the reward models are contrasted with: rewards are then $\log\pi_r - \log\pi_\text{ref}$. So
@@ -65,7 +63,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             [DeRa](https://hf.co/papers/2402.02992)), and a small pair of tuned and untuned model steers a large one
             ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base, which is `"base"`.
         pad_token_id (`int`, *optional*):
-            The token that pads prompts: where the mask is not known, a text that starts with it is asked about.
+            The token that pads prompts: where the mask is not known, a text that starts with it is refused.
             Defaults to the pad (or, as in `generate`, eos) token of `tokenizer`, or else of the first reward model.
         attention_mask (`torch.LongTensor` of shape `(n_prompts, prompt_length)`, *optional*):
             The mask of the prompts, needed only where that of the base is not known. Can be set between calls.
@@ -78,8 +76,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
     Raises:
         TypeError: if a reward model is not a decoder-only causal LM.
         ValueError: if `alpha` does not fit the reward models, the tokenizers can't be aligned, or the base model is an
-            encoder-decoder; on a call, if the vocabularies differ, a reward model returns NaN, the padding can't be
-            told from the text, the base has read more than the text, or no token is left.
+            encoder-decoder; on a call, if the vocabularies differ, a reward model returns NaN, padding can't be
+            distinguished from text, the base has read more than the text, or no token is left.
 
     Example:
 
@@ -117,43 +115,34 @@ class GenARMLogitsProcessor(GuidanceSettings):
             raise ValueError(
                 '`reference` is "base", but no base model is given. Pass `base_model`, or a model as `reference`.'
             )
-        self._infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
         self._models = [_model_of(x) for x in given]
         self.reference = reference if reference in (None, "base") else _model_of(reference)
         self._base = None if base_model is None else network_of(base_model)
         if base_model is not None:
             refuse_hidden_text(base_model)
+        infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
         own = [x.tokenizer for x in given if isinstance(x, AutoregressiveRewardModel)]
         self._tokenizer = next(iter(own), None) if tokenizer is None else tokenizer  # to show tokens as text
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
-        chat_ids = None if tokenizer is None else generation_prompt_ids(self._infos[0], tokenizer)
-        self._advice = Advice(self._base, chat_ids)
-        self.alpha = alpha
-        self.target_kl = target_kl
-        self.keeps_statistics = False
-        self._attach()
+        self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
-        self._prompt_mask = PromptMask(pads, attention_mask)
+        super().__init__(infos, alpha, target_kl, pads, attention_mask)
+        self._keeps_statistics = False
+        self._machine = self._new_machine()
 
-    def _attach(self) -> None:
-        """Sets up what belongs to one instance: what is known of runs, and the caches."""
-        self._watch = None if self._base is None else StepWatch.on(self._base, self)
-        self._reader = TextReader(self._watch)
-        self._rewards = NextTokenRewards(self._models, self._vocab_maps, self._watch)
-        self._reference = None if self.reference is None else Reference(self.reference, self._watch)
-        self._product: tuple[Tensor, list[Tensor], list[Any]] = (torch.zeros(0, 1), [], [])  # of the last call
-        self.draft: Draft | None = None  # set by an assistant
+    def _new_machine(self) -> GuidanceMachine:
+        """Returns a machine that has read nothing, for these models."""
+        return GuidanceMachine(
+            self._models, self._vocab_maps, self._base, self.reference, self._tokenizer, self._generation_prompt_ids
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_watch", "_reader", "_rewards", "_reference", "_kl_control", "_statistics", "_product", "draft")
-        state = {name: value for name, value in vars(self).items() if name not in own}
-        return state | {"target_kl": self.target_kl, "keeps_statistics": self.keeps_statistics}
+        return super().__getstate__() | {"_machine": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-        self._attach()
+        vars(self).update(state)
+        self._machine = self._new_machine()
 
     @classmethod
     def from_pretrained(
@@ -212,49 +201,78 @@ class GenARMLogitsProcessor(GuidanceSettings):
             tokenizer=tokenizer,
             reward_tokenizer=to_align,
         )
-        processor._rewards.log_engines(names)
+        processor._machine.rewards.log_engines(names)
         return processor
 
     @property
     def engine(self) -> str:
         """
-        How the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in passes of their
-        own over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
-        reward models and separated by commas, if they differ. Makes no difference but in time and memory.
+        Returns how the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in separate
+        passes over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
+        reward models and separated by commas, if they differ. It makes no difference except in time and memory.
         """
-        engines = [engine for engine, _ in self._rewards.engines]
+        engines = [engine for engine, _ in self._machine.rewards.engines]
         return engines[0] if len(set(engines)) == 1 else ", ".join(engines)
 
     @property
     def log_z(self) -> Tensor:
-        r"""Of the last call, $\log Z_t$: the logarithm of the sum that normalises Eq. 7; `(batch_size,)`."""
-        return log_normaliser(*self._product)
+        r"""$\log Z_t$ of the last call, the logarithm of the sum that normalises Eq. 7; `(batch_size,)`."""
+        return self._machine.product.log_z
 
     @property
     def strengths(self) -> list[float | Tensor]:
-        """Of the last call, those of the rewards that were not at 0, in force."""
-        return self._product[2]
+        """The strengths in force in the last call, of the rewards that were not at 0."""
+        return self._machine.product.strengths
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether what guidance does to each token is kept, for [`~GenARMLogitsProcessor.statistics`]."""
+        return self._keeps_statistics
+
+    @keeps_statistics.setter
+    def keeps_statistics(self, keeps_statistics: bool) -> None:
+        self._keeps_statistics = keeps_statistics
+        self._machine.statistics.clear()
+
+    def statistics(self, sequences: Tensor) -> GuidedTokens:
+        """
+        Returns what guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position`
+        and `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (minus that
+        of the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
+        drawn from `kl`, the divergence from the base, `log_z`, the logarithm of the sum that normalises Eq. 7,
+        `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k. It draws itself.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
+                What `generate` returned.
+
+        Raises:
+            ValueError: if nothing was kept: set `processor.keeps_statistics = True` first.
+        """
+        if not self._keeps_statistics:
+            raise ValueError("No statistics were kept. Set `processor.keeps_statistics = True` before `generate`.")
+        return self._machine.statistics.read(sequences)
 
     def assistant(self, num_assistant_tokens: int | None = None) -> DraftingAssistant:
         """
         Lets the smallest reward model draft: `model.generate(..., logits_processor=[processor],
-        assistant_model=processor.assistant())` has the same law, in less time if that model is much smaller than the
-        base. Arguments and errors are those of [`DraftingAssistant`]. Keep it, for what it has measured.
+        assistant_model=processor.assistant())` samples from the same distribution, in less time if that model is much
+        smaller than the base. Arguments and errors are those of [`DraftingAssistant`].
         """
-        return DraftingAssistant(self, num_assistant_tokens)
+        return DraftingAssistant(self, self._machine, num_assistant_tokens)
 
     def reset(self) -> None:
         """
         Forgets what reward models have read. Needed only after one was changed in the middle of a text: each
         `generate` call begins without it.
         """
-        self._rewards.begin()
-        if self._reference is not None:
-            self._reference.reset()
+        self._machine.reset()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """
+        Guides the scores of the base for the next token.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The prompts and what has been generated so far.
@@ -265,43 +283,33 @@ class GenARMLogitsProcessor(GuidanceSettings):
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: log-probabilities of the guided model in float32,
             a new tensor; with all strengths at 0, `scores` itself.
         """
-        draft = self.draft
-        at_once = None if draft is None else draft.scores_of(input_ids, scores)
-        if at_once is not None:
-            return at_once
-        text = self._reader(input_ids, scores)
-        if text.is_new:
-            self.reset()
-        alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts)
+        machine, target_kl = self._machine, self._target_kl  # which another thread may set meanwhile
+        drafted = machine.scores_of_draft(input_ids, scores)
+        if drafted is not None:
+            return drafted
+        text = machine.read(input_ids, scores)
+        n_prompts = text.run.n_prompts
+        alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts, n_prompts)
         active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
-        self._product = (scores, [], [])
         if not active:
             return scores
-        self._advice(text, self._rewards.models)
-        mask, strengths = self._prompt_mask(text), list(active.values())
-        kl_control, statistics = self._kl_control, self._statistics  # which another thread may set meanwhile
-
-        if draft is not None:
-            draft.read_by_others(input_ids, mask, active, self._rewards, self._reference)
-        rewards = {index: self._rewards.of(index, input_ids, mask, scores) for index in active}
-        if self._reference is not None:
-            reference = self._reference.log_probs(text, mask, scores)
-            rewards = {index: contrast(log_probs, reference) for index, log_probs in rewards.items()}
-        filled = self._rewards.filled(rewards, strengths, scores)
-        if kl_control is not None:
-            scale = kl_control(text, n_requests, scores, filled, strengths)
-            strengths = [alpha * scale for alpha in strengths]
-            filled = self._rewards.filled(rewards, strengths, scores)
-        guided = guided_log_probs(scores, filled, strengths)
-        guided = unguided_where_zero(guided, scores, active.values())
-        refuse_nan(guided, scores, strengths)
-        self._product = (scores, filled, strengths)
-        if statistics is not None:
-            statistics.note(text, n_requests, scores, guided, rewards, strengths, self.log_z)
-        if draft is not None:
-            draft.note(input_ids, guided)
-        return guided
+        machine.check(text)
+        rewards, reference = machine.log_probs(text, self._prompt_mask(text), active, scores)
+        product = guided_product(
+            scores,
+            rewards,
+            list(active.values()),
+            reference,
+            incomplete=[place for place, index in enumerate(active) if index in machine.rewards.incomplete],
+            scale=None if target_kl is None else partial(machine.kl_control, text, n_requests, target_kl),
+        )
+        product.refuse_empty_rows()
+        machine.keep(product, input_ids)
+        if self._keeps_statistics:
+            machine.statistics.record(text, n_requests, product, list(active))
+        return product.log_probs
 
 
 def _model_of(model: Any) -> PreTrainedModel | PeftModel:
+    """Returns the language model of a reward model."""
     return model.model if isinstance(model, AutoregressiveRewardModel) else model

@@ -1,4 +1,4 @@
-"""The model that reward models are contrasted with."""
+"""The model that reward models are contrasted with while text is generated."""
 
 from typing import Literal
 
@@ -14,16 +14,16 @@ from .texts import Text
 
 class Reference:
     """
-    Next-token log-probabilities of a reference.
+    Returns the next-token log-probabilities of a reference.
 
-    If that is the base, they are those of its own passes, before any processor. Only what the base has not read, such
-    as drafts, takes a pass of a model around the same weights.
+    If that is the base, they come from its own passes, before any processor. Only text that the base has not read, such
+    as a draft, takes a pass of a model around the same weights.
 
     Args:
         model (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The reference.
         watch ([`StepWatch`], *optional*):
-            Of the base; needed for `"base"`.
+            That of the base; needed for `"base"`.
     """
 
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
@@ -40,19 +40,21 @@ class Reference:
             self._lockstep.reset()
 
     def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
-        """Reads drafts in one pass, as reward models do; those that the base verifies it has read itself."""
+        """Reads drafts in one pass, as reward models do, unless the base reads them itself."""
         if self._watch is None and self._lockstep is not None and self._lockstep.has_cache:
             self._lockstep(text, attention_mask, n_logits)
 
     def log_probs(self, text: Text, attention_mask: Tensor, scores: Tensor) -> Tensor:
         """
+        Returns the log-probabilities of what follows some texts.
+
         Args:
             text ([`Text`]):
                 The texts so far.
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 Their mask.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-                Of the base, for their shape and device.
+                Those of the base, for their shape and device.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`.

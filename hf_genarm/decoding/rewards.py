@@ -1,14 +1,12 @@
-"""What reward models have to say about the next token, as log-probabilities of the tokens of the base."""
+"""Next-token rewards: the log-probabilities of reward models, for the tokens of the base."""
 
 import logging
 from collections.abc import Sequence
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import fill_unscored
 from ..hub.sharing import shares_weights
 from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
@@ -20,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 class NextTokenRewards:
     """
-    One or several reward models, each with its cache, and how each is run.
+    Runs one or several reward models, each with its own cache.
 
     Args:
         models (list of [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -28,7 +26,13 @@ class NextTokenRewards:
         vocab_maps (list of [`VocabMap`] or `None`):
             How the vocabulary of each lines up with that of the base; `None` where the ids are the same.
         watch ([`StepWatch`], *optional*):
-            Of the base. Those that share its weights are run in its passes where that is possible.
+            That of the base. Reward models that share its weights are run in its passes where that is possible.
+
+    Attributes:
+        models (list of [`LockstepLM`]):
+            The reward models with their caches.
+        incomplete (set of `int`):
+            Which of them have no reward for some tokens of the base.
     """
 
     def __init__(
@@ -37,15 +41,16 @@ class NextTokenRewards:
         vocab_maps: Sequence[VocabMap | None],
         watch: StepWatch | None,
     ):
-        fusion = None if watch is None else Fusion.of(watch)
+        fusion = None if watch is None else Fusion.on(watch)
         self.models = [
             LockstepLM(x) if fusion is None or not shares_weights(x, fusion.base) else FusedLM(x, fusion)
             for x in models
         ]
         self._vocab_maps = vocab_maps
+        self.incomplete = {index for index, vocab_map in enumerate(vocab_maps) if vocab_map is not None}
 
     def begin(self) -> None:
-        """Forgets what has been read, since models may have changed, and moves with the base."""
+        """Forgets what has been read, since models may have changed, and follows the base to its device."""
         for model in self.models:
             model.reset()
             if isinstance(model, FusedLM):
@@ -53,7 +58,7 @@ class NextTokenRewards:
 
     @property
     def engines(self) -> list[tuple[str, str]]:
-        """The engine of each reward model as things are now, and why."""
+        """Returns the engine of each reward model in its present state, and the reason for it."""
         engines = []
         for model in self.models:
             if not isinstance(model, FusedLM):
@@ -65,20 +70,22 @@ class NextTokenRewards:
         return engines
 
     def log_engines(self, names: Sequence[str]) -> None:
-        """Says of each reward model that shares the weights of the base how it is run, and why."""
+        """Logs how each reward model that shares the weights of the base is run, and why."""
         for name, (engine, why) in zip(names, self.engines, strict=True):
-            if engine != "separate":  # why those are is known where they are loaded
+            if engine != "separate":  # those are logged where they are loaded
                 logger.info("%s: engine `%s`, because %s.", name, engine, why)
 
-    def of(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
+    def log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
         """
+        Returns the next-token log-probabilities of a reward model.
+
         Args:
             index (`int`):
                 Which reward model.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 The texts so far, in ids of the base.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
-                Of the base, for their shape and device.
+                Those of the base, for their shape and device.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: NaN for tokens that the reward model can't score.
@@ -107,42 +114,19 @@ class NextTokenRewards:
 
     def read_ahead(self, index: int, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
         """
-        Reads drafts in one pass, so that the rewards after each of them are known.
+        Reads drafts in one pass, after which the rewards that follow each of them are known.
 
         Args:
             index (`int`):
                 Which reward model.
             text, attention_mask (`torch.LongTensor` of shape `(1, length)`):
-                With drafts, in ids of the base.
+                The text with its drafts, in ids of the base.
             n_logits (`int`):
-                For how many lengths of it rewards will be wanted, up to the whole.
+                How many of its last lengths will need rewards.
         """
         model, vocab_map = self.models[index], self._vocab_maps[index]
         if model.has_cache:
             model(text if vocab_map is None else vocab_map.reward_ids(text, attention_mask), attention_mask, n_logits)
 
-    def filled(self, rewards: dict[int, Tensor], strengths: Sequence[float | Tensor], scores: Tensor) -> list[Tensor]:
-        """The rewards by index, with what a reward model can't score as it is neutral at these strengths."""
-        return [
-            reward if self._vocab_maps[index] is None else fill_unscored(reward, alpha, scores)
-            for (index, reward), alpha in zip(rewards.items(), strengths, strict=True)
-        ]
-
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self.models[index].model.config.name_or_path}`)"
-
-
-def refuse_nan(guided: Tensor, scores: Tensor, strengths: Sequence[float | Tensor]) -> None:
-    """
-    Raises:
-        ValueError: if a row of guided log-probabilities `(batch_size, vocab_size)` is no distribution.
-    """
-    broken = guided.isnan().any(dim=-1)
-    if broken.any():
-        row = int(broken.nonzero()[0])
-        what = "guidance" if (scores[row] > -torch.inf).any() else "what runs before guidance"
-        raise ValueError(
-            f"In row {row}, {what} leaves no token to choose from (strengths {[str(x) for x in strengths]}). A token "
-            "to which a reward model gives no probability is excluded by a positive strength, and can't have a "
-            "negative one. Use positive strengths, and processors that leave tokens which the reward models know."
-        )

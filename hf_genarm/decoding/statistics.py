@@ -1,4 +1,4 @@
-"""What guidance did at each token, kept by the tokens of a text and read off for finished sequences."""
+"""What guidance did to each token: kept by the tokens of a text, and read for finished sequences."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import kl_divergence
+from ..functional import GuidedProduct, kl_divergence
 from ..viewing.tokens import token_texts
 from .guided_tokens import GuidedTokens
 from .step import Run
@@ -19,10 +19,10 @@ Key = tuple[int, int]
 
 class Statistics:
     r"""
-    Keeps, for each text that a processor was asked about, what it did to the next token.
+    Keeps, for each text that a processor was called with, what it did to the next token.
 
-    Texts are told apart by their run, their request and their tokens. So it does not matter in which order, how often
-    and in which rows they were asked about: rejected drafts and abandoned beams just never show up in what is read off.
+    Texts are distinguished by their run, their request and their tokens. So the order, the number and the rows of the
+    calls make no difference: rejected drafts and abandoned beams are just never read.
 
     Args:
         n_rewards (`int`):
@@ -33,66 +33,57 @@ class Statistics:
 
     # Likeliest tokens that are kept of each distribution
     N_LIKELIEST = 3
-    # Texts of earlier runs that are kept until they are read off, counted in tokens
+    # Texts of earlier runs that are kept until they are read, counted in tokens
     KEPT_TOKENS = 16_384
 
     def __init__(self, n_rewards: int, tokenizer: Any = None):
         self._n_rewards, self._tokenizer = n_rewards, tokenizer
         self._names: dict[int, str] = {}  # tokens as text
-        self._runs: dict[Run, _OfRun] = {}
+        self._runs: dict[Run, _RunStatistics] = {}
         self._has_forgotten = False
 
-    def note(
-        self,
-        text: Text,
-        n_requests: int,
-        scores: Tensor,
-        guided: Tensor,
-        rewards: dict[int, Tensor],
-        strengths: Sequence[float | Tensor],
-        log_z: Tensor,
-    ) -> None:
+    def clear(self) -> None:
+        """Forgets all that was recorded."""
+        self._runs, self._has_forgotten = {}, False
+
+    def record(self, text: Text, n_requests: int, product: GuidedProduct, indices: Sequence[int]) -> None:
         """
+        Records what guidance does to the next token of some texts.
+
         Args:
             text ([`Text`]):
                 The texts.
             n_requests (`int`):
-                How many requests with strengths of their own there are.
-            scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-                Logits or log-probabilities of the base model.
-            guided (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-                Log-probabilities of the guided model.
-            rewards (`dict` of `torch.Tensor` of shape `(batch_size, vocab_size)`):
-                What each active reward model says, by its index.
-            strengths (sequence of `float` or `torch.Tensor` of shape `(batch_size, 1)`):
-                With which strength.
-            log_z (`torch.Tensor` of shape `(batch_size,)`):
-                From [`log_normaliser`].
+                The number of requests whose strengths differ.
+            product ([`~hf_genarm.functional.GuidedProduct`]):
+                What guidance does to their next token.
+            indices (sequence of `int`):
+                Which reward models it has, in order.
         """
-        of_run = self._runs.setdefault(text.run, _OfRun(n_requests))
+        of_run = self._runs.setdefault(text.run, _RunStatistics(n_requests))
         while len(self._runs) > 1 and sum(len(x.of_text) for x in self._runs.values()) > self.KEPT_TOKENS:
             del self._runs[next(iter(self._runs))]
             self._has_forgotten = True
-        base, guided = scores.float().log_softmax(dim=-1), guided.float().log_softmax(dim=-1)
+        base, guided = (x.float().log_softmax(dim=-1) for x in (product.scores, product.log_probs))
         possible = guided > -torch.inf
         values = {
             "kl": kl_divergence(guided, base),
             "entropy": -(guided.exp() * guided.where(possible, 0.0)).sum(dim=-1),
             "base_entropy": -(base.exp() * base.where(base > -torch.inf, 0.0)).sum(dim=-1),
             "top_token_changed": guided.argmax(dim=-1) != base.argmax(dim=-1),
-            "log_z": log_z,
+            "log_z": product.log_z,
         }
         log_probs = {"base_log_prob": base, "guided_log_prob": guided}
-        for (index, reward), alpha in zip(rewards.items(), strengths, strict=True):
+        for index, reward, alpha in zip(indices, product.rewards, product.strengths, strict=True):
             values[f"alpha_{index}"] = torch.as_tensor(alpha, device=base.device).expand(len(base), 1)[:, 0]
             log_probs[f"reward_log_prob_{index}"] = reward
         for name, distribution in (("likeliest_before", base), ("likeliest_after", guided)):
             values[name] = torch.stack(distribution.topk(self.N_LIKELIEST), dim=-1)
-        of_run.note(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs)
+        of_run.record(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs)
 
-    def of(self, sequences: Tensor) -> GuidedTokens:
+    def read(self, sequences: Tensor) -> GuidedTokens:
         """
-        One row for each token that was guided, as columns for a `pandas.DataFrame` that draw themselves.
+        Returns one row for each token that was guided, as columns for a `pandas.DataFrame` that draw themselves.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
@@ -108,14 +99,14 @@ class Statistics:
         texts: list[str | None] = []
         likeliest = []
         runs = list(reversed(self._runs.values()))
-        by_run = [run.of(sequences) for run in runs]
+        by_run = [run.read(sequences) for run in runs]
         for index in range(len(sequences)):
-            # Of several runs that began alike, the latest that wrote most of it
+            # Of several runs with the same beginning, the latest that wrote most of it
             rows = max((of_sequence[index] for of_sequence in by_run), key=len, default=[])
             if not rows and self._has_forgotten:
                 raise ValueError(
                     f"Nothing is kept about sequence {index}. Of earlier `generate` calls, {self.KEPT_TOKENS} tokens "
-                    "are kept: ask for the statistics of a call before more text is generated."
+                    "are kept: read the statistics of a call before more text is generated."
                 )
             ids = sequences[index].tolist()
             as_text = token_texts(self._tokenizer, ids, rows[0]["position"]) if rows else []
@@ -129,21 +120,21 @@ class Statistics:
         return GuidedTokens(columns, texts, likeliest)
 
     def _n_after_the_end(self, ids: list[int]) -> int:
-        """`generate` goes on with pads where a text has ended before the others: the last token, repeated."""
+        """Counts the pads that `generate` adds where a text has ended before the others: the last token, repeated."""
         if self._tokenizer is None or ids[-1] not in self._tokenizer.all_special_ids:
             return 0
         return next((n for n, (x, y) in enumerate(itertools.pairwise(reversed(ids))) if x != y), len(ids) - 1)
 
     def _named(self, likeliest: list[list[float]]) -> list[tuple[str, float]]:
-        """Tokens as text and their probabilities, of pairs of log-probability and id."""
+        """Returns tokens as text with their probabilities, for pairs of log-probability and id."""
         for _, token in likeliest:
             if token not in self._names:
                 self._names[int(token)] = token_texts(self._tokenizer, [int(token)])[0]
         return [(self._names[int(token)], math.exp(x)) for x, token in likeliest]
 
 
-class _OfRun:
-    """What was noted in one run."""
+class _RunStatistics:
+    """Holds what was recorded in one run."""
 
     # Drafts are tried before it is known which of their tokens are taken; with several rows there are no drafts.
     KEPT_LENGTHS = 64
@@ -154,7 +145,8 @@ class _OfRun:
         # Log-probabilities of all tokens, until it is known which one was taken: by length, the row of each text
         self._pending: dict[int, tuple[dict[Key, int], dict[str, Tensor]]] = {}
 
-    def note(self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor]) -> None:
+    def record(self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor]) -> None:
+        """Records values for each text, and log-probabilities of which one will be kept."""
         n_texts, length = input_ids.shape
         texts = text_keys(input_ids, self._n_requests)
         self._settle(input_ids)
@@ -163,16 +155,18 @@ class _OfRun:
         self._pending = {x: y for x, y in self._pending.items() if n_texts == 1 and abs(x - length) < self.KEPT_LENGTHS}
         self._pending[length] = ({text: row for row, text in enumerate(texts)}, log_probs)
 
-    def of(self, sequences: Tensor) -> list[list[dict[str, Any]]]:
-        """For each sequence a row for each token that was noted here."""
+    def read(self, sequences: Tensor) -> list[list[dict[str, Any]]]:
+        """Returns for each sequence a row for each token that was recorded here."""
         rows: list[list[dict[str, Any]]] = [[] for _ in sequences]
         for position in range(1, sequences.shape[1]):
             self._settle(sequences[:, : position + 1])
             for index, text in enumerate(text_keys(sequences[:, :position], self._n_requests)):
-                noted = self.of_text.get(text)
-                if noted is not None:
+                recorded = self.of_text.get(text)
+                if recorded is not None:
                     token = int(sequences[index, position])
-                    rows[index].append({"position": position, "token": token} | noted | noted.get(f"token {token}", {}))
+                    rows[index].append(
+                        {"position": position, "token": token} | recorded | recorded.get(f"token {token}", {})
+                    )
         return rows
 
     def _settle(self, input_ids: Tensor) -> None:

@@ -1,75 +1,103 @@
-"""The step of `generate` that is running: what the base is about to read, noted where it is prepared for it."""
+"""What the base is about to read: recorded where `generate` prepares each forward pass."""
 
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..hub.kv_cache import CACHE, n_read
+from .instance_patch import InstancePatch
+from .lockstep import position_ids
+
+if TYPE_CHECKING:
+    from .fusion.joint_pass import Fusion
 
 
 class Run:
     """
-    A text and what follows it: one `generate` call, or one loop by hand. What is remembered is remembered by runs.
+    Stands for one `generate` call, or one custom decoding loop: all memory is keyed by runs.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
-            The prompts, with what was drafted before the base read anything.
+            The prompts, with what was drafted before the first pass of the base.
         cache ([`~transformers.Cache`], *optional*):
             The cache of the base.
-        is_by_hand (`bool`, *optional*, defaults to `False`):
-            Whether it is known by its tokens alone.
+        is_custom_loop (`bool`, *optional*, defaults to `False`):
+            Whether it is known by its tokens alone, since the base was not watched.
 
     Attributes:
+        depth (`int`):
+            How many `generate` calls of the base were going on inside each other, its own included.
+        n_prompts (`int`, *optional*):
+            The number of prompts that `generate` was given, of which each can have several rows.
+        outer ([`Run`], *optional*):
+            The run that was going on when this one began, if this one continues its texts, as drafts do.
+        step ([`Step`], *optional*):
+            Its latest pass.
+        drafts_itself (`bool`):
+            Whether the base drafts for itself in it.
+        is_over (`bool`):
+            Whether its `generate` call has returned.
         n_hidden (`int`):
             Number of tokens that the base has read and `generate` was not given: they are in its cache, or embedded.
         other_inputs (list of `str`):
-            What the base reads besides tokens, such as `pixel_values`.
+            What the base reads in addition to tokens, such as `pixel_values`.
         attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
-            Of the prompts, and some of what follows.
+            The mask of the prompts, and of some of what follows, in the first pass.
     """
 
-    def __init__(self, input_ids: Tensor, cache: Any = None, is_by_hand: bool = False):
+    def __init__(self, input_ids: Tensor, cache: Any = None, is_custom_loop: bool = False):
         self._input_ids, self.prompt_length = input_ids, input_ids.shape[1]
         self._cache: Callable[[], Any] = (lambda: None) if cache is None else weakref.ref(cache)
-        self.is_by_hand = is_by_hand
-        self.has_begun = False  # drafts of the base itself are made before its first pass
+        self.is_custom_loop, self.depth = is_custom_loop, 0
+        self.n_prompts: int | None = None
+        self.outer: Run | None = None
+        self.step: Step | None = None
+        self.is_over = False
+        self.has_begun = False  # when the base drafts for itself, that comes before its first pass
+        self.drafts_itself = False
         self.n_hidden = 0
         self.other_inputs: list[str] = []
         self.attention_mask = torch.ones_like(input_ids)
 
     @property
     def prompt(self) -> Tensor:
-        """`(batch_size, prompt_length)`"""
+        """The prompts, `(batch_size, prompt_length)`."""
         return self._input_ids[:, : self.prompt_length]
 
-    def reads_chunk(self, input_ids: Tensor) -> Tensor:
-        """Adds a part of a prompt that is read in parts; returns all of it so far."""
+    @property
+    def root(self) -> "Run":
+        """The outermost of the runs that it continues, or itself."""
+        return self if self.outer is None else self.outer.root
+
+    def extend_prompt(self, input_ids: Tensor) -> Tensor:
+        """Adds the next part of a prompt that is read in parts, and returns all of it so far."""
         self._input_ids = torch.cat([self._input_ids, input_ids], dim=1)
         self.prompt_length = self._input_ids.shape[1]
         return self._input_ids
 
     def uses(self, cache: Any) -> bool:
+        """Returns whether this is the cache of the run."""
         return cache is not None and self._cache() is cache
 
-    def goes_on_with(self, input_ids: Tensor) -> bool:
-        """Whether texts `(batch_size, length)` begin with the prompts."""
+    def is_continued_by(self, input_ids: Tensor) -> bool:
+        """Returns whether texts `(batch_size, length)` begin with the prompts."""
         is_longer = len(input_ids) == len(self._input_ids) and input_ids.shape[1] >= self.prompt_length
         return is_longer and torch.equal(input_ids[:, : self.prompt_length], self.prompt)
 
     def mask_of(self, input_ids: Tensor) -> Tensor:
-        """The mask of texts that begin with the prompts."""
+        """Returns the mask of texts that begin with the prompts."""
         new = input_ids.new_ones(len(input_ids), input_ids.shape[1] - self.prompt_length)
         return torch.cat([self.attention_mask[:, : self.prompt_length], new], dim=1)
 
 
 class Step:
     """
-    One forward pass of the base, as `prepare_inputs_for_generation` was told of it.
+    Stands for one forward pass of the base, as `prepare_inputs_for_generation` was called for it.
 
     Attributes:
         run ([`Run`]):
@@ -77,26 +105,28 @@ class Step:
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
             All that the base has read after it.
         attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
-            Which of it is no padding.
+            Which of these tokens are not padding.
         is_first (`bool`):
             Whether it is the first pass of the run, over the prompt.
         logits (`torch.Tensor` of shape `(batch_size, n, vocab_size)`, *optional*):
-            What the base returned for the last n tokens, before any processor, if that is asked for.
+            What the base returned for the last n tokens, before any processor, if logits are kept.
     """
 
-    # Of a prompt only the last logits are of use; drafts are shorter than this.
+    # Of a prompt only the last logits are used; drafts are shorter than this.
     KEPT_LOGITS = 64
 
     def __init__(self, run: Run, input_ids: Tensor, mask: Tensor | None, is_first: bool, read: Tensor):
         self.run, self.input_ids, self.is_first = run, input_ids, is_first
         # `generate` drops a mask of ones.
         self.attention_mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
-        run.attention_mask = self.attention_mask
+        run.step = self
+        if is_first or input_ids.shape[1] <= run.prompt_length:  # the masks of later drafts are inferred
+            run.attention_mask = self.attention_mask
         self.read = read  # the very tensor that goes to `forward`
         self.logits: Tensor | None = None
 
     def mask_of(self, input_ids: Tensor) -> Tensor | None:
-        """The mask `(batch_size, length)` of texts that this pass has read; `None` if they are others."""
+        """Returns the mask `(batch_size, length)` of texts that this pass has read; `None` for other texts."""
         length = input_ids.shape[1]
         is_read = len(input_ids) == len(self.input_ids) and length <= self.input_ids.shape[1]
         if not is_read or self.attention_mask.shape != self.input_ids.shape:
@@ -106,89 +136,80 @@ class Step:
         return self.attention_mask[:, :length]
 
     def base_logits(self, length: int) -> Tensor | None:
-        """Logits of the base `(batch_size, vocab_size)` after so many tokens, if they were kept."""
+        """Returns the logits of the base `(batch_size, vocab_size)` after so many tokens, if they were kept."""
         ahead = self.input_ids.shape[1] - length
         if self.logits is None or not 0 <= ahead < self.logits.shape[1]:
             return None
         return self.logits[:, -1 - ahead]
 
 
-class StandIn:
+class _ThreadState(threading.local):
     """
-    An instance attribute in place of a method, with a handle that takes it off.
+    Holds what one thread does with the base.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Whose method.
-        name (`str`):
-            Which one.
-        function (callable):
-            What is called instead, with the method before its arguments.
+    Attributes:
+        step ([`Step`], *optional*):
+            The latest pass that was prepared.
+        runs (list of [`Run`]):
+            The latest runs. Those that began inside of another one come after it.
+        n_prompts (list of `int`, *optional*):
+            The number of prompts of each `generate` call that is going on, the outermost first.
+        handle ([`~torch.utils.hooks.RemovableHandle`], *optional*):
+            That of the hook that waits for the logits of the next pass.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, function: Callable):
-        self._model, self._name, self._function = model, name, function
-        self._before = vars(model).get(name)
-        self.__wrapped__ = getattr(model, name)  # `generate` looks at its signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self.__wrapped__, *args, **kwargs)
-
-    def __reduce__(self) -> tuple:
-        return getattr, (self._model, self._name)  # a copy of the model has the method of the copy
-
-    def install(self) -> None:
-        vars(self._model)[self._name] = self
-
-    def remove(self) -> None:
-        if vars(self._model).get(self._name) is self:
-            del vars(self._model)[self._name]
-            if self._before is not None:
-                vars(self._model)[self._name] = self._before
-
-    def retire(self) -> None:
-        """Takes it off for good; if something was put on top of it, which calls it, it only passes on."""
-        self.remove()
-        self._function = lambda method, *args, **kwargs: method(*args, **kwargs)
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.runs: list[Run] = []
+        self.n_prompts: list[int | None] = []
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
 
 
 class StepWatch:
     """
-    Takes note of what `generate` is about to let a model read, for each thread by itself.
+    Records what `generate` is about to let a model read, for each thread separately.
 
     `model.prepare_inputs_for_generation` is called before every forward pass of every decoding loop, with all tokens,
-    their mask and the cache. The instance gets a thin wrapper around it, shared by all processors that guide the model,
-    and loses it with the last of them.
+    their mask and the cache. The instance gets a thin patch around it and around `generate`, which all processors that
+    guide the model share, and which is removed with the last of them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base.
 
     Attributes:
         listeners (list of callable):
             Called with each [`Step`] and the inputs of `forward`, before that pass.
+        fusion ([`Fusion`], *optional*):
+            What runs reward adapters inside the passes of the model, once there are some.
     """
 
-    # `generate` calls inside each other, which is how many can go on at once in a thread.
+    # `generate` calls can run inside each other; so many of the latest runs are kept for each thread.
     KEPT_RUNS = 8
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.listeners: list[Callable[[Step, dict[str, Any]], None]] = []
-        self._local = threading.local()
+        self.fusion: Fusion | None = None
+        self._local = _ThreadState()
         self._users, self._lock = 0, threading.RLock()
-        self._stand_ins = [
-            _PrepareStandIn(model, self),
-            StandIn(model, "generate_batch", _refuse_continuous_batching),
+        self._patches = [
+            _PreparePatch(model, self),
+            InstancePatch(model, "generate", self._generate),
+            InstancePatch(model, "generate_batch", _refuse_continuous_batching),
         ]
         self._keeps_logits = False
 
     @classmethod
     def on(cls, model: PreTrainedModel, user: object) -> "StepWatch":
-        """The one of a model, for as long as any of its users lives."""
+        """Returns the watch of a model, which stays for as long as any of its users lives."""
         current = vars(model).get("prepare_inputs_for_generation")
-        watch = current.watch if isinstance(current, _PrepareStandIn) else cls(model)
+        watch = current.watch if isinstance(current, _PreparePatch) else cls(model)
         with watch._lock:
             watch._users += 1
             if watch._users == 1:
-                for stand_in in watch._stand_ins:
-                    stand_in.install()
+                for patch in watch._patches:
+                    patch.install()
         weakref.finalize(user, watch._release).atexit = False
         return watch
 
@@ -196,37 +217,60 @@ class StepWatch:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                for stand_in in self._stand_ins:
-                    stand_in.retire()
+                for patch in self._patches:
+                    patch.retire()
 
     @property
     def step(self) -> Step | None:
         """The latest pass that was prepared in this thread."""
-        return getattr(self._local, "step", None)
+        return self._local.step
+
+    def step_of(self, input_ids: Tensor) -> Step | None:
+        """
+        Returns the pass that has just read these texts. That is not the latest one of the thread if another processor
+        has run `generate` in between.
+        """
+        latest = self._local.step
+        if latest is None or not latest.run.is_over:
+            return latest
+        steps = [run.step for run in reversed(self._local.runs) if run.step is not None and not run.is_over]
+        return next((step for step in steps if step.mask_of(input_ids) is not None), next(iter(steps), latest))
 
     def keep_logits(self) -> None:
-        """From now on, each step has the logits of the base."""
+        """Makes each step from now on keep the logits of the base."""
         self._keeps_logits = True
 
-    def _note_logits(self, step: Step) -> None:
+    def _record_logits(self, step: Step) -> None:
         """Puts a hook on the model for one pass."""
 
         def hook(module: torch.nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
-            # A pass of another thread that found this hook before it was taken off calls it without `kwargs`.
+            # A pass of another thread that found this hook before it was removed calls it without `kwargs`.
             if len(kwargs_and_output) == 2 and _what_is_read(kwargs_and_output[0]) is step.read:
                 handle.remove()
                 # Assisted decoding writes what processors return into the logits of the base.
                 step.logits = kwargs_and_output[1].logits[:, -Step.KEPT_LOGITS :].detach().clone()
 
-        stale = vars(self._local).get("handle")
-        if stale is not None:  # of a pass that was never run
-            stale.remove()
+        if self._local.handle is not None:  # of a pass that never ran
+            self._local.handle.remove()
         handle = self._local.handle = self.model.register_forward_hook(hook, with_kwargs=True)
 
-    def note(self, input_ids: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        """Of a pass for which `input_ids` and `kwargs` were prepared into `inputs`."""
+    def _generate(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Runs `generate`, and records which runs are over when it returns."""
+        local = self._local
+        given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+        prompts = next((x for x in given if isinstance(x, Tensor)), None)
+        local.n_prompts.append(None if prompts is None else len(prompts))
+        try:
+            return method(*args, **kwargs)
+        finally:
+            for run in local.runs:
+                run.is_over = run.is_over or run.depth >= len(local.n_prompts)
+            local.n_prompts.pop()
+
+    def record(self, input_ids: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Records a pass for which `input_ids` and `kwargs` were prepared into `inputs`."""
         cache = kwargs.get(CACHE, kwargs.get("past_key_values"))  # decoding loops from the Hub may use the old name
-        is_first, last = bool(kwargs.get("is_first_iteration")), self.step
+        is_first, last, read = bool(kwargs.get("is_first_iteration")), self.step, _what_is_read(inputs)
         is_rest = is_first and cache is not None and kwargs.get("next_sequence_length") is None
         n_before = n_read(cache) if is_rest else 0  # tokens that come before `input_ids`, if those are not all
         mask = kwargs.get("attention_mask")
@@ -235,48 +279,75 @@ class StepWatch:
         is_chunk = last is not None and last.run.uses(cache) and last.input_ids.shape[1] == n_before
         if n_before and is_chunk and last is not None:
             run = last.run
-            input_ids = run.reads_chunk(input_ids)
+            input_ids = run.extend_prompt(input_ids)
         else:
             run = self._run_of(input_ids, cache, is_first)
             if is_first:
-                embedded = kwargs.get("inputs_embeds")
-                run.n_hidden = n_before if embedded is None else embedded.shape[1] - input_ids.shape[1]
+                run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
                 run.other_inputs = [name for name, value in kwargs.items() if _is_no_text(name, value)]
-        step = self._local.step = Step(run, input_ids, kwargs.get("attention_mask"), is_first, _what_is_read(inputs))
+        step = self._local.step = Step(run, input_ids, kwargs.get("attention_mask"), is_first, read)
+        if is_first:
+            run.other_inputs += self._changed_inputs(step, inputs, kwargs.get("inputs_embeds"))
         if self._keeps_logits:
-            self._note_logits(step)
+            self._record_logits(step)
         for listener in self.listeners:
             listener(step, inputs)
 
+    def _changed_inputs(self, step: Step, inputs: dict[str, Any], embedded: Tensor | None) -> list[str]:
+        """Returns the names of inputs by which the base reads the tokens of a prompt in another way than models do."""
+        names, positions, mask = [], inputs.get("position_ids"), step.attention_mask
+        if embedded is not None and embedded.shape[1] == step.input_ids.shape[1] > 0:
+            usual: Tensor = self.model.get_input_embeddings()(step.input_ids)
+            if not torch.allclose(usual[mask == 1], embedded.to(usual)[mask == 1]):
+                names.append("inputs_embeds")
+        if positions is not None and positions.ndim == 2 and positions.shape[1] <= mask.shape[1]:
+            is_text, usual = mask[:, -positions.shape[1] :] == 1, position_ids(mask)[:, -positions.shape[1] :]
+            if not (positions.expand_as(usual) == usual)[is_text].all():
+                names.append("position_ids")
+        return names
+
     def _run_of(self, input_ids: Tensor, cache: Any, is_first: bool) -> Run:
-        runs: list[Run] = vars(self._local).setdefault("runs", [])
+        """Returns the run of a pass, a new one if it is the first; runs that began inside of it are dropped."""
+        runs, depth = self._local.runs, len(self._local.n_prompts)
         if is_first:
-            has_drafted = runs and not runs[-1].has_begun and runs[-1].goes_on_with(input_ids)
+            has_drafted = runs and not runs[-1].has_begun and runs[-1].is_continued_by(input_ids)
             run = runs.pop() if has_drafted else Run(input_ids, cache)
-            run.has_begun = True
-        else:  # those inside of it are over
-            its = next((x for x in reversed(runs) if x.uses(cache)), None)
-            its = its or next((x for x in reversed(runs) if x.goes_on_with(input_ids)), None)
-            run = its or Run(input_ids, cache)
-            if its:
-                del runs[runs.index(its) :]
+            run.has_begun, run.drafts_itself = True, bool(has_drafted)
+        else:
+            known = next((x for x in reversed(runs) if x.uses(cache)), None)
+            known = known or next(
+                (x for x in reversed(runs) if x.depth == depth and x.is_continued_by(input_ids)), None
+            )
+            run = known or Run(input_ids, cache)
+            if known:
+                first = runs.index(known)
+                runs[first:] = [x for x in runs[first + 1 :] if x.depth < depth]
+        if run.outer is None:
+            outer = (x for x in reversed(runs) if x.depth < depth and not x.is_over)
+            shorter = (x for x in outer if x.prompt_length < input_ids.shape[1] and x.is_continued_by(input_ids))
+            run.outer = next(shorter, None)
+        run.depth, run.is_over = depth, False
+        run.n_prompts = self._local.n_prompts[-1] if depth else None
         runs.append(run)
         del runs[: -self.KEPT_RUNS]
         return run
 
 
-class _PrepareStandIn(StandIn):
+class _PreparePatch(InstancePatch):
+    """Records each pass that `prepare_inputs_for_generation` prepares."""
+
     def __init__(self, model: PreTrainedModel, watch: StepWatch):
         super().__init__(model, "prepare_inputs_for_generation", self._prepare)
         self.watch = watch
 
     def _prepare(self, method: Callable, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = method(input_ids, *args, **kwargs)
-        self.watch.note(input_ids, inputs, kwargs)
+        self.watch.record(input_ids, inputs, kwargs)
         return inputs
 
 
 def _refuse_continuous_batching(method: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Refuses a decoding loop that would drop processors in silence."""
     raise NotImplementedError(
         "Continuous batching (`generate_batch`, or `cache_implementation='paged'`) ignores logits processors, so that "
         "its text would be unguided, and a `GenARMLogitsProcessor` guides this model. Use another cache; "
@@ -285,11 +356,13 @@ def _refuse_continuous_batching(method: Callable, *args: Any, **kwargs: Any) -> 
 
 
 def _what_is_read(inputs: dict[str, Any]) -> Any:
+    """Returns the tokens or the embeddings among the inputs of `forward`."""
     input_ids = inputs.get("input_ids")
     return inputs.get("inputs_embeds") if input_ids is None else input_ids
 
 
 def _is_no_text(name: str, value: Any) -> bool:
+    """Returns whether an argument of `generate` is something that a reward model can't read."""
     if isinstance(value, Mapping):
         return any(part is not None for part in value.values())
     is_text = name in ("inputs_embeds", "attention_mask")

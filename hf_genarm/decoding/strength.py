@@ -1,6 +1,6 @@
 """How strongly each reward acts on each row of a batch: numbers, one row for each request, or a schedule."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ _LARGEST = 1e6
 
 def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[int], Strengths]:
     """
+    Checks the strengths that a user gives.
+
     Args:
         alpha (`float`, list of `float`, `torch.Tensor`, `numpy.ndarray` or callable):
-            As the user gives it.
+            The strengths.
         n_rewards (`int`):
             Number of reward models.
 
@@ -58,9 +60,9 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
 
 def alpha_of_beta(beta: float, reward_betas: Sequence[float | None]) -> list[float]:
     r"""
-    The strengths $\alpha_k = \beta_{r,k} / \beta$ that realise a KL temperature, from the scales $\beta_{r,k}$ that the
-    reward models were trained with: decoding then samples from $\pi_\text{base}\exp(r / \beta)$, with the reward
-    $r = \beta_r\log\pi_r$ of Eq. 5.
+    Returns the strengths $\alpha_k = \beta_{r,k} / \beta$ that realise a KL temperature, from the scales $\beta_{r,k}$
+    that the reward models were trained with: decoding then samples from $\pi_\text{base}\exp(r / \beta)$, with the
+    reward $r = \beta_r\log\pi_r$ of Eq. 5.
 
     Args:
         beta (`float`):
@@ -80,8 +82,8 @@ def alpha_of_weights(
     weights: Sequence[float] | Tensor, alpha: float, reward_scales: Sequence[float | None]
 ) -> list[float] | Tensor:
     r"""
-    Strengths that trade objectives off on one scale: $\alpha_k = \alpha\,w_k\,\bar s / s_k$, where $s_k$ is the scale
-    of the log-probabilities of reward model $k$ on held-out pairs, and $\bar s$ their geometric mean.
+    Returns strengths that trade objectives off on one scale: $\alpha_k = \alpha\,w_k\,\bar s / s_k$, where $s_k$ is the
+    scale of the log-probabilities of reward model $k$ on held-out pairs, and $\bar s$ their geometric mean.
 
     Args:
         weights (sequence of `float`, or `torch.Tensor` of shape `(n_requests, n_rewards)`):
@@ -106,19 +108,22 @@ def alpha_of_weights(
 
 
 def _known(values: Sequence[float | None], name: str, what: str) -> list[float]:
+    """Returns the values, or refuses those of which one is not known."""
     unknown = [index for index, value in enumerate(values) if value is None]
     if unknown:
         raise ValueError(
-            f"Reward model {unknown[0]} does not say {what} (`{name}` in its `genarm_config.json`). Set `alpha` "
+            f"Reward model {unknown[0]} does not record {what} (`{name}` in its `genarm_config.json`). Set `alpha` "
             "instead."
         )
     return [value for value in values if value is not None]
 
 
-def strengths_at(alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tensor) -> tuple[list[float | Tensor], int]:
+def strengths_at(
+    alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tensor, n_prompts: int | None = None
+) -> tuple[list[float | Tensor], int]:
     """
-    The strength of each reward, one number or a tensor of shape `(batch_size, 1)`, and the number of requests that have
-    strengths of their own.
+    Returns the strength of each reward, one number or a tensor of shape `(batch_size, 1)`, and the number of requests
+    whose strengths differ.
 
     Args:
         alpha (as for [`check_alpha`]):
@@ -129,39 +134,39 @@ def strengths_at(alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tens
             For each row, the number of tokens that were added to its prompt.
         prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
             What the rows begin with.
+        n_prompts (`int`, *optional*):
+            The number of prompts that `generate` was given, if it is known.
     """
     by_step, n_requests = {}, 1
     for step in sorted(set(steps)):
         alphas = check_alpha(alpha(step) if callable(alpha) else alpha, n_rewards)
         if callable(alphas):
             raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
-        by_step[step] = by_reward(alphas, prompts)
+        by_step[step] = by_reward(alphas, prompts, n_prompts)
         n_requests = len(alphas) if isinstance(alphas, Tensor) else n_requests
     strengths, *others = by_step.values()
-    for step, own in zip(list(by_step)[1:], others, strict=True):  # loops by hand may join texts of any length
+    for step, own in zip(list(by_step)[1:], others, strict=True):  # custom loops may join texts of any length
         is_at = torch.tensor([x == step for x in steps], device=prompts.device)[:, None]
         strengths = [torch.where(is_at, x, y) for x, y in zip(own, strengths, strict=True)]
     return strengths, n_requests
 
 
-def unguided_where_zero(guided: Tensor, scores: Tensor, strengths: Iterable[float | Tensor]) -> Tensor:
-    """A row whose strengths are all 0 gets its scores `(batch_size, vocab_size)`, as without a processor."""
-    per_row = [alpha != 0 for alpha in strengths if isinstance(alpha, Tensor)]
-    return torch.where(torch.stack(per_row).any(dim=0), guided, scores.float()) if per_row else guided
-
-
-def by_reward(alphas: list[float] | Tensor, prompts: Tensor) -> list[float | Tensor]:
+def by_reward(alphas: list[float] | Tensor, prompts: Tensor, n_prompts: int | None = None) -> list[float | Tensor]:
     """
-    The strength of each reward: one number, or if requests differ a tensor of shape `(batch_size, 1)`.
+    Returns the strength of each reward: one number, or if requests differ a tensor of shape `(batch_size, 1)`.
 
     Args:
         alphas (list of `float` or `torch.Tensor` of shape `(n_requests, n_rewards)`):
-            From [`check_alpha`]. The rows of a request, for beams or several returns, follow each other.
+            From [`check_alpha`]. The rows of a request, for beams or several returned sequences, follow each
+            other.
         prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
             What the rows begin with.
+        n_prompts (`int`, *optional*):
+            The number of prompts that `generate` was given, if it is known.
 
     Raises:
-        ValueError: if the rows are not a multiple of the requests, or those of one request have different prompts.
+        ValueError: if the rows are not a multiple of the requests, or those of one request have different prompts, or
+            there are strengths for each beam or returned sequence.
     """
     if isinstance(alphas, list):
         return list(alphas)
@@ -173,6 +178,11 @@ def by_reward(alphas: list[float] | Tensor, prompts: Tensor) -> list[float | Ten
             f"`alpha` has {len(alphas)} rows, one for each request, but there are {len(prompts)} rows to generate, and "
             f"they are not {len(alphas)} prompts of equally many rows. Set `processor.alpha` to the strengths of these "
             "requests."
+        )
+    if n_prompts is not None and len(alphas) > n_prompts:
+        raise ValueError(
+            f"`alpha` has {len(alphas)} rows, one for each request, but `generate` was given {n_prompts} prompts. "
+            "Beams and returned sequences of one prompt share its strengths: give one row for each prompt."
         )
     expanded = alphas.to(prompts.device).repeat_interleave(repeats, dim=0)
     return [column[:, None] for column in expanded.unbind(dim=1)]

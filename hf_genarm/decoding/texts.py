@@ -1,4 +1,4 @@
-"""The texts that a processor is asked about: to which run they belong, and what is remembered about them."""
+"""The texts that a processor is called with: which run they belong to, and what is remembered about them."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,32 +13,34 @@ from .step import Run, Step, StepWatch
 
 def text_keys(input_ids: Tensor, n_requests: int = 1) -> list[tuple[int, int]]:
     """
-    What tells the rows of `input_ids` apart, `(batch_size, length)`: their request, and their tokens. The rows of a
-    request, for beams or several returns, follow each other.
+    Returns what distinguishes the rows of `input_ids`, `(batch_size, length)`: their request, and their tokens in any
+    integer dtype. The rows of a request, for beams or several returned sequences, follow each other.
     """
     repeats = max(len(input_ids) // n_requests, 1)
-    return [(index // repeats, hash(row.numpy().tobytes())) for index, row in enumerate(input_ids.cpu())]
+    return [(index // repeats, hash(row.numpy().tobytes())) for index, row in enumerate(input_ids.long().cpu())]
 
 
-class Recent:
-    """What was noted about the texts of the last calls, by their tokens. Older notes are forgotten."""
+class RecentTexts:
+    """Remembers values for the texts of the last calls, by their tokens. Older ones are dropped."""
 
     KEPT_CALLS = 256
 
     def __init__(self) -> None:
         self._calls: deque[dict[tuple[int, int], Any]] = deque(maxlen=self.KEPT_CALLS)
 
-    def note(self, keys: Sequence[tuple[int, int]], values: Sequence[Any]) -> None:
+    def record(self, keys: Sequence[tuple[int, int]], values: Sequence[Any]) -> None:
+        """Remembers a value for each text of a call."""
         self._calls.append(dict(zip(keys, values, strict=True)))
 
     def find(self, key: tuple[int, int], default: Any = None) -> Any:
+        """Returns the latest value for a text."""
         return next((call[key] for call in reversed(self._calls) if key in call), default)
 
 
 @dataclass
 class Text:
     """
-    What is known about the texts of a call.
+    Holds what is known about the texts of a call.
 
     Parameters:
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
@@ -48,9 +50,9 @@ class Text:
         n_new (list of `int`):
             The number of tokens that each of them has beyond its prompt.
         step ([`Step`], *optional*):
-            The pass of the base that has read them, or what they go on from; `None` where nobody said.
+            The pass of the base that has read them, or what they continue; `None` where the base is not watched.
         base_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
-            Which tokens the base has not taken for padding, as far as it is known.
+            Which tokens are no padding for the base, where it is known.
         is_drafted (`bool`):
             Whether the base has read drafts beyond them in its first pass.
         is_new (`bool`):
@@ -67,35 +69,40 @@ class Text:
 
     @property
     def prompts(self) -> Tensor:
-        """What all of them began with at the least, `(batch_size, prompt_length)`."""
+        """The longest prompts that all of them have, `(batch_size, prompt_length)`."""
         return self.input_ids[:, : self.input_ids.shape[1] - max(self.n_new)]
 
     @property
     def is_prompt(self) -> bool:
+        """Whether nothing has been generated yet."""
         return not any(self.n_new)
 
 
 class TextReader:
     """
-    Finds out to which run the texts of a call belong: by what `generate` has told the base, and where that is not
-    known, as in a loop by hand, by the tokens. A text is then taken to go on if it is an earlier one and one token.
+    Finds the run that the texts of a call belong to.
+
+    `generate` shows it by what it lets the base read. Where the base is not watched, as in a custom decoding loop, the
+    tokens show it: a text continues an earlier one if it is that text and one more token.
 
     Args:
         watch ([`StepWatch`], *optional*):
-            Of the base.
+            That of the base.
     """
 
     def __init__(self, watch: StepWatch | None):
         self._watch = watch
         self._run: Run | None = None  # that of the last call
-        self._earlier = Recent()  # runs and lengths of prompts
+        self._earlier = RecentTexts()  # runs and lengths of prompts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Text:
         """
+        Reads the texts that a processor is called with.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`), scores (`torch.Tensor` of shape \
             `(batch_size, vocab_size)`):
-                What the processor is called with.
+                The arguments of the processor.
 
         Raises:
             ValueError: if their numbers of rows differ.
@@ -106,36 +113,41 @@ class TextReader:
             )
         text = self._read(input_ids)
         # What was drafted before the first pass of the base is part of the run.
-        goes_on = text.is_drafted and self._run is not None and self._run.is_by_hand
-        text.is_new = text.run is not self._run and not goes_on
+        goes_on = text.is_drafted and self._run is not None and self._run.is_custom_loop
+        text.is_new = (self._run is None or text.run.root is not self._run.root) and not goes_on
         self._run = text.run
         return text
 
-    def begin(self, input_ids: Tensor) -> None:
-        """Says that drafts follow, before the base has read anything of a new run."""
-        self._run = Run(input_ids, is_by_hand=True)
+    def begin_with_drafts(self, input_ids: Tensor) -> None:
+        """Begins a run whose first tokens are drafted before the base has read anything of it."""
+        self._run = Run(input_ids, is_custom_loop=True)
 
     def _read(self, input_ids: Tensor) -> Text:
-        length, step = input_ids.shape[1], None if self._watch is None else self._watch.step
+        length, step = input_ids.shape[1], None if self._watch is None else self._watch.step_of(input_ids)
         mask = None if step is None else step.mask_of(input_ids)
         is_drafted = step is not None and step.is_first and length < step.input_ids.shape[1]
         if step is None or mask is None or (length < step.run.prompt_length and not is_drafted):
-            return self._unread(input_ids, step)
+            return self._read_unwatched(input_ids, step)
         run = step.run
-        if is_drafted:  # its first pass went over drafts, too
+        if is_drafted:  # its first pass read drafts, too
             run.prompt_length = min(run.prompt_length, length)
         if len(input_ids) == 1:  # drafts may follow
-            self._earlier.note(text_keys(input_ids), [(run, run.prompt_length)])
+            self._earlier.record(text_keys(input_ids), [(run, run.prompt_length)])
+        if run.outer is not None or run.drafts_itself:
+            # Where `generate` infers the mask of drafts, it takes pad tokens that were generated for padding.
+            mask = run.root.mask_of(input_ids)
         return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), step, mask, is_drafted)
 
-    def _unread(self, input_ids: Tensor, step: Step | None) -> Text:
-        """Drafts, or texts of which nobody has told the base."""
+    def _read_unwatched(self, input_ids: Tensor, step: Step | None) -> Text:
+        """Reads drafts, or texts of a custom loop, which the base has not prepared."""
         length = input_ids.shape[1]
         if step is not None and step.run.n_hidden and torch.equal(input_ids, step.input_ids):
             return Text(input_ids, step.run, [0] * len(input_ids), step)
         earlier = [self._earlier.find(key) for key in text_keys(input_ids[:, :-1])]
-        run = next((known[0] for known in earlier if known is not None), None) or Run(input_ids, is_by_hand=True)
-        notes = [(run, length) if known is None else known for known in earlier]
-        self._earlier.note(text_keys(input_ids), notes)
-        mask = None if run.is_by_hand else run.mask_of(input_ids)
-        return Text(input_ids, run, [length - prompt_length for _, prompt_length in notes], None, mask)
+        # A loop that continues what `generate` has written is another run.
+        earlier = [None if known is None or known[0].is_over else known for known in earlier]
+        run = next((known[0] for known in earlier if known is not None), None) or Run(input_ids, is_custom_loop=True)
+        values = [(run, length) if known is None else known for known in earlier]
+        self._earlier.record(text_keys(input_ids), values)
+        mask = None if run.is_custom_loop else run.mask_of(input_ids)
+        return Text(input_ids, run, [length - prompt_length for _, prompt_length in values], None, mask)

@@ -13,7 +13,7 @@ class VocabMap:
 
     The two may number their tokens differently, pad their embeddings to other sizes, and have added tokens that the
     other lacks, such as a pad token. The regular tokens must be the same strings: a reward model that splits text
-    into other pieces has nothing to say about the base model's next token.
+    into other pieces has no probability for the base model's next token.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -45,7 +45,7 @@ class VocabMap:
 
     def reward_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """
-        The same text in the reward model's ids. Padding, which the reward model never sees, becomes 0.
+        Returns the same text in the reward model's ids. Padding, which the reward model never sees, becomes 0.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`)
@@ -68,7 +68,7 @@ class VocabMap:
 
     def base_log_probs(self, log_probs: Tensor, vocab_size: int) -> Tensor:
         """
-        Log-probabilities in the order of the base model's ids, NaN for the tokens that the reward model can't score.
+        Returns log-probabilities in the order of the base model's ids, NaN for tokens without a reward.
 
         Args:
             log_probs (`torch.Tensor` of shape `(batch_size, reward_vocab_size)`):
@@ -96,7 +96,7 @@ def vocab_maps(
     n_models: int,
 ) -> list[VocabMap | None]:
     """
-    How each reward model's vocabulary lines up with that of the base; `None` where the ids are the same.
+    Returns how each reward model's vocabulary lines up with that of the base; `None` where the ids are the same.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):

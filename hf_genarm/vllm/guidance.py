@@ -3,14 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..decoding.kl_control import controlled_scale
-from ..decoding.rewards import refuse_nan
-from ..functional import contrast, guided_log_probs
+from ..functional import guided_product
 from .loading import ServedLM
 from .requests import Wish
 
@@ -87,19 +87,17 @@ class Guidance:
             for index in range(len(self._models))
         ]
         rewards = [self._rewards(index, readings, scores) for index in range(len(self._models))]
+        reference = None
         if self._reference == "base":
             reference = scores.log_softmax(dim=-1)
-            rewards = [contrast(log_probs, reference) for log_probs in rewards]
         elif self._reference is not None:
             texts = {x.wish: x.text for x in readings}
             reference = self._reference.log_probs(texts, [len(x.rows) for x in readings]).to(scores.device)
-            rewards = [contrast(log_probs, reference) for log_probs in rewards]
-        if any(x.wish.target_kl is not None for x in readings):
-            scale = self._scale(readings, scores, rewards, strengths)
-            strengths = [alpha * scale for alpha in strengths]
-        guided = guided_log_probs(scores, rewards, strengths)
-        refuse_nan(guided, scores, strengths)
-        logits[rows] = guided.to(logits.dtype)
+        is_scaled = any(x.wish.target_kl is not None for x in readings)
+        scale = partial(self._scale, readings) if is_scaled else None
+        product = guided_product(scores, rewards, strengths, reference, scale=scale)
+        product.refuse_empty_rows()
+        logits[rows] = product.log_probs.to(logits.dtype)
         return logits
 
     def _rewards(self, index: int, readings: Sequence[Reading], scores: Tensor) -> Tensor:
@@ -114,7 +112,7 @@ class Guidance:
         return torch.zeros_like(scores).masked_scatter(is_wanted[:, None], log_probs.to(scores.device))
 
     def _scale(
-        self, readings: Sequence[Reading], scores: Tensor, rewards: list[Tensor], strengths: list[Tensor]
+        self, readings: Sequence[Reading], scores: Tensor, rewards: list[Tensor], strengths: list[Any]
     ) -> Tensor:
         """What strengths are multiplied with, `(n, 1)`: 1 for requests without a set divergence."""
         scale = torch.ones(len(scores), 1, device=scores.device)

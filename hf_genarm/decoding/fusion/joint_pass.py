@@ -21,42 +21,46 @@ from transformers.utils import ModelOutput
 
 from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
+from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM, State, position_ids
-from ..step import StandIn, Step, StepWatch
-from .cache import join, split
-from .network import JointNetwork, NotFusableError, Product, check_heard, products_of
+from ..step import Step, StepWatch
+from .joint_cache import join, split
+from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks
 
 logger = logging.getLogger(__name__)
 
-_APART = "Base and reward model run apart, because %s."
-# What a decoding step gives to the base, beside what is `None` or `False`.
+_SEPARATELY = "Base and reward model run separately, because %s."
+# What a decoding step passes to the base, in addition to what is `None` or `False`.
 _STEP_INPUTS = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"}
 _STEP_INPUTS |= {"logits_to_keep"}
 
 
 class FusedLM(LockstepLM):
     """
-    A reward model that is an adapter on the base, and lets itself be advanced in the base's forward passes.
+    Runs a reward model that is an adapter on the base, and can be advanced in the base's forward passes.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The adapter, on the weights of the base, or other modules around these alone.
         fusion ([`Fusion`]):
-            Of the base.
+            That of the base.
 
     Attributes:
         joint_passes (`int`):
             Number of forward passes of the base that it was advanced in.
+        last_obstacle (`str`, *optional*):
+            Why the last attempt at a joint pass failed.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, fusion: "Fusion"):
         super().__init__(model)
         self._fusion = fusion
         self.joint_passes = 0
+        self.last_obstacle: str | None = None
 
     def why_not_fused(self) -> str | None:
-        """Why it has to take passes of its own as things are now; `None` if it needn't."""
-        return self._fusion.why_not(self)
+        """Returns why it takes separate passes in the present state; `None` if it doesn't."""
+        return self.last_obstacle or self._fusion.why_not(self)
 
     def follow_base(self) -> None:
         """Moves what is not shared to the device of the base."""
@@ -72,9 +76,31 @@ class FusedLM(LockstepLM):
         return logits
 
 
+class _ThreadState(threading.local):
+    """
+    Holds what one thread knows of the coming passes of the base.
+
+    Attributes:
+        waiting (list of [`FusedLM`]):
+            Reward models that can be advanced in the next pass.
+        is_hastened (`bool`):
+            Whether the next pass runs the joint modules even without reward models.
+        products (`dict`):
+            The low-rank products of each reward model, `None` if it can't be fused.
+        networks (`dict`):
+            The joint network for each tuple of reward models, `None` if there can't be one.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[FusedLM] = []
+        self.is_hastened = False
+        self.products: dict[FusedLM, list[tuple[str, LowRankProduct]] | None] = {}
+        self.networks: dict[tuple[FusedLM, ...], JointNetwork | None] = {}
+
+
 @dataclass
 class _JointPass:
-    """A forward pass of the base that is about to be joined."""
+    """Holds a forward pass of the base that is about to be joined."""
 
     step: Step
     reward_models: list[FusedLM]
@@ -86,8 +112,8 @@ class Fusion:
     Advances reward models that are adapters on the base inside the forward passes of the base.
 
     It only runs ahead: after a joint pass, each [`FusedLM`] has read the tokens that the base has just read, and
-    keeps the logits that follow them. Asked about those tokens, it has the answer; asked about any others, or if a pass
-    of the base could not be joined, it works the answer out itself. So only time depends on what is done here.
+    keeps the logits that follow them. When these are needed, they are there; for any other tokens, or if a pass of the
+    base could not be joined, the reward model computes its logits itself. So only time depends on what is done here.
 
     The modules of the base are never changed. When `generate` has prepared a pass that can be joined, `base.forward` is
     replaced on the instance, and put back as the first thing when it is called. What replaces it runs other modules
@@ -100,86 +126,88 @@ class Fusion:
 
     def __init__(self, watch: StepWatch):
         self.base = watch.model
-        self._local = threading.local()
+        self._local = _ThreadState()
         self._armed: dict[int, _JointPass] = {}  # by thread
         self._lock = threading.Lock()
-        self._stand_in = StandIn(self.base, "forward", self._forward)
+        self._patch = InstancePatch(self.base, "forward", self._forward)
         watch.listeners.append(self._before_a_pass)
 
     @classmethod
-    def of(cls, watch: StepWatch) -> "Fusion":
-        """The one of a base, for all processors that guide it."""
-        owners = (getattr(listener, "__self__", None) for listener in watch.listeners)
-        return next((owner for owner in owners if isinstance(owner, cls)), None) or cls(watch)
+    def on(cls, watch: StepWatch) -> "Fusion":
+        """Returns the one of a base, which all processors that guide it share."""
+        if watch.fusion is None:
+            watch.fusion = cls(watch)
+        return watch.fusion
 
     def why_not(self, reward_model: LockstepLM) -> str | None:
-        """Why a reward model can't be fused with the base as the two are now; `None` if it can."""
+        """Returns why a reward model can't be fused with the base in their present state; `None` if it can."""
         try:
-            check_heard(self.base, "the base")
+            refuse_hooks(self.base, "the base")
             products_of(reward_model, self.base)
         except NotFusableError as error:
             return str(error)
         return None
 
     def join_next_pass(self, reward_model: FusedLM) -> None:
-        """Joins the next forward pass of the base in this thread, if that goes on with what was just read."""
-        waiting = vars(self._local).setdefault("waiting", [])
-        if reward_model not in waiting:
-            waiting.append(reward_model)
+        """Joins the next forward pass of the base in this thread, if that continues what was just read."""
+        if reward_model not in self._local.waiting:
+            self._local.waiting.append(reward_model)
 
     def hasten_next_pass(self) -> None:
-        """The next pass of the base in this thread is run as joint ones are, which is faster for a few tokens."""
+        """Runs the next pass of the base in this thread as joint passes are run, which is faster for a few tokens."""
         self._local.is_hastened = True
 
     def _before_a_pass(self, step: Step, inputs: dict[str, Any]) -> None:
+        """Decides whether the pass that was just prepared is joined."""
         self._disarm()
-        waiting, is_hastened = vars(self._local).pop("waiting", []), vars(self._local).pop("is_hastened", False)
+        waiting, is_hastened = self._local.waiting, self._local.is_hastened
+        self._local.waiting, self._local.is_hastened = [], False
         fusable = [x for x in waiting if self._products(x) is not None] if not step.is_first else []
         if (fusable or (is_hastened and not step.is_first)) and _is_plain(step, inputs):
             network = self._network(fusable)
             if network is not None:
                 with self._lock:
                     self._armed[threading.get_ident()] = _JointPass(step, fusable, network)
-                    self._stand_in.install()
+                    self._patch.install()
 
     def _disarm(self) -> "_JointPass | None":
+        """Returns the pass of this thread that was to be joined, and restores `forward` when no thread has one."""
         with self._lock:
             armed = self._armed.pop(threading.get_ident(), None)
             if not self._armed:
-                self._stand_in.remove()
+                self._patch.remove()
         return armed
 
     def forget(self) -> None:
-        """What the modules of the base and of reward models are like is looked at anew."""
+        """Forgets what the modules of the base and of reward models were like."""
         self._local.products, self._local.networks = {}, {}
 
-    def _products(self, reward_model: FusedLM) -> list[tuple[str, Product]] | None:
-        """`None` if it can't be fused."""
-        known: dict[FusedLM, list[tuple[str, Product]] | None] = vars(self._local).setdefault("products", {})
+    def _products(self, reward_model: FusedLM) -> list[tuple[str, LowRankProduct]] | None:
+        """Returns the low-rank products of a reward model; `None` if it can't be fused."""
+        known = self._local.products
         if reward_model not in known:
             try:
                 known[reward_model] = products_of(reward_model, self.base)
             except NotFusableError as error:
-                logger.info(_APART, error)
+                logger.info(_SEPARATELY, error)
                 known[reward_model] = None
         return known[reward_model]
 
     def _network(self, reward_models: list[FusedLM]) -> JointNetwork | None:
-        """Of the base and products of reward models; `None` if something acts on the base that it would not hear."""
-        networks: dict[tuple, JointNetwork | None] = vars(self._local).setdefault("networks", {})
-        key = tuple(reward_models)
+        """Returns the joint network of base and reward models; `None` if a hook on the base would not act in it."""
+        networks, key = self._local.networks, tuple(reward_models)
         if key not in networks:
             try:
-                check_heard(self.base, "the base")
+                refuse_hooks(self.base, "the base")
                 networks[key] = JointNetwork(self.base, [self._products(x) or [] for x in reward_models])
             except NotFusableError as error:
                 if reward_models:
-                    logger.info(_APART, error)
+                    logger.info(_SEPARATELY, error)
                 networks[key] = None
         return networks[key]
 
     def _forward(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
-        """In place of `base.forward`."""
+        """Takes the place of `base.forward` for one pass."""
         armed = self._disarm()
         if armed is not None and not args and kwargs.get("input_ids") is armed.step.read:
             output = self._joint_pass(armed, kwargs)
@@ -189,8 +217,8 @@ class Fusion:
 
     def _joint_pass(self, armed: _JointPass, inputs: dict[str, Any]) -> ModelOutput | None:
         """
-        Returns what the base returns for these inputs, and advances the reward models. `None` means that they have read
-        something else, that nothing has changed, and that the base has to do it alone.
+        Returns what the base returns for these inputs, and advances the reward models. `None` if they have read
+        something else: nothing has changed then, and the base has to run alone.
         """
         step, cache = armed.step, inputs[CACHE]
         # Taken, so that an interruption loses them, and can't leave them half changed.
@@ -205,6 +233,7 @@ class Fusion:
         return output
 
     def _run(self, armed: _JointPass, states: Sequence[State], inputs: dict[str, Any]) -> ModelOutput | None:
+        """Runs the joint network on the rows of the base and of the reward models."""
         caches = [inputs[CACHE], *(state.cache for state in states)]
         rows = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
         rows = {name: value.repeat(len(caches), 1) for name, value in rows.items() if value is not None}
@@ -216,22 +245,22 @@ class Fusion:
             split(joint, caches, n_read, 0 if output is None else n_new)
         if output is None:
             self._local.networks[tuple(armed.reward_models)] = None
-            logger.info(
-                "%s `%s` mixes the rows of a batch, or returns more than logits.",
-                "Base and reward model run apart, because",
-                type(self.base).__name__,
-            )
+            reason = f"`{type(self.base).__name__}` mixes the rows of a batch, or returns more than logits"
+            for reward_model in armed.reward_models:
+                reward_model.last_obstacle = reason
+            logger.info(_SEPARATELY, reason)
             return None
         base_logits, *reward_logits = output["logits"].split(batch_size)
         for reward_model, state, logits in zip(armed.reward_models, states, reward_logits, strict=True):
             state.extend(armed.step.input_ids, armed.step.attention_mask, logits)
             reward_model.joint_passes += 1
+            reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]
         return output
 
 
 def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
-    """Whether these are the inputs of a plain step that goes on from a growing cache, and all of its tokens known."""
+    """Returns whether these are the inputs of a plain step that extends a growing cache of known tokens."""
     new, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     cache: Any = inputs.get(CACHE)
     extra = [name for name, value in inputs.items() if name not in _STEP_INPUTS and value is not None]
@@ -245,12 +274,13 @@ def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
     if shape != (len(new), int(cache.get_seq_length()) + n_new) or step.attention_mask.shape != shape:
         return False
     positions = inputs.get("position_ids")
-    # Not those that a reward model would be given on its own, one row for each text.
+    # A reward model has the usual positions, one row for each text.
     is_usual = positions is None or torch.equal(positions, position_ids(step.attention_mask)[:, -n_new:])
     return is_usual and (mask is None or mask.shape == shape)
 
 
 def _can_be_joined(layer: Any, n_new: int) -> bool:
+    """Returns whether the keys and values of a layer can be joined with those of other rows."""
     if type(layer) is DynamicSlidingWindowLayer:
         return layer.is_initialized and not layer.record_past and n_new < layer.sliding_window
     return type(layer) is DynamicLayer and layer.is_initialized

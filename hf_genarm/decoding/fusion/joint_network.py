@@ -1,4 +1,4 @@
-"""The network of the base, with the low-rank products of reward adapters added to rows of their own."""
+"""The network of the base, with the low-rank products of reward adapters added to separate rows."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...hub.kv_cache import CACHE, network_of
+from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM
-from ..step import StandIn, StepWatch
+from ..step import StepWatch
 
 # `W x` is 2 to 3 times as fast as `x W` for 2 to 4 rows, and as fast for 32 (`decode_cost.py --products`: MKL, EPYC).
 _FEW_ROWS = 32
 
 
-class Product(NamedTuple):
-    """The low-rank product of one adapter in one layer."""
+class LowRankProduct(NamedTuple):
+    """Holds the low-rank product of one adapter in one layer."""
 
     a: Tensor
     b: Tensor
@@ -34,15 +35,15 @@ class Product(NamedTuple):
             output[rows] += nn.functional.linear(low_rank, self.b) * self.scaling
 
 
-def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[str, Product]]:
+def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[str, LowRankProduct]]:
     """
-    The low-rank products that make a reward model of the base, with the names of their layers.
+    Returns the low-rank products that make a reward model of the base, with the names of their layers.
 
     Raises:
         NotFusableError: if it has more than the weights of the base and such products.
     """
     model = reward_model.model
-    check_heard(model, "a reward model")
+    refuse_hooks(model, "a reward model")
     if not reward_model.has_cache:
         raise NotFusableError(f"`{type(base).__name__}` has no cache of keys and values alone")
     network = network_of(model)
@@ -60,7 +61,7 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
             if name in layer.lora_variant:
                 raise NotFusableError(f"`{type(layer.lora_variant[name]).__name__}` is not plain LoRA")
             if name in factors:
-                products.append((path, Product(*factors[name], layer.scaling[name])))
+                products.append((path, LowRankProduct(*factors[name], layer.scaling[name])))
     # One test for all that PEFT can do, `layer_replication` too: nothing is in the model but these factors and what is
     # in the base, each weight where it is there.
     own = {
@@ -68,7 +69,10 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
         for name, x in network.named_parameters(remove_duplicate=False)
         if x not in factors_of_all
     }
-    if own != {name: id(x) for name, x in base.named_parameters(remove_duplicate=False)}:
+    is_same = own == {name: id(x) for name, x in base.named_parameters(remove_duplicate=False)}
+    # The rows of the reward model are computed with the buffers of the base, such as its rotary frequencies.
+    own_buffers = {name.replace(".base_layer.", "."): x for name, x in network.named_buffers(remove_duplicate=False)}
+    if not is_same or not _are_equal(own_buffers, dict(base.named_buffers(remove_duplicate=False))):
         raise NotFusableError(
             f"`{network.config.name_or_path}` and the base differ in more than plain LoRA on linear layers (DoRA, "
             "trained biases, `modules_to_save`, embeddings, replicated layers, or a base that was changed)"
@@ -76,23 +80,30 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
     return products
 
 
+def _are_equal(own: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Returns whether two sets of buffers have the same names and values, in whatever dtype."""
+    pairs = [(x, others.get(name)) for name, x in own.items()]
+    same = (x is y or (y is not None and x.device == y.device and x.double().equal(y.double())) for x, y in pairs)
+    return own.keys() == others.keys() and all(same)
+
+
 class JointNetwork:
     """
-    Other modules around the weights of the base, which add the low-rank products of reward models to their rows.
+    Runs other modules around the weights of the base, which add the low-rank products of reward models to their rows.
 
-    The rows that follow those of the base belong to the reward models, in order. It is good as long as nobody changes
-    the modules of the base or of a reward model.
+    The rows that follow those of the base belong to the reward models, in order. It stays valid as long as the modules
+    of the base and of the reward models don't change.
 
     Args:
         base ([`~transformers.PreTrainedModel`]):
-            The model to be steered; [`check_heard`] finds nothing wrong with it.
-        products (sequence of list of (`str`, [`Product`])):
-            Of each reward model, from [`products_of`].
+            The model to be steered, which [`refuse_hooks`] accepts.
+        products (sequence of list of (`str`, [`LowRankProduct`])):
+            Those of each reward model, from [`products_of`].
     """
 
-    def __init__(self, base: PreTrainedModel, products: Sequence[Sequence[tuple[str, Product]]]):
+    def __init__(self, base: PreTrainedModel, products: Sequence[Sequence[tuple[str, LowRankProduct]]]):
         self._batch_size = self._n_rows = self._seen = 0
-        by_path: dict[str, list[tuple[int, Product]]] = {}
+        by_path: dict[str, list[tuple[int, LowRankProduct]]] = {}
         for block, its_products in enumerate(products, start=1):
             for path, product in its_products:
                 by_path.setdefault(path, []).append((block, product))
@@ -106,7 +117,7 @@ class JointNetwork:
             vars(layer)["forward"] = self._with_products(layer.forward, of_layer)
 
     def _with_products(
-        self, forward: Callable[[Tensor], Tensor], products: Sequence[tuple[int, Product]]
+        self, forward: Callable[[Tensor], Tensor], products: Sequence[tuple[int, LowRankProduct]]
     ) -> Callable[[Tensor], Tensor]:
         def joint_forward(x: Tensor) -> Tensor:
             if x.ndim != 3 or len(x) != self._n_rows:
@@ -120,7 +131,7 @@ class JointNetwork:
         return joint_forward
 
     def __call__(self, inputs: dict, batch_size: int) -> ModelOutput | None:
-        """`None` if the network treats its batch in a way that products can't be added to rows."""
+        """Runs the network; `None` if it treats its batch in a way that products can't be added to rows."""
         self._batch_size, self._n_rows, self._seen = batch_size, len(inputs["input_ids"]), 0
         try:
             output = self._network(**inputs)
@@ -132,35 +143,37 @@ class JointNetwork:
 
 
 class NotFusableError(Exception):
-    """Says why base and reward models can't share a forward pass."""
+    """The reason why base and reward models can't share a forward pass."""
 
 
 class _NotRowByRowError(Exception):
-    """An adapted layer was given something else than the rows of the batch, such as the tokens of one expert."""
+    """An adapted layer was called with something other than the rows of the batch, such as the tokens of one expert."""
 
 
-def check_heard(model: nn.Module, what: str) -> None:
+def refuse_hooks(model: nn.Module, what: str) -> None:
     """
+    Refuses a model on which something acts that other modules around its weights would not run.
+
     Raises:
-        NotFusableError: if something acts on a model that other modules around its weights would not hear.
+        NotFusableError: if there is a hook, a replaced `forward` or another such thing.
     """
     for module in model.modules():
         own = vars(module)
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        is_ours = isinstance(own.get("forward"), StandIn | None)
-        if not is_ours or module._compiled_call_impl is not None or not all(map(_is_silent, hooks)):
+        is_ours = isinstance(own.get("forward"), InstancePatch | None)
+        if not is_ours or module._compiled_call_impl is not None or not all(map(_is_harmless, hooks)):
             raise NotFusableError(f"hooks, offloading, compilation or a replaced `forward` act on {what}")
         if module.training:
             raise NotFusableError(f"{what} is in training mode")
 
 
-def _is_silent(hook: Callable) -> bool:
-    """Hooks that transformers leaves on modules that were once asked for hidden states, and ours that takes notes."""
+def _is_harmless(hook: Callable) -> bool:
+    """Returns whether a hook is what `output_hidden_states` leaves behind, or ours that keeps logits."""
     return hook.__module__ in ("transformers.utils.output_capturing", StepWatch.__module__)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What the layer returns, by the faster way round on a CPU."""
+    """Returns what the layer returns, by the order of factors that is faster on a CPU."""
     n_rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or x.dtype != torch.float32 or n_rows > _FEW_ROWS:
         return nn.functional.linear(x, layer.weight, layer.bias)
@@ -170,15 +183,16 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _other_modules(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
     """
-    The modules of a network a second time: another tree, and nothing else that is not shared. A deep copy
-    around the same weights takes twenty times as long, and copies whatever hangs on the modules; this is made anew for
+    Returns the modules of a network a second time: another tree, which shares all that is in it. A deep copy around the
+    same weights takes twenty times as long, and copies whatever is attached to the modules; this is made again for
     each `generate` call, so that it is never stale.
     """
     if module not in made:
         other = made[module] = object.__new__(type(module))
         vars(other).update(vars(module))
-        vars(other).pop("forward", None)  # a compiled or watched base has some on its instance
+        vars(other).pop("forward", None)  # a compiled or patched base has some on its instance
         vars(other).pop("prepare_inputs_for_generation", None)
+        vars(other).pop("generate", None)
         children = {name: child and _other_modules(child, made) for name, child in module._modules.items()}
         # Some networks grow their buffers as they read on; that must not reach the base.
         vars(other).update(_modules=children, _buffers=dict(module._buffers))

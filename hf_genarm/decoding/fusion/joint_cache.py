@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 def join(caches: Sequence[DynamicCache]) -> DynamicCache:
     """
-    One cache of the rows of all, the base's first. It takes their keys and values, so that those of a layer are freed
-    as soon as it has grown; [`split`] gives them back.
+    Makes one cache of the rows of all, the base's first. It takes their keys and values, so that those of a layer are
+    freed as soon as it has grown; [`split`] gives them back.
     """
     joint = copy.copy(caches[0])
     joint.layers = []
@@ -47,7 +47,7 @@ def split(joint: DynamicCache, caches: Sequence[DynamicCache], n_read: int, n_ne
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Along the rows; without copying if they are still what an earlier joint cache was split into."""
+    """Concatenates along the rows, without copying parts that an earlier joint cache was split into."""
     first = parts[0]
     step = first.numel() and first.stride(0) * len(first)
     for index, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""What works against guidance, or can't be served by it, said where a run begins."""
+"""Settings that work against guidance, and texts that it can't serve: checked when a run begins."""
 
 import warnings
 
@@ -13,9 +13,9 @@ from .lockstep import LockstepLM
 from .texts import Text
 
 
-class Advice:
+class LikelyMistakes:
     """
-    Warns once of each setting that works against guidance, and refuses prompts that are hidden from it.
+    Warns once of each setting that works against guidance, and refuses prompts that reward models can't read.
 
     Args:
         base ([`~transformers.PreTrainedModel`], *optional*):
@@ -32,6 +32,8 @@ class Advice:
 
     def __call__(self, text: Text, reward_models: list[LockstepLM]) -> None:
         """
+        Checks the settings and the texts of a call.
+
         Args:
             text ([`Text`]):
                 What the processor was called with.
@@ -60,8 +62,8 @@ class Advice:
         pattern = self._generation_prompt_ids
         if text.is_prompt and pattern and not _all_contain(text.input_ids, pattern):
             self._warn(
-                "A prompt is not in the chat template, but the reward model was trained on chats, and knows little of "
-                "other text. Use `tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
+                "A prompt is not in the chat template, but the reward model was trained on chats, and its rewards for "
+                "other text mean little. Use `tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
             )
 
     def _warn(self, message: str) -> None:
@@ -72,6 +74,8 @@ class Advice:
 
 def refuse_hidden_text(base_model: PreTrainedModel | PeftModel) -> None:
     """
+    Refuses a base whose text is more than what logits processors are called with.
+
     Args:
         base_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model to be steered, which may be compiled.
@@ -83,7 +87,7 @@ def refuse_hidden_text(base_model: PreTrainedModel | PeftModel) -> None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"The base model has an adapter of the kind {model.active_peft_config.peft_type.value}, which puts virtual "
-            "tokens before the text, where a processor that watches the base can't tell them apart. Make it without "
+            "tokens before the text, where a processor that watches the base can't see them. Make it without "
             "`base_model`, and give it the mask: `processor.attention_mask = inputs['attention_mask']`."
         )
     if network.config.is_encoder_decoder:
@@ -94,6 +98,7 @@ def refuse_hidden_text(base_model: PreTrainedModel | PeftModel) -> None:
 
 
 def _refuse_hidden_prompts(text: Text) -> None:
+    """Refuses texts of which the base has read more than the tokens that `generate` was given."""
     run = text.run
     if run.n_hidden:
         raise ValueError(
@@ -103,12 +108,13 @@ def _refuse_hidden_prompts(text: Text) -> None:
         )
     if run.other_inputs:
         raise ValueError(
-            f"The base model reads {', '.join(f'`{name}`' for name in run.other_inputs)} besides tokens, which the "
-            "reward model can't see. Guide the model on text alone."
+            f"The base model reads {', '.join(f'`{name}`' for name in run.other_inputs)} in addition to tokens, which "
+            "the reward model can't see. Guide the model on text alone."
         )
 
 
 def _all_contain(input_ids: Tensor, pattern: list[int]) -> bool:
+    """Returns whether each row has these tokens somewhere, one after the other."""
     if input_ids.shape[1] < len(pattern):
         return False
     windows = input_ids.unfold(1, len(pattern), 1)  # (batch_size, positions, len(pattern))

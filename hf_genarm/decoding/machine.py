@@ -1,0 +1,143 @@
+"""The machine behind a processor: what its models have read, and the last guided distribution."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..functional import GuidedProduct
+from .drafts import Draft
+from .kl_control import KLControl
+from .likely_mistakes import LikelyMistakes
+from .reference import Reference
+from .rewards import NextTokenRewards
+from .statistics import Statistics
+from .step import StepWatch
+from .texts import Text, TextReader
+from .vocab import VocabMap
+
+
+class GuidanceMachine:
+    """
+    Runs the models of one processor in lockstep with the base. Everything that belongs to runs is kept here, so that a
+    copy of a processor is its settings with a new machine.
+
+    Args:
+        models (sequence of [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The reward models.
+        vocab_maps (sequence of [`VocabMap`] or `None`):
+            How the vocabulary of each lines up with that of the base; `None` where the ids are the same.
+        base ([`~transformers.PreTrainedModel`], *optional*):
+            The model to be steered.
+        reference (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The model that rewards are contrasted with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of the base.
+        generation_prompt_ids (list of `int`, *optional*):
+            As for [`LikelyMistakes`].
+
+    Attributes:
+        watch ([`StepWatch`], *optional*):
+            That of the base.
+        rewards ([`NextTokenRewards`]), reference ([`Reference`], *optional*), kl_control ([`KLControl`]), \
+        statistics ([`Statistics`]):
+            What a step of guidance consists of.
+        product ([`~hf_genarm.functional.GuidedProduct`]):
+            The guided distribution of the last call.
+        draft ([`Draft`], *optional*):
+            What an assistant has drafted last.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel | PeftModel],
+        vocab_maps: Sequence[VocabMap | None],
+        base: PreTrainedModel | None,
+        reference: Literal["base"] | PreTrainedModel | PeftModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        generation_prompt_ids: list[int] | None,
+    ):
+        self.base, self.tokenizer = base, tokenizer
+        self.watch = None if base is None else StepWatch.on(base, self)
+        self.rewards = NextTokenRewards(models, vocab_maps, self.watch)
+        self.reference = None if reference is None else Reference(reference, self.watch)
+        self.kl_control, self.statistics = KLControl(), Statistics(len(models), tokenizer)
+        self.product = _unguided(torch.zeros(0, 1))
+        self.draft: Draft | None = None
+        self._reader = TextReader(self.watch)
+        self._likely_mistakes = LikelyMistakes(base, generation_prompt_ids)
+
+    def reset(self) -> None:
+        """Forgets what the models have read."""
+        self.rewards.begin()
+        if self.reference is not None:
+            self.reference.reset()
+
+    def begin_with_drafts(self, input_ids: Tensor) -> None:
+        """Begins a run whose first tokens are drafted before the base has read anything of it."""
+        self._reader.begin_with_drafts(input_ids)
+        self.product = _unguided(torch.zeros(0, 1))  # so that drafts don't depend on an earlier call
+        self.reset()
+
+    def scores_of_draft(self, input_ids: Tensor, scores: Tensor) -> Tensor | None:
+        """Returns the scores for a call that needs no product, since it is about a draft; otherwise `None`."""
+        return None if self.draft is None else self.draft.scores_without_product(input_ids, scores)
+
+    def read(self, input_ids: Tensor, scores: Tensor) -> Text:
+        """Finds out what is known about the texts of a call. At the beginning of a run, models forget the last one."""
+        text = self._reader(input_ids, scores)
+        if text.is_new:
+            self.reset()
+        self.product = _unguided(scores)
+        return text
+
+    def check(self, text: Text) -> None:
+        """Warns of likely mistakes, and refuses texts that the base has not read as they are."""
+        self._likely_mistakes(text, self.rewards.models)
+
+    def log_probs(
+        self, text: Text, mask: Tensor, indices: Iterable[int], scores: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """
+        Returns the next-token log-probabilities of some reward models, and those of the reference, if there is one.
+
+        Args:
+            text ([`Text`]):
+                The texts so far.
+            mask (`torch.LongTensor` of shape `(batch_size, length)`):
+                Their mask.
+            indices (iterable of `int`):
+                Which reward models are needed.
+            scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+                Those of the base, for their shape and device.
+        """
+        indices = list(indices)
+        if self.draft is not None:
+            self._read_draft(self.draft, text.input_ids, mask, indices)
+        rewards = [self.rewards.log_probs(index, text.input_ids, mask, scores) for index in indices]
+        return rewards, None if self.reference is None else self.reference.log_probs(text, mask, scores)
+
+    def keep(self, product: GuidedProduct, input_ids: Tensor) -> None:
+        """Keeps the guided distribution of a call."""
+        self.product = product
+        if self.draft is not None:
+            self.draft.record(input_ids, product.log_probs)
+
+    def _read_draft(self, draft: Draft, input_ids: Tensor, mask: Tensor, indices: Iterable[int]) -> None:
+        """When the verification of a draft begins, lets the models that have not written it read it in one pass."""
+        text = draft.text_to_read(input_ids)
+        if text is None:
+            return
+        n_drafts = text.shape[1] - mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(1, n_drafts)], dim=1)
+        for index in set(indices) - {draft.writer}:
+            self.rewards.read_ahead(index, text, mask, n_drafts + 1)
+        if self.reference is not None:
+            self.reference.read_ahead(text, mask, n_drafts + 1)
+
+
+def _unguided(scores: Tensor) -> GuidedProduct:
+    return GuidedProduct(scores, scores, [], [], [])

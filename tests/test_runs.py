@@ -1,0 +1,165 @@
+"""Which run a text belongs to: `generate` inside of `generate`, loops after it, other dtypes, copies."""
+
+import copy
+
+import pytest
+import torch
+from oracle import Recompute
+from peft import PeftModel
+from tiny import PAD, save_adapter, tiny_llama
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
+
+from hf_genarm import GenARMLogitsProcessor
+
+BASE, ARM = tiny_llama(0), tiny_llama(1)
+PROMPTS = torch.tensor([[PAD, PAD, 5, 6, 7], [4, 8, 9, 5, 3]])
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+LONG = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True}
+
+
+def generate(processors, input_ids=PROMPTS, mask=MASK, base=BASE, **options):
+    torch.manual_seed(0)
+    options = LONG | options
+    return base.generate(input_ids=input_ids, attention_mask=mask, logits_processor=list(processors), **options)
+
+
+def assert_same(output, expected):
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    for ours, theirs in zip(output.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+class Rollout(LogitsProcessor):
+    """Continues the texts with the same model before each token, as a look-ahead method does."""
+
+    def __init__(self, n_rows=None, n_tokens=3, inner=()):
+        self.n_rows, self.n_tokens, self.inner, self.n_calls = n_rows, n_tokens, list(inner), 0
+
+    def __call__(self, input_ids, scores):
+        self.n_calls += 1
+        rows = input_ids[: self.n_rows]
+        mask = torch.cat([MASK, MASK.new_ones(2, input_ids.shape[1] - MASK.shape[1])], dim=1)[: self.n_rows]
+        options = {"max_new_tokens": self.n_tokens, "min_new_tokens": self.n_tokens, "do_sample": False}
+        BASE.generate(input_ids=rows, attention_mask=mask, logits_processor=self.inner, **options)
+        return scores
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("n_rows", [None, 1])
+def test_another_processor_may_generate_in_between(n_rows, n_tokens):
+    processor = GenARMLogitsProcessor(ARM, lambda step: 0.2 + 0.2 * step, base_model=BASE)
+    plain = generate([processor])
+    assert len({tuple(x.flatten().tolist()) for x in plain.scores}) == len(plain.scores)
+    processor.keeps_statistics = True
+    rollout = Rollout(n_rows, n_tokens)
+    output = generate([rollout, processor])
+    assert rollout.n_calls == 6
+    assert_same(output, plain)
+    table = processor.statistics(output.sequences)
+    assert len(table["token"]) == 12
+    assert table["alpha_0"][:6] == pytest.approx([0.2 + 0.2 * step for step in range(6)])
+
+
+def test_a_guided_rollout_is_a_run_of_its_own():
+    processor = GenARMLogitsProcessor(ARM, lambda step: 1.0 + step, base_model=BASE)
+    plain = generate([processor])
+    assert_same(generate([Rollout(inner=[processor]), processor]), plain)
+
+
+def test_a_custom_loop_after_generate():
+    """It is a run of its own: nothing of the finished call is taken over."""
+    processor = GenARMLogitsProcessor(ARM, lambda step: 1.0 + step, base_model=BASE)
+    one = {"input_ids": PROMPTS[1:], "mask": MASK[1:]}
+    written = generate([processor], **one).sequences
+    expected = GenARMLogitsProcessor(ARM, lambda step: 1.0 + step)
+    for length in range(written.shape[1], written.shape[1] + 3):
+        text = torch.cat([written, torch.full((1, length - written.shape[1]), 5)], dim=1)
+        scores = BASE(input_ids=text).logits[:, -1]
+        torch.testing.assert_close(processor(text, scores), expected(text, scores), atol=1e-4, rtol=0)
+    both = torch.cat([text, text.flip(1)])  # more rows than the call before
+    scores = BASE(input_ids=both).logits[:, -1]
+    torch.testing.assert_close(processor(both, scores), expected(both, scores), atol=1e-4, rtol=0)
+
+
+def test_ids_of_another_dtype():
+    processor = GenARMLogitsProcessor(ARM, target_kl=0.05, base_model=BASE)
+    processor.keeps_statistics = True
+    output = generate([processor])
+    table = processor.statistics(output.sequences)
+    short = generate([processor], input_ids=PROMPTS.int())
+    assert_same(short, output)
+    assert processor.statistics(short.sequences.int())["kl"] == table["kl"]
+    assert len(table["kl"]) == 12
+
+
+def test_a_copy_has_a_mask_of_its_own():
+    processor = GenARMLogitsProcessor(ARM, attention_mask=MASK)
+    other = copy.copy(processor)
+    other.attention_mask = torch.ones_like(MASK)
+    other.alpha[0] = 3.0
+    assert processor.attention_mask.tolist() == MASK.tolist()
+    assert processor.alpha == [1.0]
+    scores = BASE(input_ids=PROMPTS, attention_mask=MASK).logits[:, -1]
+    expected = Recompute([ARM], [1.0], MASK)(PROMPTS, scores)
+    torch.testing.assert_close(processor(PROMPTS, scores).softmax(-1), expected.softmax(-1), atol=1e-5, rtol=0)
+    assert (other(PROMPTS, scores) - processor(PROMPTS, scores)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("n_more", [0, 1, 3])
+def test_a_cache_that_is_not_of_the_prompt_is_refused(n_more):
+    """With `n_more` at 0 `generate` reads the whole prompt after itself."""
+    cache = DynamicCache(config=BASE.config)
+    longer = torch.cat([PROMPTS[1:], torch.full((1, n_more), 5)], dim=1)
+    BASE(input_ids=longer, use_cache=True, past_key_values=cache)
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    with pytest.raises(ValueError, match=r"The base model has read \d+ tokens, but `generate` was given 5"):
+        generate([processor], PROMPTS[1:], MASK[1:], past_key_values=cache)
+
+
+def test_the_base_drafts_for_itself_over_generated_pad_tokens():
+    """`generate` takes a pad token that was generated for padding, where it infers the mask of its drafts."""
+    base = tiny_llama(0, num_hidden_layers=3)
+    prompt = {"input_ids": PROMPTS[1:], "mask": MASK[1:], "base": base}
+    likely_pad = {"sequence_bias": {(PAD,): 6.0}, "do_sample": True, "top_k": 0, "max_new_tokens": 12}
+    processor = GenARMLogitsProcessor(ARM, base_model=base)
+    output = generate([processor], **prompt, **likely_pad, assistant_early_exit=2)
+    assert PAD in output.sequences[0, 5:].tolist()[:-1]
+    expected = generate([Recompute([ARM], [1.0], MASK[1:])], **prompt, **likely_pad, assistant_early_exit=2)
+    assert_same(output, expected)
+
+
+def test_buffers_of_the_base_that_differ_are_not_used_for_a_reward_model(tmp_path):
+    BASE.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base)
+    assert processor.engine == "fused"
+    rotary = base.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq * 1.5
+    assert processor.engine == "shared"
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
+    assert_same(generate([processor], base=base), generate([Recompute([expected], [1.0], MASK)], base=base))
+
+
+def test_inputs_that_change_how_tokens_are_read_are_refused():
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    usual = BASE.get_input_embeddings()(PROMPTS)
+    output = generate([processor])
+    same = generate([processor], inputs_embeds=usual)
+    assert same.sequences.tolist() == output.sequences.tolist()
+    with pytest.raises(ValueError, match="The base model reads `inputs_embeds` in addition to tokens"):
+        generate([processor], inputs_embeds=usual + 0.5)
+    positions = (MASK.cumsum(-1) - 1).clamp(min=0)
+    assert_same(generate([processor], position_ids=positions), output)
+    with pytest.raises(ValueError, match="The base model reads `position_ids` in addition to tokens"):
+        generate([processor], position_ids=positions * 2)
+
+
+def test_strengths_for_each_beam_are_refused():
+    """Beams change places, so that a row of strengths would not stay with its beam."""
+    processor = GenARMLogitsProcessor(ARM, torch.tensor([[0.5], [1.0]]), base_model=BASE)
+    generate([processor], num_beams=2, do_sample=False)
+    for options in ({"num_beams": 2, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
+        processor.alpha = torch.tensor([[0.5], [1.0], [0.5], [2.0]])
+        with pytest.raises(ValueError, match=r"`alpha` has 4 rows.*was given 2 prompts"):
+            generate([processor], **options)
