@@ -305,7 +305,7 @@ def test_a_row_without_a_token_to_choose_from_keeps_the_logits_of_the_engine(
     empty = torch.full((VOCAB_SIZE,), -torch.inf)
     check_bystander(guidance, bystander, GuidedRequest(settings, [5, 6], 2, [1]), empty)
     assert not errors_of(caplog)  # it is what was asked for
-    # The text goes on with tokens to choose from, at the divergence that it is held at.
+    # The text continues with tokens to choose from, at the divergence that it is held at.
     logits = torch.randn(VOCAB_SIZE)
     result = guidance(logits[None].clone(), [GuidedRequest(settings, [5, 6, 7], 2, [0])])
     assert result.isfinite().all()
@@ -361,7 +361,7 @@ def make_slots(network, name):
 
 @torch.no_grad()
 def test_adapters_are_merged_into_a_copy_of_the_served_weights(tmp_path, tokenizer):
-    """Of the served model, although the adapter says that its own is elsewhere, since the weights are the same."""
+    """Of the served model, although the adapter names another folder, since the weights are the same."""
     base = folder_of(tmp_path / "tiny", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     adapter = save_adapter(base, tmp_path / "adapter")
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
@@ -401,7 +401,7 @@ def test_a_reward_model_that_lacks_tokens_is_refused(tmp_path, tokenizer):
         load_reward_lms([reward], base, base, len(larger), make_slots, torch.float32)
 
 
-def test_without_vllm_the_name_says_what_is_missing():
+def test_without_vllm_the_error_names_what_is_missing():
     import hf_genarm.vllm
 
     if find_spec("vllm"):

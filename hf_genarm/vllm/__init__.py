@@ -1,5 +1,5 @@
 """
-Guidance in [vLLM](https://docs.vllm.ai), with strengths of its own for each request: a logits processor for both of its
+Guidance in [vLLM](https://docs.vllm.ai), where each request chooses its strengths: a logits processor for both of its
 model runners, given by its name, `--logits-processors hf_genarm.vllm:GenARM`.
 """
 

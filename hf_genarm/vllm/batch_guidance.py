@@ -45,7 +45,7 @@ class BatchGuidance:
     Guides the rows of requests in a batch, each by its strengths.
 
     No request fails the others: where a reward model can't read a text or returns NaN, or no token is left to choose
-    from, the row keeps the logits of the engine. The log says so once for each request.
+    from, the row keeps the logits of the engine. An error is logged once for each request.
 
     Args:
         reward_models (sequence of [`RewardLM`]):

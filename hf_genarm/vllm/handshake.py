@@ -3,7 +3,7 @@ How the processes that take requests find the defaults of their engine, to check
 
 vLLM checks requests in its front end, by a class method that is given the request alone, and runs processors in another
 process. So the engine leaves a file in a folder of the user for temporary files, and the front end looks for the files
-of its own engines: of this process, of processes that it has started, or that were started together with it. Where the
+of its engines: of this process, of processes that it has started, or that were started together with it. Where the
 environment variable `HF_GENARM_VLLM` holds the configuration, no file is needed.
 """
 

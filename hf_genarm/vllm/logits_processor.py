@@ -24,7 +24,7 @@ class GenARM(V1LogitsProcessor, V2LogitsProcessor):
     - `genarm_alpha`: a number, or a list with one for each reward model; at 0, the request is not guided
     - `genarm_target_kl`: the mean divergence per token, in nats, that strengths are scaled to
 
-    It returns an object for the model runner that makes it, and has no objects of its own class.
+    What it creates is a `V1GenARM` or a `V2GenARM`, for the model runner that creates it.
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any) -> Any:

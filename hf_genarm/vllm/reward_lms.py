@@ -152,7 +152,13 @@ def is_on(name: str, served: str) -> bool:
 
 def refuse_lacking(name: str, lacking: Iterable[str]) -> None:
     """
-    Raises if there are tokens of the served model that a reward model lacks.
+    Checks that a reward model has all tokens of the served model.
+
+    Args:
+        name (`str`):
+            Name of the reward model in the error.
+        lacking (iterable of `str`):
+            The tokens that it lacks.
 
     Raises:
         ValueError: if there is one.
@@ -173,7 +179,7 @@ def _with_slots(
     make_slots: Callable[[PreTrainedModel, str], SlotLM],
     dtype: torch.dtype,
 ) -> RewardLM:
-    """Puts a reward model with weights of its own into slots, and aligns its vocabulary."""
+    """Puts a copy of a reward model into slots, and aligns its vocabulary."""
     network: Any = merged(arm.model)
     network = network.to(dtype).eval().requires_grad_(False)
     reward_vocab_size = network.get_output_embeddings().weight.shape[0]

@@ -40,7 +40,8 @@ class SlotLM:
     def __init__(self, network: PreTrainedModel, n_slots: int, length: int, chunk: int = 512, name: str = ""):
         self._network, self._chunk, self._name = network, chunk, name or type(network).__name__
         self._n_tokens, self._n_logits = len(embeddings_of(network)), len(network.get_output_embeddings().weight)
-        self._refuse_short(length)
+        positions = getattr(network.config.get_text_config(), "max_position_embeddings", length)
+        refuse_short(self._name, min(positions, fixed_length(network)), length)
         objection = why_no_cache(network)
         if objection is None and not getattr(network.config, "is_decoder", True):
             objection = "it is bidirectional"
@@ -98,7 +99,7 @@ class SlotLM:
 
         Returns:
             `torch.Tensor` of shape `(sum of n_last, vocab_size)`: the logits, text by text; NaN for a text that can't
-            be read, whose [`objection`] says why, so that it does not fail the others.
+            be read, whose [`objection`] is the reason, so that it does not fail the others.
         """
         waiting, n_of_unread = [], {}
         for (owner, text), n in zip(texts.items(), n_last, strict=True):
@@ -184,16 +185,6 @@ class SlotLM:
             return f"it has the token {max(new)}, but only those below {self._n_tokens} are known"
         return None
 
-    def _refuse_short(self, length: int) -> None:
-        """Raises if the network can't read texts of this length."""
-        config = self._network.config.get_text_config()
-        longest = min(getattr(config, "max_position_embeddings", length), fixed_length(self._network))
-        if longest < length:
-            raise ValueError(
-                f"{self._name} reads texts of up to {longest:g} tokens, but the server takes up to {length}. Start it "
-                f"with `--max-model-len {longest:g}` or less, or use another reward model."
-            )
-
     @torch.inference_mode()
     def _check(self) -> None:
         """Allocates the slots, and compares two texts that are read in parts with a forward pass of the whole texts."""
@@ -232,3 +223,23 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
+
+
+def refuse_short(name: str, longest: float, length: float) -> None:
+    """
+    Checks that a reward model can read the texts of a server.
+
+    Args:
+        name (`str`):
+            Name of the reward model in the error.
+        longest, length (`float`):
+            Number of tokens that the reward model reads, and that the server takes.
+
+    Raises:
+        ValueError: if it can't.
+    """
+    if longest < length:
+        raise ValueError(
+            f"{name} reads texts of up to {longest:g} tokens, but the server takes up to {length:g}. Start it with "
+            f"`--max-model-len {longest:g}` or less, or use another reward model."
+        )

@@ -18,6 +18,7 @@ from ..hub.loading import base_of, download, info_of
 from ..hub.reward_model import find_tokenizer
 from .reward_lms import is_on, refuse_lacking
 from .server_config import ServerConfig
+from .slots import refuse_short
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -63,11 +64,8 @@ def check_reward_models(
         base = base_of(name)
         network = name if base is None else served if is_on(name, served) else base
         longest = _longest(network, trust_remote_code)
-        if longest < length < math.inf:
-            raise ValueError(
-                f"`{name}` reads texts of up to {longest:g} tokens, but the server takes up to {length:g}. Start it "
-                f"with `--max-model-len {longest:g}` or less, or use another reward model."
-            )
+        if length < math.inf:  # or else it is left to the engine
+            refuse_short(f"`{name}`", longest, length)
         own = find_tokenizer(name, network, trust_remote_code=trust_remote_code)
         if tokenizer is not None and own is not None:
             refuse_lacking(name, tokenizer.get_vocab().keys() - own.get_vocab().keys())

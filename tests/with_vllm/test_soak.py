@@ -112,7 +112,7 @@ def test_soak(tmp_path, capsys):
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-        assert not psutil.wait_procs(family, timeout=20)[1], "a part of the server goes on"
+        assert not psutil.wait_procs(family, timeout=20)[1], "a part of the server still runs"
     assert "hf_genarm/" not in log.read_text()
 
     with server(base, tmp_path / "plain.log") as (_, url), ThreadPoolExecutor(AT_ONCE) as pool:
