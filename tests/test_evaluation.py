@@ -113,13 +113,13 @@ def test_metrics_of_other_data_stay_out_of_the_card(make_trainer, pairs, several
     }
 
 
-# --- the decode-aware loss ---
+# --- with a reference ---
 
 
 def test_the_base_has_no_dropout(make_trainer, tokenizer):
     """Its rewards are what the adapter is compared with, not a part of what is trained."""
     model = tiny_llama(vocab_size=len(tokenizer), attention_dropout=0.5)
-    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), decode_alpha=1.0, disable_dropout=False)
+    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), reference="base", disable_dropout=False)
     trainer.model.train()
     inputs = trainer.data_collator(list(trainer.train_dataset))
     losses = {float(trainer.compute_loss(trainer.model, dict(inputs)).detach()) for _ in range(4)}
@@ -132,20 +132,3 @@ def test_the_base_has_no_dropout(make_trainer, tokenizer):
 
 def trainer_pairs(inputs):
     return PairBatch(inputs["input_ids"], inputs["attention_mask"], inputs["genarm_prompt_length"])
-
-
-def test_what_is_logged_of_the_decode_aware_loss(make_trainer, tokenizer):
-    """Margin, accuracy and rewards are those that the loss compares: of base and reward model together."""
-    config = LoraConfig(**LORA, init_lora_weights=False)
-    trainer = make_trainer(peft_config=config, decode_alpha=0.4, beta=0.3)
-    inputs = trainer.data_collator(list(trainer.train_dataset))
-    loss, outputs = trainer.compute_loss(trainer.model.eval(), dict(inputs), return_outputs=True)
-    base = trainer._base_rewards(trainer.model, trainer_pairs(inputs)).view(2, -1).T
-    assert (base[:, 0] - base[:, 1]).abs().max() > 0.1
-    rewards = outputs.logits + base / 0.4
-    margins = rewards[:, 0] - rewards[:, 1]
-    logged = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-    assert logged["margin"] == pytest.approx(margins.mean().item(), abs=1e-5)
-    assert logged["accuracy"] == pytest.approx((margins > 0).float().mean().item())
-    assert logged["max_reward"] == pytest.approx(rewards.max().item(), abs=1e-5)
-    torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(margins).mean(), atol=1e-5, rtol=0)

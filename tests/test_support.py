@@ -340,5 +340,5 @@ def test_a_vision_language_base_is_guided_on_text():
     output = generate(base, [GenARMLogitsProcessor(ARM, base_model=base)], BATCH)
     assert_same(output, generate(base, [oracle(BATCH)], BATCH))
     inputs = {"input_ids": torch.tensor([[5, *[VOCAB_SIZE - 1] * 4, 7]]), "pixel_values": torch.randn(1, 3, 4, 4)}
-    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* besides tokens"):
+    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* in addition to tokens"):
         generate(base, [GenARMLogitsProcessor(ARM, base_model=base)], inputs)

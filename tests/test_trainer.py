@@ -27,8 +27,9 @@ from trl import RewardConfig
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.hub.info import tokenizer_fingerprint
-from hf_genarm.training.metrics import accuracy_interval, calibration_error, preference_metrics
+from hf_genarm.training.metrics import calibration_error, preference_metrics
 
 
 def naive_loss(model, pairs, beta, margins=None):
@@ -112,27 +113,6 @@ def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path
     for name, parameter in trainer.model.named_parameters():
         largest = float(gradients[name].grad.abs().max())
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5 * largest)
-
-
-def test_the_decode_aware_loss(make_trainer, tokenizer):
-    """It is Eq. 5 with beta = beta_r / alpha for the product of base and reward model, as Eq. 7 multiplies them."""
-    base = model_for(tokenizer)
-    options = {"beta": 0.3, "peft_config": LoraConfig(**LORA, init_lora_weights=False)}
-    trainer = make_trainer(model=copy.deepcopy(base), decode_alpha=1.5, **options)
-    pairs = pairs_of(trainer.train_dataset)
-    losses = []
-    for pair in pairs:
-        sums = [log_prob(base, ids, 1) + 1.5 * log_prob(trainer.model.eval(), ids, 1) for ids in pair]
-        losses.append(-torch.nn.functional.logsigmoid(0.3 / 1.5 * (sums[0] - sums[1])))
-    expected = torch.stack(losses).mean()
-    assert abs(expected - naive_loss(trainer.model, pairs, 0.3)) > 1e-2
-    loss = loss_of(trainer)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=0)
-    loss.backward()
-    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
-    with pytest.raises(ValueError, match=r"`decode_alpha` is 1.5.*`peft_config=LoraConfig"):
-        make_trainer(decode_alpha=1.5)
 
 
 def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
@@ -414,8 +394,8 @@ def test_the_interval_of_an_accuracy():
     """Against the normal approximation, and with ties."""
     is_right = np.array([1.0] * 600 + [0.5] * 100 + [0.0] * 300)
     half = 1.96 * is_right.std() / math.sqrt(len(is_right))
-    assert accuracy_interval(is_right) == pytest.approx((0.65 - half, 0.65 + half), abs=0.002)
-    assert accuracy_interval(np.ones(5)) == (1.0, 1.0)
+    assert mean_with_interval(is_right) == pytest.approx((0.65, 0.65 - half, 0.65 + half), abs=0.002)
+    assert mean_with_interval(np.ones(5)) == (1.0, 1.0, 1.0)
 
 
 def test_gain_over_the_length_rule_is_paired():
@@ -515,7 +495,6 @@ def test_invalid_arguments(make_trainer, tokenizer):
         ("truncation_mode", "middle", "must be one of drop, keep_start, keep_end"),
         ("label_smoothing", 0.5, "below 0.5"),
         ("sft_coefficient", -1.0, "must not be negative"),
-        ("decode_alpha", 0.0, "must be positive"),
     ):
         with pytest.raises(ValueError, match=f"`{name}` is .{{0,2}}{value}.*{message}"):
             make_trainer(**{name: value})

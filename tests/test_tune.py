@@ -191,7 +191,7 @@ WRONG = [
     (["--prompts", "bare.jsonl"], 1, r"`bare.jsonl` has the columns \['question'\], but not `prompt`"),
     (["--prompts", "one.jsonl"], 1, "`one.jsonl` has 1 prompt.*at least 2"),
     (["--base", "no/model"], 1, "`no/model` can't be loaded.*`--base`"),
-    (["--arm", "no/arm"], 1, "`no/arm` is no adapter.*`--base`"),
+    (["--arm", "no/arm"], 1, "`no/arm` can't be loaded.*Hub id or folder of a reward model"),
     (["--output_dir", "prompts.jsonl"], 1, "`prompts.jsonl` can't be the folder"),
     (["--alpha", "0"], 2, r"`alpha` is \[0.0\].*positive"),
     (["--temperature", "-1"], 2, r"`temperature` is \[-1.0\].*positive"),

@@ -231,7 +231,7 @@ def test_plot(guided, tmp_path):
 
 @pytest.mark.slow
 def test_the_picture_of_the_readme(tmp_path):
-    command = [sys.executable, "examples/tokens.py", "--output", str(tmp_path / "tokens.png")]
+    command = [sys.executable, "-m", "examples.tokens", "--output", str(tmp_path / "tokens.png")]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "48;2;" in printed
     assert (tmp_path / "tokens.png").read_bytes()[:4] == b"\x89PNG"
