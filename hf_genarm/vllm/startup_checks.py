@@ -126,7 +126,7 @@ def _refuse_other_bases(
 
 
 def _model_of_files(name: str, trust_remote_code: bool) -> PreTrainedModel | None:
-    """Returns a model around the mapped files of a folder, of which only the pages in use are read; `None` if unknown."""
+    """Returns a model around the mapped files of a folder, which are read where they are used; `None` if unknown."""
     config = _config(name, trust_remote_code)
     if config is None:
         return None
