@@ -43,6 +43,11 @@ class Reference:
         elif self._lockstep is not None:
             self._lockstep.reset()
 
+    def release(self) -> None:
+        """Gives back the memory of its cache."""
+        if self._lockstep is not None:
+            self._lockstep.release()
+
     def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
         """Reads drafts in one pass, as reward models do, unless the base reads them itself."""
         if self._watch is None and self._lockstep is not None and self._lockstep.has_cache:

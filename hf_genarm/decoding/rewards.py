@@ -56,6 +56,11 @@ class NextTokenRewards:
             if isinstance(model, FusedLM):
                 model.follow_base()
 
+    def release(self) -> None:
+        """Gives back the memory of all caches."""
+        for model in self.models:
+            model.release()
+
     @property
     def engines(self) -> list[tuple[str, str]]:
         """Returns the engine of each reward model in its present state, and the reason for it."""

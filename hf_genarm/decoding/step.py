@@ -80,9 +80,14 @@ class Run:
         self.prompt_length = self._input_ids.shape[1]
         return self._input_ids
 
+    @property
+    def cache(self) -> Any:
+        """The cache of the base, if there is one and something still uses it."""
+        return self._cache()
+
     def uses(self, cache: Any) -> bool:
         """Returns whether this is the cache of the run."""
-        return cache is not None and self._cache() is cache
+        return cache is not None and self.cache is cache
 
     def is_continued_by(self, input_ids: Tensor) -> bool:
         """Returns whether texts `(batch_size, length)` begin with the prompts."""
@@ -154,6 +159,8 @@ class _ThreadState(threading.local):
             The latest runs. Those that began inside of another one come after it.
         n_prompts (list of `int`, *optional*):
             The number of prompts of each `generate` call that is going on, the outermost first.
+        when_over (list of callable):
+            Called when the outermost of these returns.
         handle ([`~torch.utils.hooks.RemovableHandle`], *optional*):
             That of the hook that waits for the logits of the next pass.
     """
@@ -162,6 +169,7 @@ class _ThreadState(threading.local):
         self.step: Step | None = None
         self.runs: list[Run] = []
         self.n_prompts: list[int | None] = []
+        self.when_over: list[Callable[[], None]] = []
         self.handle: torch.utils.hooks.RemovableHandle | None = None
 
 
@@ -266,6 +274,24 @@ class StepWatch:
             for run in local.runs:
                 run.is_over = run.is_over or run.depth >= len(local.n_prompts)
             local.n_prompts.pop()
+            if not local.n_prompts:
+                self._finish(local)
+
+    def call_when_over(self, function: Callable[[], None]) -> None:
+        """Calls a function when the outermost `generate` call of this thread returns, if there is one."""
+        if self._local.n_prompts and function not in self._local.when_over:
+            self._local.when_over.append(function)
+
+    def _finish(self, local: _ThreadState) -> None:
+        """Gives back what was only needed while `generate` ran."""
+        functions, local.when_over = local.when_over, []
+        for function in functions:
+            function()
+        for run in local.runs:
+            if run.step is not None:
+                run.step.logits = None
+            if self.fusion is not None:
+                self.fusion.release(run.cache)
 
     def record(self, input_ids: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Records a pass for which `input_ids` and `kwargs` were prepared into `inputs`."""
