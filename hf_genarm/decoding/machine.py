@@ -15,7 +15,7 @@ from .likely_mistakes import LikelyMistakes
 from .reference import Reference
 from .rewards import NextTokenRewards
 from .statistics import Statistics
-from .step import StepWatch
+from .step_watch import StepWatch
 from .texts import Text, TextReader
 from .vocab import VocabMap
 

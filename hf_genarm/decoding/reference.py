@@ -10,7 +10,7 @@ from ..hub.kv_cache import network_of
 from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
 from .lockstep import LockstepLM
-from .step import StepWatch
+from .step_watch import StepWatch
 from .texts import Text
 
 

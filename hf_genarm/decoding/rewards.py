@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..hub.sharing import shares_weights
 from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
-from .step import StepWatch
+from .step_watch import StepWatch
 from .vocab import VocabMap
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM, State, position_ids
-from ..step import Step, StepWatch
+from ..step import Step
+from ..step_watch import StepWatch
 from .joint_cache import detach, join, split
 from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks
 
