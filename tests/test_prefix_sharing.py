@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import batch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import VOCAB_SIZE, tiny_llama
 from torch.nn.functional import pad
@@ -29,27 +30,6 @@ def tiny(model_type, **config):
         model_type, **{**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config}
     )
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def batch(shapes, seed=0, prompt_length=None):
-    """Pairs of the given numbers of tokens (shared, chosen, rejected), which part right after what they share."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(length):
-        return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-
-    texts = ([], [])
-    for shared, *lengths in shapes:
-        prefix = ids(shared)
-        for side, length in enumerate(lengths):
-            own = ids(length)
-            own[:1] = [3 + side] if own else []
-            texts[side].append(prefix + own)
-    texts = texts[0] + texts[1]
-    width = max(map(len, texts))
-    input_ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-    return PairBatch(input_ids, mask, prompt_length)
 
 
 def naive(model, pairs, scored):
@@ -184,7 +164,7 @@ APART = {
 
 
 @pytest.mark.parametrize("model_type", APART)
-def test_models_that_can_not(model_type, monkeypatch):
+def test_models_that_cannot_share(model_type, monkeypatch):
     """Their texts are forwarded one by one, and right."""
     config, could = APART[model_type]
     model = tiny(model_type, **config)
@@ -255,7 +235,7 @@ def test_lower_precision(dtype):
     assert PairLogProbs(bloom)._why_not_shared(bloom, "cpu") is not None
 
 
-def test_it_is_done_where_it_saves(monkeypatch):
+def test_prefixes_are_shared_only_where_it_saves(monkeypatch):
     """Not for pairs that share too little, and not where unequal prompts would make a row longer than two."""
     monkeypatch.setattr(PairLogProbs, "_joint_inputs", spy := Spy(PairLogProbs._joint_inputs))
     model = tiny_llama()

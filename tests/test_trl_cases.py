@@ -11,10 +11,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from pairs import STANDARD, conversational, implicit
+from pairs import STANDARD, TEMPLATES, TOOLS, conversational, implicit
 from peft import LoraConfig, get_peft_model
-from test_formats import TEMPLATES, TOOLS
-from tiny import tiny_llama
+from tiny import save_llama, tiny_llama
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config, Qwen3MoeConfig
 
 from hf_genarm.hub.card import TAGS
@@ -45,11 +44,9 @@ def tiny_model(config_class, tokenizer, **config):
 
 
 @pytest.fixture
-def folder(tokenizer, tmp_path):
+def folder(tmp_path):
     """A model by its name."""
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return save_llama(tmp_path / "base")
 
 
 def assert_trains(trainer):

@@ -1,5 +1,7 @@
 """Tiny models and a tiny tokenizer, built in memory, whose distributions are far from uniform and from each other."""
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,6 +54,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def save_llama(folder: str | Path, seed: int = 0, **config) -> str:
+    """Writes a tiny model and its tokenizer into a folder."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(seed, vocab_size=len(tokenizer), **config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def random_prompts(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:

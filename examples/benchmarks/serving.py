@@ -1,7 +1,7 @@
 """
 What guidance costs a server: vLLM with and without it, and the same two costs measured alone.
 
-    python examples/benchmarks/serving.py --output outputs/serving.json  # about 10 minutes on 2 cores
+    python -m examples.benchmarks.serving --output outputs/serving.json  # about 10 minutes on 2 cores
 
 Four engines take turns in each round, each in a process of its own, with 1 request and with 8: the base without
 guidance; the same engine with it; the merged reward model served by vLLM alone; and the forward passes of the reward
@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import add_record, output_file, sized, spread
-from small import fitting_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.benchmarks.measuring import add_record, spread
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import AutoregressiveRewardModel
 from hf_genarm.demo import demo_model
 from hf_genarm.hub.sharing import merged

@@ -6,6 +6,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.cache import network_of
+from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
 from .lockstep import LockstepLM
 from .step import StepWatch
@@ -29,7 +31,9 @@ class Reference:
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
         self._watch = watch if model == "base" else None
         self._lockstep = None if model == "base" else LockstepLM(model)
-        if self._watch is not None:
+        # Reward models read a text as in training. Where `generate` does not, its logits are no reference for them.
+        self._keeps_logits = watch is not None and not is_read_otherwise_by_generate(network_of(watch.model))
+        if self._watch is not None and self._keeps_logits:
             self._watch.keep_logits()
 
     def reset(self) -> None:
@@ -63,7 +67,7 @@ class Reference:
             ValueError: if it has another vocabulary than the base.
         """
         logits = None
-        if self._watch is not None and text.step is not None:
+        if self._watch is not None and self._keeps_logits and text.step is not None:
             logits = text.step.base_logits(text.input_ids.shape[1])
         if logits is None:
             if self._lockstep is None and self._watch is not None:

@@ -283,7 +283,8 @@ class StepWatch:
         else:
             run = self._run_of(input_ids, cache, is_first)
             if is_first:
-                run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
+                if n_read(cache) or kwargs.get("inputs_embeds") is not None:
+                    run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
                 run.other_inputs = [name for name, value in kwargs.items() if _is_no_text(name, value)]
         step = self._local.step = Step(run, input_ids, kwargs.get("attention_mask"), is_first, read)
         if is_first:
@@ -312,13 +313,13 @@ class StepWatch:
         if is_first:
             has_drafted = runs and not runs[-1].has_begun and runs[-1].is_continued_by(input_ids)
             run = runs.pop() if has_drafted else Run(input_ids, cache)
-            run.has_begun, run.drafts_itself = True, bool(has_drafted)
+            run.has_begun, run.drafts_itself, run.depth = True, bool(has_drafted), depth
         else:
             known = next((x for x in reversed(runs) if x.uses(cache)), None)
-            known = known or next(
-                (x for x in reversed(runs) if x.depth == depth and x.is_continued_by(input_ids)), None
-            )
+            own = (x for x in reversed(runs) if x.depth == depth or x.drafts_itself)
+            known = known or next((x for x in own if x.is_continued_by(input_ids)), None)
             run = known or Run(input_ids, cache)
+            run.depth = run.depth if known else depth
             if known:
                 first = runs.index(known)
                 runs[first:] = [x for x in runs[first + 1 :] if x.depth < depth]
@@ -326,7 +327,7 @@ class StepWatch:
             outer = (x for x in reversed(runs) if x.depth < depth and not x.is_over)
             shorter = (x for x in outer if x.prompt_length < input_ids.shape[1] and x.is_continued_by(input_ids))
             run.outer = next(shorter, None)
-        run.depth, run.is_over = depth, False
+        run.is_over = False
         run.n_prompts = self._local.n_prompts[-1] if depth else None
         runs.append(run)
         del runs[: -self.KEPT_RUNS]

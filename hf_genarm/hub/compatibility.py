@@ -58,7 +58,7 @@ def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedToken
             f"`{name}` is an adapter on the weights of the base, but was trained with another tokenizer than "
             f"`{tokenizer.name_or_path}`. Tokens whose ids differ get wrong rewards.",
             GuidanceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if info.chat_template not in (None, chat_template_fingerprint(tokenizer)):
         warnings.warn(
@@ -66,7 +66,7 @@ def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedToken
             f"(`{tokenizer.name_or_path}`), so its rewards are for prompts of another form. Set "
             "`tokenizer.chat_template` to the one that it was trained with.",
             GuidanceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .added_tokens import n_added_tokens
-from .base_weights import same_weights, weights_fingerprint
+from .base_weights import has_weights
 from .cache import embeddings_of
 from .info import INFO_NAME, RewardInfo
+from .placement import loaded_as_base
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 from .warning import GuidanceWarning
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Pickled weights run code when they are loaded, so they are not even downloaded.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md")
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def download(name_or_path: str, subfolder: str = "", patterns: Iterable[str] = _FILES, **hub_kwargs: Any) -> Path:
@@ -99,7 +100,7 @@ def load_adapter(
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists():
         raise _pickled(name)
-    config = _adapter_config(folder / _ADAPTER_CONFIG)
+    config = adapter_config(folder / ADAPTER_CONFIG)
     if config.peft_type == PeftType.XLORA:
         raise ValueError(f"`{name}` is X-LoRA, which loads other adapters as it likes. Load one of these instead.")
     objection = _why_not_shared(base_model, config, info, kwargs)
@@ -110,8 +111,8 @@ def load_adapter(
         _refuse_not_finite(load_file(path).items(), name)
         return load_onto_shared_weights(base_model, folder)
     logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
-    network = _load_base(name, config, folder, hub_kwargs, kwargs)
-    if same_weights(info.base_weights, weights_fingerprint(network)) is False:
+    network = _load_network(name, config, info, folder, hub_kwargs, loaded_as_base(base_model, kwargs))
+    if has_weights(network, info.base_weights) is False:
         warnings.warn(
             f"`{name}` was trained on other weights than those of `{config.base_model_name_or_path}`, so that its "
             "rewards are not what it has learned. Give `base_model` the model that it was trained on.",
@@ -139,7 +140,7 @@ def _why_not_shared(
     wrappers = PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper
     if any(isinstance(module, wrappers) for module in base_model.modules()):
         return "the base has an adapter of its own"
-    is_same = same_weights(info.base_weights, weights_fingerprint(base_model))
+    is_same = has_weights(base_model, info.base_weights)
     if is_same is False:
         return "it was trained on other weights than those of the base"
     trained_on, given = config.base_model_name_or_path, base_model.name_or_path
@@ -148,29 +149,35 @@ def _why_not_shared(
     return None
 
 
-def _load_base(
-    name: str, config: PeftConfig, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
+def _load_network(
+    name: str, config: PeftConfig, info: RewardInfo, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     trained_on = config.base_model_name_or_path
     if trained_on is None or not short_name(trained_on):
         raise ValueError(
             f"`base_model_name_or_path` of `{name}` is {trained_on!r}, but must be the Hub id or the folder of the "
-            f"model that it was trained on. Write it into `{folder / _ADAPTER_CONFIG}`."
+            f"model that it was trained on. Write it into `{folder / ADAPTER_CONFIG}`."
         )
+    revision = recorded_revision(config, info)
     try:
-        files = download(trained_on, patterns=["*.json"], revision=config.revision, **hub_kwargs)
+        files = download(trained_on, patterns=["*.json"], revision=revision, **hub_kwargs)
     except HFValidationError as error:
         raise ValueError(
             f"`{name}` was trained on `{trained_on}`, which is no folder here, and no id on the Hub. Write where it is "
-            f"now into `{folder / _ADAPTER_CONFIG}`."
+            f"now into `{folder / ADAPTER_CONFIG}`."
         ) from error
-    if (files / _ADAPTER_CONFIG).exists():
+    except OSError as error:
+        raise ValueError(
+            f"`{name}` was trained on `{trained_on}`, which can't be loaded. Give the model that it was trained on as "
+            f"`base_model`, or write where that is now into `{folder / ADAPTER_CONFIG}`. {error}"
+        ) from error
+    if (files / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"`{name}` was trained on `{trained_on}`, which is an adapter itself. Merge that into its model with "
-            f"`merge_and_unload`, save it, and write its folder into `{folder / _ADAPTER_CONFIG}`."
+            f"`merge_and_unload`, save it, and write its folder into `{folder / ADAPTER_CONFIG}`."
         )
     _refuse_pickled_shards(files, trained_on)
-    return _load(trained_on, trained_on, revision=config.revision, **hub_kwargs, **kwargs)[0]
+    return _load(trained_on, trained_on, revision=revision, **hub_kwargs, **kwargs)[0]
 
 
 def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -192,10 +199,16 @@ def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTraine
     return model, sorted(found["unexpected_keys"])
 
 
+def recorded_revision(config: PeftConfig, info: RewardInfo) -> str | None:
+    """The revision of the base that an adapter was trained on, if it is recorded."""
+    is_same = short_name(info.base_model) == short_name(config.base_model_name_or_path)
+    return config.revision or (info.base_model_revision if is_same else None)
+
+
 def base_of(name_or_path: str, **hub_kwargs: Any) -> str | None:
     """The Hub id or folder of the model that an adapter belongs to; `None` for what is no adapter."""
-    path = download(name_or_path, patterns=[_ADAPTER_CONFIG], **hub_kwargs) / _ADAPTER_CONFIG
-    return _adapter_config(path).base_model_name_or_path if path.exists() else None
+    path = download(name_or_path, patterns=[ADAPTER_CONFIG], **hub_kwargs) / ADAPTER_CONFIG
+    return adapter_config(path).base_model_name_or_path if path.exists() else None
 
 
 def info_of(name_or_path: str, **hub_kwargs: Any) -> RewardInfo:
@@ -204,7 +217,7 @@ def info_of(name_or_path: str, **hub_kwargs: Any) -> RewardInfo:
     return RewardInfo.load(path) if path.exists() else RewardInfo()
 
 
-def _adapter_config(path: Path) -> PeftConfig:
+def adapter_config(path: Path) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(str(path.parent))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
