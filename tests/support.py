@@ -13,7 +13,7 @@ import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
-from hf_genarm.hub.cache import CACHE
+from hf_genarm.hub.kv_cache import CACHE
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 START, END = "<!-- support: begin -->", "<!-- support: end -->"

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.hub.cache import CACHE
+from hf_genarm.hub.kv_cache import CACHE
 from hf_genarm.hub.sharing import follow
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")

@@ -12,7 +12,7 @@ from tiny import PAD, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
 from transformers import AutoModelForSequenceClassification, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.hub.cache import CACHE
+from hf_genarm.hub.kv_cache import CACHE
 
 BASE, ARM, OTHER = tiny_llama(0), tiny_llama(1), tiny_llama(2)
 

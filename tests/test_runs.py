@@ -11,7 +11,7 @@ from tiny import PAD, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.hub.cache import CACHE
+from hf_genarm.hub.kv_cache import CACHE
 
 BASE, ARM = tiny_llama(0), tiny_llama(1)
 PROMPTS = torch.tensor([[PAD, PAD, 5, 6, 7], [4, 8, 9, 5, 3]])

@@ -116,6 +116,9 @@ def test_peft(make_trainer, tokenizer, given_as, checkpointing):
     assert_trains(trainer)
 
 
+# PEFT looks for experts by the names that other models have.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft.tuners.tuners_utils")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_peft_on_experts(make_trainer, tokenizer):
     experts = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
     model = tiny_model(Qwen3MoeConfig, tokenizer, **experts)

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub.cache import network_of
 from ..hub.compatibility import tokenizers_to_align
+from ..hub.kv_cache import network_of
 from ..hub.placement import warn_of_other_devices
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from .recommended import log_recommended_settings, recommended_alpha, recommended_reference
@@ -70,16 +70,17 @@ def assemble(
     """
     left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
     log_recommended_settings(reward_models, names, left_open)
-    aligned = None if tokenizer is None else tokenizers_to_align(reward_models, names, base_model, tokenizer)
+    aligned = tokenizers_to_align(reward_models, names, base_model, tokenizer)
+    to_align = aligned if any(x is not None for x in aligned) else None
     return Assembly(
         reward_model=list(reward_models),
         alpha=recommended_alpha([x.info for x in reward_models]) if alpha is None else alpha,
         base_model=base_model,
-        reference=recommended_reference(reward_models, names, base_model, aligned)
+        reference=recommended_reference(reward_models, names, base_model, to_align)
         if reference == "auto"
         else reference,
         tokenizer=tokenizer,
-        reward_tokenizer=aligned,
+        reward_tokenizer=to_align,
     )
 
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..hub.cache import CACHE, network_of, new_cache
 from ..hub.causality import refuse_not_causal
+from ..hub.kv_cache import CACHE, network_of, new_cache
 from ..hub.limits import fixed_length, refuse_out_of_range, why_no_cache
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import guided_product
-from ..hub.cache import network_of, uncompiled
 from ..hub.compatibility import generation_prompt_ids
 from ..hub.info import RewardInfo
+from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
 from .assembly import assemble, load_reward_models, names_of
 from .assistant import DraftingAssistant

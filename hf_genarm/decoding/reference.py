@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..hub.cache import network_of
+from ..hub.kv_cache import network_of
 from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
 from .lockstep import LockstepLM

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..hub.cache import CACHE, n_read
+from ..hub.kv_cache import CACHE, n_read
 from .instance_patch import InstancePatch
 from .lockstep import position_ids
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import CACHE, embeddings_of, network_of, new_cache
+from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 
 # Their frequencies depend on the length of the text.
 _DYNAMIC_ROPES = ("dynamic", "longrope")

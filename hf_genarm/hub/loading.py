@@ -13,14 +13,15 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .added_tokens import n_added_tokens
+from .adapter_config import n_added_tokens, refuse_other_dtypes, refuse_out_of_bounds
 from .base_weights import has_weights
-from .cache import embeddings_of
 from .info import INFO_NAME, RewardInfo
+from .kv_cache import embeddings_of
 from .placement import loaded_as_base
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 from .warning import GuidanceWarning
@@ -59,9 +60,16 @@ def load_causal_lm(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: if it has pickled weights, or not exactly those of its architecture, or some that are not finite.
     """
     if not any(folder.glob("*.safetensors")):
+        adapters = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if adapters:
+            raise ValueError(
+                f"`{name}` is a folder of several adapters: {', '.join(f'`{x}`' for x in adapters)}. Choose one with "
+                f'`subfolder`, such as `from_pretrained(..., subfolder="{adapters[0]}")`.'
+            )
         raise _pickled(name)
     _refuse_pickled_shards(folder, name)
     model, unexpected = _load(folder, name, **kwargs)
+    unexpected = [key for key in unexpected if not _is_old_buffer(folder, key, model)]
     if unexpected:
         raise ValueError(
             f"`{name}` has `{unexpected[0]}`, which a `{type(model).__name__}` doesn't have: it is not, or not only, a "
@@ -101,9 +109,12 @@ def load_adapter(
     if not path.exists():
         raise _pickled(name)
     config = adapter_config(folder / ADAPTER_CONFIG)
+    refuse_other_dtypes(folder)
     if config.peft_type == PeftType.XLORA:
         raise ValueError(f"`{name}` is X-LoRA, which loads other adapters as it likes. Load one of these instead.")
     objection = _why_not_shared(base_model, config, info, kwargs)
+    if base_model is not None:
+        refuse_out_of_bounds(config, base_model, name)
     if base_model is not None and objection is None:
         adds = n_added_tokens(base_model, config, folder) > 0
         objection = "it adds tokens" if adds else why_it_changes(base_model, config, folder)
@@ -119,6 +130,7 @@ def load_adapter(
             GuidanceWarning,
             stacklevel=3,
         )
+    refuse_out_of_bounds(config, network, name)
     n_added = n_added_tokens(network, config, folder)
     if n_added > 0:  # their weights come with the adapter
         network.resize_token_embeddings(len(embeddings_of(network)) + n_added, mean_resizing=False)
@@ -144,6 +156,13 @@ def _why_not_shared(
     if is_same is False:
         return "it was trained on other weights than those of the base"
     trained_on, given = config.base_model_name_or_path, base_model.name_or_path
+    if is_same is None and _is_in_4_bit(trained_on):
+        logger.warning(
+            "The adapter names `%s`, a copy in 4 bits. It is taken to be one of the base that is given, `%s`.",
+            trained_on,
+            given,
+        )
+        return None
     if is_same is None and (not short_name(given) or short_name(given) != short_name(trained_on)):
         return f"it was trained on `{trained_on}`, and the base is `{given}`"
     return None
@@ -227,10 +246,39 @@ def adapter_config(path: Path) -> PeftConfig:
         ) from error
 
 
+def _is_in_4_bit(name_or_path: Any) -> bool:
+    """Whether a model is one of the copies that Unsloth loads in place of a model that was asked for."""
+    return short_name(name_or_path).lower().endswith("-bnb-4bit")
+
+
+def _is_old_buffer(folder: Path, key: str, model: PreTrainedModel) -> bool:
+    """
+    Whether a tensor that a model doesn't have is no weight, but a mask or a table that old versions of transformers
+    saved and new ones compute.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    if key.endswith(".inv_freq") or key in buffers or f"{model.base_model_prefix}.{key}" in buffers:
+        return True
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if key in file.keys():  # noqa: SIM118
+                shape, dtype = file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()
+                is_mask = dtype in ("BOOL", "U8") or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
+                return is_mask or (shape == [] and key.endswith("masked_bias"))
+    return False
+
+
 def _refuse_pickled_shards(folder: Path, name: str) -> None:
     for index in folder.glob("*.safetensors.index*.json"):
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if not all(shard.endswith(".safetensors") for shard in shards):
+        try:
+            shards = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            is_safe = all(shard.endswith(".safetensors") for shard in shards)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`{index}` must be an index of shards, an object with the file of each tensor in `weight_map` "
+                f"({error!r}). Download or save it again."
+            ) from error
+        if not is_safe:
             raise _pickled(name)
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .cache import network_of
+from .kv_cache import network_of
 from .sharing import shares_weights
 from .warning import GuidanceWarning
 

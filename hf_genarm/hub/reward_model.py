@@ -101,7 +101,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         `genarm_config.json`. Any causal LM or adapter on one will do; what it lacks to be used well is logged.
 
         Args:
-            pretrained_model_name_or_path (`str`):
+            pretrained_model_name_or_path (`str` or `pathlib.Path`):
                 Hub id or local folder. The weights must be safetensors.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights, in other modules around
@@ -132,8 +132,13 @@ class AutoregressiveRewardModel(PushToHubMixin):
             ValueError: if weights are pickled, are not exactly those of the model, or are NaN or infinite; if a file
                 that describes them is not valid, or of a format that is newer than this package.
         """
-        name = str(pretrained_model_name_or_path)
         hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
+        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            raise TypeError(
+                f"`pretrained_model_name_or_path` is {pretrained_model_name_or_path!r:.80}, but it is a Hub id or a "
+                "folder. A model that is loaded already goes to the class itself: `AutoregressiveRewardModel(model)`."
+            )
+        name = str(pretrained_model_name_or_path)
         folder = download(name, subfolder, **hub_kwargs)
         has_info = (folder / INFO_NAME).exists()
         info = RewardInfo.load(folder / INFO_NAME) if has_info else RewardInfo()

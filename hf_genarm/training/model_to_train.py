@@ -10,8 +10,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..hub.cache import network_of
 from ..hub.causality import refuse_not_causal
+from ..hub.kv_cache import network_of
 from ..hub.sharing import HARMLESS_INITS
 from .config import AutoregressiveRewardConfig
 

@@ -13,7 +13,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ..functional import selected_log_probs, shared_prefix_length
-from ..hub.cache import network_of
+from ..hub.kv_cache import network_of
 
 logger = logging.getLogger(__name__)
 

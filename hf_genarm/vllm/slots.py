@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..hub.cache import embeddings_of
+from ..hub.kv_cache import embeddings_of
 from ..hub.limits import fixed_length, why_no_cache
 from .attention import NAME, Packed, Part, SlotKeysAndValues
 

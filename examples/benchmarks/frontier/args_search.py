@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
-from hf_genarm.hub.cache import CACHE
+from hf_genarm.hub.kv_cache import CACHE
 
 
 class ARGSLogitsProcessor(LogitsProcessor):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ...hub.cache import CACHE, network_of
+from ...hub.kv_cache import CACHE, network_of
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM
 from ..step import StepWatch

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
-from ...hub.cache import CACHE
+from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM, State, position_ids
