@@ -12,7 +12,7 @@ from hf_genarm.hub.base_weights import weights_fingerprint
 from hf_genarm.hub.info import RewardInfo
 from hf_genarm.vllm import __main__ as launcher
 from hf_genarm.vllm.server_config import ENVIRONMENT, ServerConfig
-from hf_genarm.vllm.startup_checks import _fingerprint, check_reward_models
+from hf_genarm.vllm.startup_checks import _model_of_files, check_reward_models
 
 
 def saved(path, tokenizer, **config):
@@ -129,7 +129,8 @@ def test_rewards_that_are_contrasts_belong_to_the_served_weights(base, adapter, 
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}], ids=["plain", "tied"])
 def test_the_fingerprint_of_files_is_that_of_the_model(tmp_path, tokenizer, options):
     folder = saved(tmp_path / "model", tokenizer, **options)
-    assert _fingerprint(folder, False) == weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder))
+    model = _model_of_files(folder, False)
+    assert weights_fingerprint(model) == weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder))
 
 
 # --- `python -m hf_genarm.vllm` ---

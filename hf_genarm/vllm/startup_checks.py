@@ -10,9 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..hub.base_weights import same_weights, weights_fingerprint
+from ..hub.base_weights import has_weights
 from ..hub.info import RewardInfo
 from ..hub.loading import base_of, download, info_of
 from ..hub.reward_model import find_tokenizer
@@ -115,9 +115,9 @@ def _refuse_other_bases(
     names: Sequence[str], infos: Sequence[RewardInfo], served: str, trust_remote_code: bool
 ) -> None:
     """Raises if rewards that are contrasts with their base belong to another model than the served one."""
-    fingerprint = _fingerprint(served, trust_remote_code) if any(x.base_weights for x in infos) else None
+    model = _model_of_files(served, trust_remote_code) if any(x.base_weights for x in infos) else None
     for name, info in zip(names, infos, strict=True):
-        if not is_on(name, served) or same_weights(info.base_weights, fingerprint) is False:
+        if not is_on(name, served) or (model is not None and has_weights(model, info.base_weights) is False):
             raise ValueError(
                 f"The rewards of `{name}` are contrasts with the model that it was trained from, which is not the "
                 f"served one, `{served}`. Serve that model, or choose in `genarm` of `additional_config`: "
@@ -125,8 +125,8 @@ def _refuse_other_bases(
             )
 
 
-def _fingerprint(name: str, trust_remote_code: bool) -> str | None:
-    """Returns the fingerprint of the weights in a folder, of which only some pages are read; `None` if unknown."""
+def _model_of_files(name: str, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Returns a model around the mapped files of a folder, which are read where they are used; `None` if unknown."""
     config = _config(name, trust_remote_code)
     if config is None:
         return None
@@ -135,7 +135,7 @@ def _fingerprint(name: str, trust_remote_code: bool) -> str | None:
     for path in sorted(_download(name, f"`{name}` is not there").glob("*.safetensors")):
         model.load_state_dict(load_file(path), assign=True, strict=False)
     model.tie_weights()
-    return weights_fingerprint(model)
+    return model
 
 
 def _longest(name: str, trust_remote_code: bool) -> float:
