@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import refuse_no_tokenizer
 from ..hub.compatibility import tokenizers_to_align
-from ..hub.kv_cache import network_of
 from ..hub.placement import warn_of_other_devices
 from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
+from .likely_mistakes import refuse_hidden_text
 from .recommended import log_recommended_settings, recommended_alpha, recommended_reference
 from .strength import Alpha
 
@@ -68,7 +69,8 @@ def assemble(
     Raises:
         ValueError: if the reward models recommend different references, or the one that they recommend is not known.
     """
-    left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
+    is_auto = isinstance(reference, str) and reference == "auto"
+    left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", is_auto)) if is_open}
     log_recommended_settings(reward_models, names, left_open)
     aligned = tokenizers_to_align(reward_models, names, base_model, tokenizer)
     to_align = aligned if any(x is not None for x in aligned) else None
@@ -77,7 +79,7 @@ def assemble(
         alpha=recommended_alpha([x.info for x in reward_models]) if alpha is None else alpha,
         base_model=base_model,
         reference=recommended_reference(reward_models, names, base_model, to_align)
-        if reference == "auto"
+        if is_auto
         else reference,
         tokenizer=tokenizer,
         reward_tokenizer=to_align,
@@ -106,11 +108,12 @@ def load_reward_models(
         The reward models, and the tokenizer of the base, `None` if there is none.
 
     Raises:
-        TypeError: if the base is no model.
+        TypeError: if the base is no model, or the tokenizer none.
     """
+    refuse_no_tokenizer("tokenizer", tokenizer)
     known: dict[str, Any] = {}
     if base_model is not None:
-        network_of(base_model)  # refuses what is no model, such as an id
+        refuse_hidden_text(base_model)  # also what is no model, such as an id
         if tokenizer is None:  # looked up once, as it takes a minute where the Hub can't be reached
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..arguments import as_whole_number
 from ..hub.kv_cache import network_of
 from .draft_length import DraftLength
 from .drafts import Draft
@@ -50,11 +51,9 @@ class DraftingAssistant:
     N_LIKELIEST = 64
 
     def __init__(self, processor: LogitsProcessor, machine: GuidanceMachine, num_assistant_tokens: int | None = None):
-        if num_assistant_tokens is not None and num_assistant_tokens < 1:
-            raise ValueError(
-                f"`num_assistant_tokens` is {num_assistant_tokens}, but at least one token must be drafted. Leave it "
-                "out to have it chosen, or call `generate` without `assistant_model`."
-            )
+        if num_assistant_tokens is not None:
+            rule = "a number of tokens, 1 or more. Leave it out to have it chosen"
+            num_assistant_tokens = as_whole_number("num_assistant_tokens", num_assistant_tokens, rule)
         if machine.base is None or machine.watch is None:
             raise ValueError(
                 "The processor was made without `base_model`, so that drafts can't be distinguished from what the base "

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import SupportsFloat
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..arguments import as_number
 from ..functional import kl_divergence, weighted
 from .step import Run
 from .texts import RecentTexts, Text, text_keys
@@ -77,13 +77,12 @@ def check_target_kl(target: float) -> float:
         TypeError: if it is not a number.
         ValueError: if it is not positive and finite.
     """
-    if isinstance(target, bool | str) or not isinstance(target, SupportsFloat):
-        raise TypeError(f"`target_kl` is {target!r}, but must be a number of nats per token, or `None` for none.")
-    if not 0 < float(target) < math.inf:
+    number = as_number("target_kl", target, "a number of nats per token, or `None` for none")
+    if not 0 < number < math.inf:
         raise ValueError(
             f"`target_kl` is {target}, but a divergence per token is a positive number. Use `alpha=0` for none."
         )
-    return float(target)
+    return number
 
 
 def controlled_scale(

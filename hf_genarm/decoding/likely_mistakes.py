@@ -81,9 +81,15 @@ def refuse_hidden_text(base_model: PreTrainedModel | PeftModel) -> None:
             The model to be steered, which may be compiled.
 
     Raises:
+        TypeError: if it is not a language model that generates.
         ValueError: if it is an encoder-decoder, or has an adapter that puts virtual tokens before the text.
     """
-    model, network = uncompiled(base_model), network_of(base_model)
+    model, network = uncompiled(base_model), network_of(base_model, "base_model")
+    if not network.can_generate():
+        raise TypeError(
+            f"`base_model` is a `{type(network).__name__}`, which has no `generate`, but must be a causal LM. Load it "
+            "with `AutoModelForCausalLM`."
+        )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"The base model has an adapter of the kind {model.active_peft_config.peft_type.value}, which puts virtual "

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..hub.causality import refuse_not_causal
 from ..hub.kv_cache import CACHE, network_of, new_cache
-from ..hub.limits import fixed_length, refuse_out_of_range, why_no_cache
+from ..hub.limits import fixed_length, refuse_out_of_range, refuse_unknown_ids, why_no_cache
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ class LockstepLM:
 
     def _call(self, inputs: dict, n_logits: int = 1) -> Tensor:
         """Calls the model with the arguments that it has, and returns its last logits."""
+        refuse_unknown_ids(self._network, inputs["input_ids"])
         inputs["logits_to_keep"] = n_logits
         try:
             output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})

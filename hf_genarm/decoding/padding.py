@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..arguments import as_tensor, as_whole_number
 from .texts import Text
 
 
@@ -25,7 +26,10 @@ class PromptMask:
     """
 
     def __init__(self, pad_token_id: int | None, attention_mask: Any = None):
-        self.pad_token_id = pad_token_id
+        rule = "the id of a token, or `None` if prompts are not padded"
+        self.pad_token_id = (
+            None if pad_token_id is None else as_whole_number("pad_token_id", pad_token_id, rule, least=-1)
+        )
         self.attention_mask = attention_mask
 
     @property
@@ -111,7 +115,10 @@ def pad_token_id_of(special_tokens: PreTrainedTokenizerBase | GenerationConfig) 
 
 
 def _check(attention_mask: Any) -> Tensor:
-    mask = torch.as_tensor(attention_mask)
+    rule = "the mask of the prompts, 1 for tokens and 0 for padding"
+    mask = as_tensor("attention_mask", attention_mask, rule)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"`attention_mask` has other values than 0 and 1, but must be {rule}.")
     if mask.ndim != 2 or mask.numel() == 0:
         raise ValueError(
             f"`attention_mask` has shape {tuple(mask.shape)}, but it must have two dimensions, (n_prompts, "

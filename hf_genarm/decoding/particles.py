@@ -19,6 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
+from ..arguments import as_number, as_whole_number
 from ..hub.kv_cache import n_read
 from .processor import GenARMLogitsProcessor
 
@@ -96,6 +97,7 @@ def smc_sample(
         [`SMCOutput`] with `return_dict_in_generate=True`, else `torch.LongTensor` of shape `(batch_size, length)`.
 
     Raises:
+        TypeError: if `n_particles` or `ess_threshold` is not a number.
         ValueError: if the arguments leave no target that could be sampled from, or request output that is not kept.
 
     Example:
@@ -268,11 +270,9 @@ def _refuse(
             f"`target_kl` is {guides[0].target_kl}, which holds the divergence of sampling token by token; weights "
             "over whole texts change it. Set the strength by `alpha`, and `processor.target_kl = None`."
         )
-    if not isinstance(n_particles, int) or n_particles < 1 or not 0 <= ess_threshold <= 1:
-        raise ValueError(
-            f"`n_particles` is {n_particles!r} and `ess_threshold` is {ess_threshold}. There must be one particle at "
-            "least, in a whole number, and the threshold is a share of their number, from 0 to 1."
-        )
+    as_whole_number("n_particles", n_particles, "a number of texts, 1 or more")
+    if not 0 <= as_number("ess_threshold", ess_threshold, "a share of the particles, from 0 to 1") <= 1:
+        raise ValueError(f"`ess_threshold` is {ess_threshold}, but must be a share of the particles, from 0 to 1.")
     if streamer is not None:
         raise ValueError("`streamer` can't be served: what particles have written may be dropped later. Leave it out.")
     if not config.do_sample or (config.num_beams or 1) > 1:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import shown
 from ..functional import guided_product
 from ..hub.compatibility import generation_prompt_ids
 from ..hub.info import RewardInfo
@@ -75,7 +76,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             can't score keep the probability that the base model gives them.
 
     Raises:
-        TypeError: if a reward model is not a decoder-only causal LM.
+        TypeError: if an argument is of another type, or a reward model is not a decoder-only causal LM.
         ValueError: if `alpha` does not fit the reward models, the tokenizers can't be aligned, or the base model is an
             encoder-decoder; on a call, if the vocabularies differ, a reward model returns NaN, padding can't be
             distinguished from text, the base has read more than the text, or no token is left.
@@ -112,13 +113,15 @@ class GenARMLogitsProcessor(GuidanceSettings):
         given = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
         if not given:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
-        if reference == "base" and base_model is None:
+        if isinstance(reference, str) and (reference != "base" or base_model is None):
             raise ValueError(
-                '`reference` is "base", but no base model is given. Pass `base_model`, or a model as `reference`.'
+                f"`reference` is {reference!r}, but must be a model, \"base\" where `base_model` is given, or `None`."
             )
-        self._models = [_model_of(x) for x in given]
-        self.reference = reference if reference in (None, "base") else _model_of(reference)
-        self._base = None if base_model is None else network_of(base_model)
+        self._models = [_model_of(x, "reward_model") for x in given]
+        self.reference = (
+            reference if reference is None or isinstance(reference, str) else _model_of(reference, "reference")
+        )
+        self._base = None if base_model is None else network_of(base_model, "base_model")
         if base_model is not None:
             refuse_hidden_text(base_model)
         infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
@@ -220,6 +223,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
 
     @keeps_statistics.setter
     def keeps_statistics(self, keeps_statistics: bool) -> None:
+        if not isinstance(keeps_statistics, bool):
+            raise TypeError(f"`keeps_statistics` is {shown(keeps_statistics)}, but must be `True` or `False`.")
         self._keeps_statistics = keeps_statistics
         self._machine.statistics.clear()
 
@@ -299,6 +304,9 @@ class GenARMLogitsProcessor(GuidanceSettings):
         return product.log_probs
 
 
-def _model_of(model: Any) -> PreTrainedModel | PeftModel:
-    """Returns the language model of a reward model."""
-    return model.model if isinstance(model, AutoregressiveRewardModel) else model
+def _model_of(model: Any, name: str) -> PreTrainedModel | PeftModel:
+    """Returns the language model of a reward model, which is given for the argument `name`."""
+    if isinstance(model, AutoregressiveRewardModel):
+        return model.model
+    network_of(model, name)  # refuses what is none
+    return model

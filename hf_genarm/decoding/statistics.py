@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import as_tensor
 from ..functional import GuidedProduct, kl_divergence
 from ..viewing.tokens import token_texts
 from .guided_tokens import GuidedTokens
@@ -90,8 +91,13 @@ class Statistics:
                 What `generate` returned.
 
         Raises:
-            ValueError: if what was kept about a sequence has been forgotten.
+            TypeError: if they are no tokens.
+            ValueError: if they are of another shape, or what was kept about a sequence has been forgotten.
         """
+        rule = "the tokens that `generate` returned, a tensor of integers of shape (n_sequences, length)"
+        sequences = as_tensor("sequences", sequences, f"{rule}; of an output with more, pass `output.sequences`")
+        if sequences.ndim != 2 or sequences.is_floating_point():
+            raise ValueError(f"`sequences` has shape {tuple(sequences.shape)} of {sequences.dtype}, but must be {rule}.")
         names = ["sequence", "position", "token", "base_log_prob", "guided_log_prob"]
         names += [f"{what}_{index}" for index in range(self._n_rewards) for what in ("reward_log_prob", "alpha")]
         names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed"]

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import as_number, as_tensor, shown
 
 Strengths = float | Sequence[float] | Tensor
 Alpha = Strengths | Callable[[int], Strengths]
@@ -31,21 +34,19 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
         TypeError: if it is something else.
         ValueError: if the numbers do not fit the reward models, are not finite, or too large.
     """
+    rule = (
+        f"a number, a list with one for each reward model, an array or tensor of shape (n_requests, {n_rewards}), or a "
+        "function of the step that returns one of these"
+    )
+    if isinstance(alpha, nn.Module | PreTrainedTokenizerBase | type):  # can be called, too
+        raise TypeError(f"`alpha` is {shown(alpha)}, but must be {rule}. Pass models and tokenizers by their names.")
     if callable(alpha):
         return alpha
-    try:
-        if isinstance(alpha, str):
-            raise TypeError
-        values = torch.as_tensor(alpha).detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"`alpha` is {alpha!r}, but must be a number, a list with one for each reward model, an array or tensor of "
-            f"shape (n_requests, {n_rewards}), or a function of the step that returns one of these."
-        ) from error
+    values = as_tensor("alpha", alpha, rule).to("cpu", torch.float64)
     is_list = not isinstance(alpha, Tensor) and values.ndim == 1
     if is_list and len(values) != n_rewards:
         raise ValueError(
-            f"`alpha` is {alpha}, which has {len(values)} values, but there are {n_rewards} reward models. Give one "
+            f"`alpha` is {shown(alpha)}, which has {len(values)} values, but there are {n_rewards} reward models. Give one "
             "value for each, a single one for all, or a tensor with one row for each request."
         )
     if values.ndim > 2 or (values.ndim > 0 and values.shape[-1] != n_rewards) or values.numel() == 0:
@@ -54,7 +55,7 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
             f"(n_requests, {n_rewards}), one row for each request."
         )
     if not (values.abs() <= _LARGEST).all():
-        raise ValueError(f"`alpha` is {values.tolist()}, but strengths must be finite, and at most {_LARGEST:g}.")
+        raise ValueError(f"`alpha` is {shown(values.tolist())}, but strengths must be finite, and at most {_LARGEST:g}.")
     return values.float() if values.ndim == 2 else values.expand(n_rewards).tolist()
 
 
@@ -71,8 +72,10 @@ def alpha_of_beta(beta: float, reward_betas: Sequence[float | None]) -> list[flo
             $\beta_{r,k}$ of each reward model, `None` if it is not known.
 
     Raises:
-        ValueError: if `beta` is not positive, or a scale is not known.
+        TypeError: if `beta` is not a number.
+        ValueError: if it is not positive, or a scale is not known.
     """
+    beta = as_number("beta", beta, "a KL temperature, a positive number")
     if not beta > 0:
         raise ValueError(f"`beta` is {beta}, but a KL temperature is positive: the smaller, the stronger the guidance.")
     return [scale / beta for scale in _known(reward_betas, "beta", "the `beta` that it was trained with")]
@@ -94,12 +97,15 @@ def alpha_of_weights(
             $s_k$ of each reward model, in nats, `None` if it is not known.
 
     Raises:
+        TypeError: if weights or the strength are no numbers.
         ValueError: if weights are negative or do not sum to 1, or a scale is not known.
     """
-    given = torch.as_tensor(weights, dtype=torch.float32)
-    if given.shape[-1:] != (len(reward_scales),) or not (given >= 0).all() or (given.sum(-1) - 1).abs().max() > 1e-3:
+    rule = "a list with one number for each reward model, or a tensor with one row for each request"
+    given = as_tensor("weights", weights, rule).float().cpu()
+    alpha = as_number("alpha", alpha, "the strength that the objectives share, a number")
+    if not 1 <= given.ndim <= 2 or given.shape[-1] != len(reward_scales) or not (given >= 0).all() or (given.sum(-1) - 1).abs().max() > 1e-3:
         raise ValueError(
-            f"`weights` is {given.tolist()}, but it must have one weight for each of the {len(reward_scales)} reward "
+            f"`weights` is {shown(given.tolist())}, but it must have one weight for each of the {len(reward_scales)} reward "
             "models, none of them negative, with the sum 1. To steer away or more strongly, set `alpha`."
         )
     scales = torch.tensor(_known(reward_scales, "reward_scale", "its scale on held-out pairs"))

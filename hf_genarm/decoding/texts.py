@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from .step import Run, Step
 from .step_watch import StepWatch
 
@@ -106,8 +107,10 @@ class TextReader:
                 The arguments of the processor.
 
         Raises:
-            ValueError: if their numbers of rows differ.
+            TypeError: if they are not tensors of ids and of scores.
+            ValueError: if they have another shape, no rows, or different numbers of rows.
         """
+        _refuse_no_tensors(input_ids, scores)
         if len(input_ids) != len(scores):
             raise ValueError(
                 f"`input_ids` has {len(input_ids)} rows, but `scores` has {len(scores)}. Give one text for each."
@@ -152,3 +155,22 @@ class TextReader:
         self._earlier.record(text_keys(input_ids), values)
         mask = None if run.is_custom_loop else run.mask_of(input_ids)
         return Text(input_ids, run, [length - prompt_length for _, prompt_length in values], None, mask)
+
+
+def _refuse_no_tensors(input_ids: Any, scores: Any) -> None:
+    for name, value, shape, is_right in (
+        ("input_ids", input_ids, "(batch_size, length)", _is_integer),
+        ("scores", scores, "(batch_size, vocab_size)", torch.is_floating_point),
+    ):
+        kind = f"a tensor of {'integers' if name == 'input_ids' else 'real numbers'} of shape {shape}"
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided or not is_right(value):
+            given = f"of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+            raise TypeError(f"`{name}` is {given}, but must be {kind}, as `generate` passes it.")
+        if value.ndim != 2 or len(value) == 0:
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}, but must be {kind}, with one row at least."
+            )
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

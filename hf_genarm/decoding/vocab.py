@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import refuse_no_tokenizer
+
 
 class VocabMap:
     """
@@ -54,9 +56,9 @@ class VocabMap:
             ValueError: if the text has a token that the reward model lacks.
         """
         self._lookup = self._lookup.to(input_ids.device)
-        text = input_ids.masked_fill(attention_mask == 0, int(self._base_ids[0]))
-        reward_ids = self._lookup[text.clamp(max=len(self._lookup) - 1)]
-        unknown = text[(reward_ids < 0) | (text >= len(self._lookup))]
+        text = input_ids.long().masked_fill(attention_mask == 0, int(self._base_ids[0]))
+        reward_ids = self._lookup[text.clamp(min=0, max=len(self._lookup) - 1)]
+        unknown = text[(reward_ids < 0) | (text < 0) | (text >= len(self._lookup))]
         if len(unknown):
             index = int(unknown[0])
             raise ValueError(
@@ -107,11 +109,15 @@ def vocab_maps(
             Number of reward models.
 
     Raises:
+        TypeError: if one is no tokenizer.
         ValueError: if tokenizers are missing, or do not line up.
     """
+    refuse_no_tokenizer("tokenizer", tokenizer)
+    if not isinstance(reward_tokenizer, list | tuple):
+        refuse_no_tokenizer("reward_tokenizer", reward_tokenizer)
     if tokenizer is None or reward_tokenizer is None:
         if reward_tokenizer is not None:
-            raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer` too.")
+            raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer`, too.")
         return [None] * n_models
     if isinstance(reward_tokenizer, PreTrainedTokenizerBase):
         reward_tokenizer = [reward_tokenizer] * n_models
@@ -121,4 +127,6 @@ def vocab_maps(
             f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {n_models} reward models. Give "
             "one for each, or a single one for all."
         )
+    for other in reward_tokenizers:
+        refuse_no_tokenizer("reward_tokenizer", other)
     return [None if other is None else VocabMap(tokenizer, other) for other in reward_tokenizers]

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import shown
 from .base_weights import FINGERPRINT
 
 INFO_NAME = "genarm_config.json"
@@ -50,7 +51,7 @@ def _is_measured(value: dict[str, Any]) -> bool:
         all(isinstance(x, dict) and all(isinstance(x.get(name), str) for name in texts) for x in examples)
         and all(
             isinstance(row, dict)
-            and "reference" in row
+            and row.get("reference", "") in (None, "base")
             and all(_has_type(row.get(name), float) for name in numbers)
             and all(_has_type(row.get(name), list[float]) and len(row[name]) == 3 for name in intervals)
             for row in settings
@@ -158,7 +159,7 @@ class RewardInfo:
             value, (holds, rule) = getattr(self, name), _RULES.get(name, (lambda _: True, ""))
             if not _has_type(value, hint) or (value is not None and not holds(value)):
                 expected = hint.__name__ if isinstance(hint, type) else hint
-                raise ValueError(f"`{name}` is {value!r}, but must be `{expected}`{rule and ': ' + rule}.")
+                raise ValueError(f"`{name}` is {shown(value)}, but must be `{expected}`{rule and ': ' + rule}.")
 
     @property
     def reference(self) -> str | None:
@@ -200,9 +201,11 @@ class RewardInfo:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type such as `float | None` or `dict[str, str]`. A truth value is no number."""
-    if hint is Any:
-        return True
+    """Whether a value is of a type such as `float | None` or `dict[str, Any]`. A truth value is no number."""
+    if hint is Any:  # which JSON can hold
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        is_json = value is None or isinstance(value, str | bool | int | float | list | dict)
+        return is_json and all(isinstance(key, str | int) and _has_type(x, Any) for key, x in inner)
     if get_origin(hint) is dict:
         of_key, of_value = get_args(hint)
         items = value.items() if isinstance(value, dict) else [(None, None)]

@@ -4,17 +4,19 @@ import inspect
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..arguments import shown
 
 # What models call the argument with their cache: `cache` since transformers 5.24, `past_key_values` before.
 _STEP_ARGS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _STEP_ARGS else "past_key_values"
 
 
-def network_of(model: Any) -> PreTrainedModel:
+def network_of(model: Any, name: str = "model") -> PreTrainedModel:
     """
     The causal LM in a model that is compiled, or has an adapter.
 
@@ -24,9 +26,8 @@ def network_of(model: Any) -> PreTrainedModel:
     network = uncompiled(model)
     network = network.get_base_model() if isinstance(network, PeftModel) else network
     if not isinstance(network, PreTrainedModel):
-        given = f"a `{type(model).__name__}`" if isinstance(model, nn.Module) else f"{model!r}"
         raise TypeError(
-            f"A model is {given}, which is no language model. Pass a `PreTrainedModel` or a `PeftModel`; ids and "
+            f"`{name}` is {shown(model)}, which is no language model. Pass a `PreTrainedModel` or a `PeftModel`; ids and "
             "folders are loaded by `from_pretrained`."
         )
     return network

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -69,6 +70,30 @@ def fixed_length(network: PreTrainedModel) -> float:
         if isinstance(rope, dict) and rope.get("rope_type") in _DYNAMIC_ROPES
     ]
     return min(lengths, default=math.inf)
+
+
+def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor) -> None:
+    """
+    Refuses ids that a model has no embeddings for. On a GPU its pass would end in an assertion, after which nothing
+    runs in the process.
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]):
+            What would read them.
+        input_ids (`torch.LongTensor` of shape `(batch_size, n)`):
+            The ids.
+
+    Raises:
+        ValueError: if there are such ids.
+    """
+    n_known = len(embeddings_of(network))
+    lowest, highest = torch.stack(input_ids.aminmax()).tolist()
+    if lowest < 0 or highest >= n_known:
+        raise ValueError(
+            f"The text has ids from {lowest} to {highest}, but `{type(network).__name__}`, as a reward model or "
+            f"reference, knows ids from 0 to {n_known - 1}. Leave out tokens that it lacks, or use a model with the "
+            "tokenizer of the base model."
+        )
 
 
 def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int, error: Exception) -> None:

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..arguments import shown
 from .kv_cache import network_of
 from .sharing import shares_weights
 from .warning import GuidanceWarning
@@ -29,6 +30,20 @@ def loaded_as_base(base_model: PreTrainedModel | None, kwargs: Mapping[str, Any]
     if base_model is None or {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
         return dict(kwargs)
     return {**kwargs, "dtype": base_model.dtype}
+
+
+def refuse_no_dtype(kwargs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if a name of a dtype is none.
+    """
+    for name in ("dtype", "torch_dtype"):
+        dtype = kwargs.get(name)
+        is_name = isinstance(dtype, str) and (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype))
+        if dtype is not None and not is_name and not isinstance(dtype, torch.dtype | dict):
+            raise ValueError(
+                f"`{name}` is {shown(dtype)}, but must be 'auto' or a dtype of PyTorch, such as 'bfloat16'."
+            )
 
 
 def put_with_base(

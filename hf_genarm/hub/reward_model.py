@@ -7,16 +7,19 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
+from ..arguments import refuse_no_tokenizer, shown
 from .base_weights import has_weights
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
+from .kv_cache import network_of
 from .loading import download, load_adapter, load_causal_lm
-from .placement import loaded_as_base, put_with_base
+from .placement import loaded_as_base, put_with_base, refuse_no_dtype
 from .scoring import ScoredTexts, Texts, token_rewards
 from .sharing import without_adapter
 
@@ -62,10 +65,16 @@ class AutoregressiveRewardModel(PushToHubMixin):
         info: RewardInfo | None = None,
         reference: PreTrainedModel | None = None,
     ):
+        network_of(model)  # refuses what is none
+        refuse_no_tokenizer("tokenizer", tokenizer)
+        if info is not None and not isinstance(info, RewardInfo):
+            raise TypeError(f"`info` is {shown(info)}, but must be a `RewardInfo`, such as `RewardInfo(beta=0.05)`.")
+        if reference is not None:
+            network_of(reference, "reference")
         self.model = model
         self._reference = reference
         self.tokenizer = tokenizer
-        self.info = info or RewardInfo()
+        self.info = RewardInfo() if info is None else info
 
     @property
     def reference(self) -> PreTrainedModel:
@@ -129,6 +138,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
             [`AutoregressiveRewardModel`], in evaluation mode.
 
         Raises:
+            TypeError: if an argument is of another type.
+            OSError: if there is no such folder, and no such repository in reach.
             ValueError: if weights are pickled, are not exactly those of the model, or are NaN or infinite; if a file
                 that describes them is not valid, or of a format that is newer than this package.
         """
@@ -138,8 +149,22 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 f"`pretrained_model_name_or_path` is {pretrained_model_name_or_path!r:.80}, but it is a Hub id or a "
                 "folder. A model that is loaded already goes to the class itself: `AutoregressiveRewardModel(model)`."
             )
+        if base_model is not None:
+            network_of(base_model, "base_model")
+        is_searched = isinstance(base_tokenizer, str) and base_tokenizer == "auto"
+        if not is_searched:
+            refuse_no_tokenizer("base_tokenizer", base_tokenizer)
+        if not isinstance(subfolder, str):
+            raise TypeError(f"`subfolder` is {shown(subfolder)}, but must be the name of a folder in the repository.")
+        refuse_no_dtype(kwargs)
         name = str(pretrained_model_name_or_path)
-        folder = download(name, subfolder, **hub_kwargs)
+        try:
+            folder = download(name, subfolder, **hub_kwargs)
+        except (LocalEntryNotFoundError, HFValidationError) as error:  # of which the first doesn't name it
+            raise OSError(
+                f"`{name}` is neither a folder here nor a repository that is cached or in reach. Check the name and "
+                f"the connection. {error}"
+            ) from error
         has_info = (folder / INFO_NAME).exists()
         info = RewardInfo.load(folder / INFO_NAME) if has_info else RewardInfo()
         if not has_info:
@@ -165,7 +190,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         tokenizer = find_tokenizer(folder, **access)
         if tokenizer is None:
             is_of_base = base_model is not None and model.name_or_path == base_model.name_or_path
-            is_known = is_of_base and base_tokenizer != "auto"
+            is_known = is_of_base and not is_searched
             tokenizer = base_tokenizer if is_known else find_tokenizer(str(model.name_or_path), **access)  # type: ignore
         return cls(model.eval(), tokenizer, info, reference)
 

@@ -1,5 +1,6 @@
 """The rewards of finished responses, one for each token: no generation, one forward pass over the text."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import shown
 from ..functional import token_log_probs
 from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
@@ -110,7 +112,7 @@ def token_rewards(
     """
     for name, value in (("batch_size", batch_size), ("chunk_length", chunk_length)):
         if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}, but it is a number of texts or tokens: give 1 or more.")
+            raise ValueError(f"`{name}` is {shown(value)}, but it is a number of texts or tokens: give 1 or more.")
     for scored in (model,) if reference is None else (model, reference):
         refuse_not_causal(scored)
     prompts, responses = _listed("prompts", prompts), _listed("responses", responses)
@@ -144,18 +146,24 @@ def token_rewards(
 
 def _listed(name: str, texts: Any) -> list:
     """The texts, each of a type that there is."""
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, str | bytes | Mapping | Tensor) or not isinstance(texts, Iterable):
         raise TypeError(
-            f"`{name}` is {texts!r}, but it must be a list of texts or of chats. Put it in a list: `[...]`."
+            f"`{name}` is {shown(texts)}, but it must be a list of texts or of chats. Put it in a list: `[...]`."
         )
     texts = list(texts)
     for index, text in enumerate(texts):
         is_chat = isinstance(text, list | tuple) and text and all(isinstance(message, Mapping) for message in text)
         if not isinstance(text, str) and not is_chat:
             raise TypeError(
-                f"`{name}[{index}]` is {text!r}, but it must be a `str` or a list of messages such as "
+                f"`{name}[{index}]` is {shown(text)}, but it must be a `str` or a list of messages such as "
                 '`[{"role": "user", "content": "Hello"}]`.'
             )
+        try:
+            json.dumps(text, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}[{index}]` is {shown(text)}, which has half a character. Mend its text."
+            ) from error
     return texts
 
 
