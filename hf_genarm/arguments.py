@@ -53,6 +53,15 @@ def as_whole_number(name: str, value: Any, rule: str, least: int = 1) -> int:
     return number
 
 
+def refuse_no_seed(seed: int) -> None:
+    """
+    Raises:
+        ValueError: if a whole number can't be the seed of random numbers.
+    """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"`seed` is {seed}, but must be from 0 to {2**31 - 1}.")
+
+
 def as_tensor(name: str, value: Any, rule: str) -> Tensor:
     """
     Returns a tensor of numbers: a tensor, an array, or nested lists.

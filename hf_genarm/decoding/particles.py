@@ -108,7 +108,9 @@ def smc_sample(
     >>> model.generate(**inputs, logits_processor=[processor], custom_generate=smc_sample, n_particles=8, **options)
     ```
     """
-    _refuse(generation_config, logits_processor, n_particles, ess_threshold, streamer)
+    n_particles = as_whole_number("n_particles", n_particles, "a number of texts, 1 or more")
+    ess_threshold = as_number("ess_threshold", ess_threshold, "a share of the particles, from 0 to 1")
+    _refuse(generation_config, logits_processor, ess_threshold, streamer)
     _refuse_inputs(model, model_kwargs)
     batch_size, device = len(input_ids), input_ids.device
     logits_processor = LogitsProcessorList(_for_particles(x, n_particles) for x in logits_processor)
@@ -255,7 +257,6 @@ def _refuse_inputs(model: Any, model_kwargs: dict[str, Any]) -> None:
 def _refuse(
     config: GenerationConfig,
     processors: Sequence[LogitsProcessor],
-    n_particles: int,
     ess_threshold: float,
     streamer: Any,
 ) -> None:
@@ -270,8 +271,7 @@ def _refuse(
             f"`target_kl` is {guides[0].target_kl}, which holds the divergence of sampling token by token; weights "
             "over whole texts change it. Set the strength by `alpha`, and `processor.target_kl = None`."
         )
-    as_whole_number("n_particles", n_particles, "a number of texts, 1 or more")
-    if not 0 <= as_number("ess_threshold", ess_threshold, "a share of the particles, from 0 to 1") <= 1:
+    if not 0 <= ess_threshold <= 1:
         raise ValueError(f"`ess_threshold` is {ess_threshold}, but must be a share of the particles, from 0 to 1.")
     if streamer is not None:
         raise ValueError("`streamer` can't be served: what particles have written may be dropped later. Leave it out.")

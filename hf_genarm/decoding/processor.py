@@ -115,7 +115,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
         if isinstance(reference, str) and (reference != "base" or base_model is None):
             raise ValueError(
-                f"`reference` is {reference!r}, but must be a model, \"base\" where `base_model` is given, or `None`."
+                f'`reference` is {reference!r}, but must be a model, "base" where `base_model` is given, or `None`.'
             )
         self._models = [_model_of(x, "reward_model") for x in given]
         self.reference = (

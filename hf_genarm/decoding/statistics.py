@@ -97,7 +97,9 @@ class Statistics:
         rule = "the tokens that `generate` returned, a tensor of integers of shape (n_sequences, length)"
         sequences = as_tensor("sequences", sequences, f"{rule}; of an output with more, pass `output.sequences`")
         if sequences.ndim != 2 or sequences.is_floating_point():
-            raise ValueError(f"`sequences` has shape {tuple(sequences.shape)} of {sequences.dtype}, but must be {rule}.")
+            raise ValueError(
+                f"`sequences` has shape {tuple(sequences.shape)} of {sequences.dtype}, but must be {rule}."
+            )
         names = ["sequence", "position", "token", "base_log_prob", "guided_log_prob"]
         names += [f"{what}_{index}" for index in range(self._n_rewards) for what in ("reward_log_prob", "alpha")]
         names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed"]

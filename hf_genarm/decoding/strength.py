@@ -55,7 +55,9 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
             f"(n_requests, {n_rewards}), one row for each request."
         )
     if not (values.abs() <= _LARGEST).all():
-        raise ValueError(f"`alpha` is {shown(values.tolist())}, but strengths must be finite, and at most {_LARGEST:g}.")
+        raise ValueError(
+            f"`alpha` is {shown(values.tolist())}, but strengths must be finite, and at most {_LARGEST:g}."
+        )
     return values.float() if values.ndim == 2 else values.expand(n_rewards).tolist()
 
 
@@ -103,7 +105,12 @@ def alpha_of_weights(
     rule = "a list with one number for each reward model, or a tensor with one row for each request"
     given = as_tensor("weights", weights, rule).float().cpu()
     alpha = as_number("alpha", alpha, "the strength that the objectives share, a number")
-    if not 1 <= given.ndim <= 2 or given.shape[-1] != len(reward_scales) or not (given >= 0).all() or (given.sum(-1) - 1).abs().max() > 1e-3:
+    if (
+        not 1 <= given.ndim <= 2
+        or given.shape[-1] != len(reward_scales)
+        or not (given >= 0).all()
+        or (given.sum(-1) - 1).abs().max() > 1e-3
+    ):
         raise ValueError(
             f"`weights` is {shown(given.tolist())}, but it must have one weight for each of the {len(reward_scales)} reward "
             "models, none of them negative, with the sum 1. To steer away or more strongly, set `alpha`."

@@ -167,9 +167,7 @@ def _refuse_no_tensors(input_ids: Any, scores: Any) -> None:
             given = f"of {value.dtype}" if isinstance(value, Tensor) else shown(value)
             raise TypeError(f"`{name}` is {given}, but must be {kind}, as `generate` passes it.")
         if value.ndim != 2 or len(value) == 0:
-            raise ValueError(
-                f"`{name}` has shape {tuple(value.shape)}, but must be {kind}, with one row at least."
-            )
+            raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but must be {kind}, with one row at least.")
 
 
 def _is_integer(x: Tensor) -> bool:

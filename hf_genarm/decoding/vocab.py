@@ -117,7 +117,9 @@ def vocab_maps(
         refuse_no_tokenizer("reward_tokenizer", reward_tokenizer)
     if tokenizer is None or reward_tokenizer is None:
         if reward_tokenizer is not None:
-            raise ValueError("`reward_tokenizer` is aligned with that of the base model: pass that as `tokenizer`, too.")
+            raise ValueError(
+                "`reward_tokenizer` is given, but `tokenizer` is not, and one is aligned with the other. Pass both."
+            )
         return [None] * n_models
     if isinstance(reward_tokenizer, PreTrainedTokenizerBase):
         reward_tokenizer = [reward_tokenizer] * n_models

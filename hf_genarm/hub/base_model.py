@@ -13,6 +13,9 @@ from ..demo import DEMO_MODEL_ID, demo_model
 from .info import INFO_NAME, RewardInfo
 from .loading import ADAPTER_CONFIG, adapter_config, download, recorded_revision, short_name
 
+# Values of `device_map` that are not the name of a device
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 @dataclass(frozen=True)
 class Base:
@@ -77,11 +80,15 @@ def load_base(
             loaded.
         OSError: if a reward model is not found.
     """
+    if base is not None and not base.strip():
+        raise ValueError(f"`base` is {base!r}, but must be a Hub id or a folder. Leave it out for its default.")
     if device is not None and device_map is not None:
         raise ValueError(
             f"`device` is {device!r} and `device_map` is {device_map!r}, but only one of them can place the base. "
             "Leave the other one out."
         )
+    if device_map is not None and device_map not in _SPREADING:
+        usable_device(device_map, "device_map")
     target = None if device_map is not None else usable_device(device)
     what, revision = f"`{base}`", None
     if base is None and reward_models:
@@ -145,7 +152,7 @@ def _named_by(reward_model: str, revision: str | None) -> tuple[str | None, str 
     return info.base_model, info.base_model_revision
 
 
-def usable_device(device: str | None) -> torch.device:
+def usable_device(device: str | None, name: str = "device") -> torch.device:
     """
     The device of a name, or else the one that accelerate chooses.
 
@@ -155,10 +162,12 @@ def usable_device(device: str | None) -> torch.device:
     if device is None:
         return PartialState().device
     try:
-        return torch.empty(0, device=device).device
+        empty = torch.empty(0, device=device)
+        empty.cpu()  # which there is none of on `meta`
+        return empty.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"`device` is {device!r}, which can't be used here: {reason} Name another one, such as 'cpu' or 'cuda:0', "
+            f"`{name}` is {device!r}, which can't be used here: {reason} Name another one, such as 'cpu' or 'cuda:0', "
             "or leave it out."
         ) from error

@@ -20,7 +20,7 @@ from ..viewing.tokens import Token, TokenText
 from .causality import refuse_not_causal
 from .end_of_turn import end_token_ids, length_to_end
 from .kv_cache import CACHE, embeddings_of, network_of, new_cache
-from .limits import fixed_length, refuse_out_of_range, why_no_cache
+from .limits import fixed_length, refuse_out_of_range, refuse_unknown_ids, why_no_cache
 
 Messages = list[dict[str, str]]
 Texts = Sequence[str] | Sequence[Messages]
@@ -214,6 +214,7 @@ def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk
         rows = [_log_probs(model, [text], chunk_length)[0] for text in texts]
         return pad_sequence(rows, batch_first=True)
     input_ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)
+    refuse_unknown_ids(network, input_ids)  # a reference may know fewer than the reward model
     attention_mask = torch.tensor(
         [[*[1] * len(text), *[0] * (longest - len(text))] for text in texts], device=model.device
     )

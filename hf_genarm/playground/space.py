@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
+from ..files import make_output_dir
 from ..hub.base_model import named_base
 
 _APP = """\
@@ -49,9 +50,9 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
     copied = {arm: f"adapters/{Path(arm).name}" for arm in arms if Path(arm).is_dir()}
     if len(set(copied.values())) < len(copied):
         raise ValueError(f"Two of the folders {', '.join(copied)} have the same name. Rename one of them.")
+    make_output_dir(folder)
     for arm, copy in copied.items():
         shutil.copytree(arm, target / copy)
-    target.mkdir(parents=True, exist_ok=True)
     (target / "app.py").write_text(
         _APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms]), encoding="utf-8"
     )

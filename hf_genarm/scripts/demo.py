@@ -31,6 +31,10 @@ class DemoArguments(BaseArguments):
     share: bool = field(default=False, metadata={"help": "Whether to open a public link through gradio.live."})
     export: str | None = field(default=None, metadata={"help": "Writes a Hugging Face Space into this folder instead."})
 
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ValueError(f"`port` is {self.port}, but must be from 1 to 65535. Leave it out for a free one.")
+
 
 ARGUMENTS = (DemoArguments,)
 
@@ -44,6 +48,8 @@ def main(args: DemoArguments) -> None:
             "No reward model is given, and there is no folder `model_cards` here. Name one with `--arm`: a Hub id or a "
             "folder."
         )
+    if not all(name.strip() for name in arms):
+        raise ValueError(f"`arm` is {arms}, of which one is empty. Give Hub ids or folders: `--arm`.")
     if args.export is not None:
         _check_gradio()
         from ..playground.space import write_space

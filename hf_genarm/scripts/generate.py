@@ -20,6 +20,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import set_seed
 
+from ..arguments import refuse_no_seed
 from ..hub.placement import device_of
 from .guided_model import GuidanceArguments, load_guided
 from .prompts import completion_of, left_padded, read_rows, token_ids
@@ -46,6 +47,7 @@ class GenerateArguments:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        refuse_no_seed(self.seed)
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}, but must be positive. Leave out `--do_sample`.")
         if not 0 < self.top_p <= 1:

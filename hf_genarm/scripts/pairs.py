@@ -166,6 +166,8 @@ def load_prompts(name: str, split: str) -> list:
 
 
 def _load(name: str, split: str, config: str | None = None, data_dir: str | None = None, what: str = "pair") -> Dataset:
+    if not name.strip():
+        raise ValueError(f"The name of the {what}s is {name!r}, but must be a Hub id, a folder or a file.")
     path = Path(name)
     kinds = [_FILES[suffix[1:]] for suffix in path.suffixes if suffix[1:] in _FILES]
     if path.is_file() and not kinds:

@@ -38,8 +38,9 @@ class Shards:
             raise ValueError(f"`{output}` is there already. Name another file, or remove it: `--output`.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"`{self.folder}` can't be made: {error.strerror}. Name another `--output`.") from error
+        except (OSError, ValueError) as error:  # the latter for a name that no file can have
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"`{self.folder}` can't be made: {reason}. Name another `--output`.") from error
         self._check(settings, is_first=rank == 0)
         self._own = self.folder / f"rank-{rank}.jsonl"
         _drop_cut_line(self._own)
@@ -47,7 +48,13 @@ class Shards:
     def _check(self, settings: dict[str, Any], is_first: bool) -> None:
         path = self.folder / _RUN
         if path.exists():
-            begun = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                begun = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"`{path}` doesn't hold the settings of a run ({error}). Remove `{self.folder}`, or name another "
+                    "`--output`."
+                ) from error
             different = sorted(name for name in settings if begun.get(name) != settings[name])
             if different:
                 name = different[0]

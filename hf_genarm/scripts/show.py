@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..arguments import refuse_no_seed
 from ..hub.placement import device_of
 from .guided_model import GuidanceArguments, load_guided
 from .prompts import left_padded, token_ids
@@ -37,6 +38,7 @@ class ShowArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        refuse_no_seed(self.seed)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")
         if not self.prompt.strip():

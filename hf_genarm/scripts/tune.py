@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from tqdm import tqdm
 
+from ..arguments import refuse_no_seed
 from ..bootstrap import interval, mean_with_interval, resampled_means
 from ..decoding.assembly import assemble
 from ..decoding.processor import GenARMLogitsProcessor
@@ -102,6 +103,7 @@ class TuneArguments(BaseArguments):
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("n_examples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
+        refuse_no_seed(self.seed)
         if self.max_prompts < 2:
             raise ValueError(f"`max_prompts` is {self.max_prompts}, but intervals take at least 2 prompts.")
         for name in ("alpha", "temperature"):
