@@ -203,5 +203,5 @@ def test_paths_are_names(models):
     for wrong, error in ((None, TypeError), ([], ValueError), ([base], TypeError)):
         with pytest.raises(error, match="`pretrained_model_name_or_path`"):
             GenARMLogitsProcessor.from_pretrained(wrong, base_model=base)
-    with pytest.raises(TypeError, match="A model is 'one', which is no language model"):
+    with pytest.raises(TypeError, match="`base_model` is 'one', which is no language model"):
         GenARMLogitsProcessor.from_pretrained(arm, base_model="one")

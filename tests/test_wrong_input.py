@@ -159,6 +159,7 @@ def recommended(*path):
 
 
 MODELS = ("`model`", "`reward_model`", "can't be a reward model", "bidirectional")
+OTHER_TOKENS = ("embeddings", "knows ids", "that training started from")
 TEXTS = ("prompt", "response", "chat")
 ENTRIES = {
     "reward_model": (processor("reward_model"), MODELS),
@@ -175,7 +176,7 @@ ENTRIES = {
     "statistics": (statistics, ("`sequences`",)),
     "assistant": (drafts, ("`num_assistant_tokens`",)),
     **{x: (particles(x), (f"`{x}`",)) for x in ("n_particles", "ess_threshold")},
-    **{f"AutoregressiveRewardModel, {x}": (reward_model(x), (f"`{x}`", *MODELS, "embeddings", "knows ids", "that training started"))
+    **{f"AutoregressiveRewardModel, {x}": (reward_model(x), (f"`{x}`", *MODELS, *OTHER_TOKENS))
        for x in ("model", "tokenizer", "info", "reference")},
     "prompts": (lambda value: SCORER.score(value, ["is"]), TEXTS),
     "responses": (lambda value: SCORER.score(["What"], value), TEXTS),

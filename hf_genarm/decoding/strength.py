@@ -46,8 +46,8 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
     is_list = not isinstance(alpha, Tensor) and values.ndim == 1
     if is_list and len(values) != n_rewards:
         raise ValueError(
-            f"`alpha` is {shown(alpha)}, which has {len(values)} values, but there are {n_rewards} reward models. Give one "
-            "value for each, a single one for all, or a tensor with one row for each request."
+            f"`alpha` is {shown(alpha)}, which has {len(values)} values, but there are {n_rewards} reward models. Give "
+            "one value for each, a single one for all, or a tensor with one row for each request."
         )
     if values.ndim > 2 or (values.ndim > 0 and values.shape[-1] != n_rewards) or values.numel() == 0:
         raise ValueError(
@@ -112,8 +112,8 @@ def alpha_of_weights(
         or (given.sum(-1) - 1).abs().max() > 1e-3
     ):
         raise ValueError(
-            f"`weights` is {shown(given.tolist())}, but it must have one weight for each of the {len(reward_scales)} reward "
-            "models, none of them negative, with the sum 1. To steer away or more strongly, set `alpha`."
+            f"`weights` is {shown(given.tolist())}, but it must have one weight for each of the {len(reward_scales)} "
+            "reward models, none of them negative, with the sum 1. To steer away or more strongly, set `alpha`."
         )
     scales = torch.tensor(_known(reward_scales, "reward_scale", "its scale on held-out pairs"))
     alphas = alpha * given * scales.log().mean().exp() / scales

@@ -27,8 +27,8 @@ def network_of(model: Any, name: str = "model") -> PreTrainedModel:
     network = network.get_base_model() if isinstance(network, PeftModel) else network
     if not isinstance(network, PreTrainedModel):
         raise TypeError(
-            f"`{name}` is {shown(model)}, which is no language model. Pass a `PreTrainedModel` or a `PeftModel`; ids and "
-            "folders are loaded by `from_pretrained`."
+            f"`{name}` is {shown(model)}, which is no language model. Pass a `PreTrainedModel` or a `PeftModel`; ids "
+            "and folders are loaded by `from_pretrained`."
         )
     return network
 
