@@ -630,7 +630,7 @@ def test_rewards_that_leave_no_token():
 @pytest.mark.parametrize("model", [None, "my-arm", 3])
 def test_invalid_reward_models(model):
     with pytest.raises(
-        TypeError, match=r"`reward_model` is (None|'my-arm'|3), which is no language model.*`from_pretrained`"
+        TypeError, match=r"`reward_model` is (None|'my-arm'|3), which is no language model"
     ):
         GenARMLogitsProcessor(model)
 
