@@ -135,7 +135,7 @@ def test_an_adapter_is_fused_as_long_as_the_frequencies_are_fixed(kind):
     output = base.generate(**inputs, **options, logits_processor=[processor])
     oracle = RecomputeNew(lambda: adapter_on(rotating(kind)), inputs)
     expected = rotating(kind).generate(**inputs, **options, logits_processor=[oracle])
-    assert processor._rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
+    assert processor._machine.rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -152,11 +152,6 @@ def test_what_can_not_be_read_is_named(name):
     with pytest.raises(ValueError, match=f"ids up to {n_known + 3}: .* and ids below {n_known}"):
         processor(torch.tensor([[5, n_known + 3, 6]]), torch.zeros(1, VOCAB_SIZE))
     processor(ids[:, :8], torch.zeros(1, VOCAB_SIZE))
-
-
-def test_models_that_read_both_ways_are_refused():
-    with pytest.raises(TypeError, match=r"BertLMHeadModel.*config\.is_decoder=False.*both ways"):
-        GenARMLogitsProcessor(tiny("bert", is_decoder=False))
 
 
 # --- adapters ---

@@ -20,7 +20,7 @@ from tiny import VOCAB_SIZE, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
-from hf_genarm.hub.base_weights import same_weights, weights_fingerprint
+from hf_genarm.hub.base_weights import has_weights, weights_fingerprint
 from hf_genarm.hub.sharing import shares_weights
 
 IDS = random_prompts(2, 6)
@@ -457,48 +457,6 @@ def test_values_that_can_be(tmp_path):
 
 # --- whose weights ---
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("native", DTYPES, ids=str)
-def test_a_fingerprint_is_the_same_in_any_dtype(native):
-    prints = [weights_fingerprint(tiny_llama(0).to(native).to(dtype)) for dtype in DTYPES]
-    assert all(same_weights(one, other) for one in prints for other in prints)
-    others = [weights_fingerprint(tiny_llama(1).to(dtype)) for dtype in DTYPES]
-    assert not any(same_weights(one, other) for one in prints for other in others)
-
-
-def test_a_fingerprint_of_a_model_with_an_adapter_or_more_tokens(saved):
-    expected = weights_fingerprint(AutoModelForCausalLM.from_pretrained(saved / "base"))
-    for option in ({}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}):
-        folder = save_adapter(saved / "base", saved / "other", **option)
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "base"), folder)
-        assert weights_fingerprint(model) == expected
-    assert weights_fingerprint(model.merge_and_unload()) != expected
-    model = AutoModelForCausalLM.from_pretrained(saved / "base")
-    model.resize_token_embeddings(VOCAB_SIZE + 7000)
-    larger = weights_fingerprint(model)
-    model.resize_token_embeddings(VOCAB_SIZE + 7005)
-    assert weights_fingerprint(model) == larger
-
-
-@pytest.mark.parametrize("share", [1e-3, 1e-2])
-def test_a_fingerprint_tells_light_training(share):
-    model = tiny_llama(0)
-    expected = weights_fingerprint(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + share * torch.randn_like(parameter))
-    assert not same_weights(weights_fingerprint(model), expected)
-
-
-def test_weights_that_can_not_be_read_have_no_fingerprint():
-    model = tiny_llama(0)
-    model.config.quantization_config = {"quant_method": "gptq"}
-    assert weights_fingerprint(model) is None
-    assert weights_fingerprint(tiny_llama(0).to("meta")) is None
-    assert same_weights(None, weights_fingerprint(tiny_llama(0))) is None
-
 
 def tuned(base):
     """Another model under the same name."""
@@ -547,12 +505,12 @@ def test_the_base_in_the_folder_was_replaced(saved):
 
 def test_what_was_trained_knows_its_base(make_trainer, tokenizer, tmp_path):
     base = tiny_llama(vocab_size=len(tokenizer))
-    fingerprint = weights_fingerprint(base)
     trainer = make_trainer(model=base, peft_config=LoraConfig(bias="lora_only"), max_steps=1)
     trainer.train()
     trainer.save_model(tmp_path / "arm")
-    assert RewardInfo.load(tmp_path / "arm" / "genarm_config.json").base_weights == fingerprint
-    assert make_trainer(model=trainer.model, max_steps=1).reward_info.base_weights == fingerprint
+    saved = RewardInfo.load(tmp_path / "arm" / "genarm_config.json").base_weights
+    assert has_weights(tiny_llama(vocab_size=len(tokenizer)), saved)
+    assert make_trainer(model=trainer.model, max_steps=1).reward_info.base_weights == saved
     assert make_trainer(max_steps=1).reward_info.base_weights is None  # the weights that are trained
 
 

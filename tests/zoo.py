@@ -12,7 +12,6 @@ SIZES = {
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
-    "is_decoder": True,
     "max_position_embeddings": 64,
     "n_positions": 64,
     "initializer_range": 0.4,
@@ -36,6 +35,11 @@ LATENT = ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_mo
 LATENT += ["sarvam_mla", "youtu", "diffllama", "dots3_note_text"]
 HYBRID = ["bailing_hybrid", "jamba", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
 HYBRID += ["recurrent_gemma"]
+
+# Bidirectional unless their configuration says otherwise, as users must set it; all others have their own default.
+AS_DECODERS = ["bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"]
+AS_DECODERS += ["reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"]
+AS_DECODERS += ["xlm-roberta-xl", "xmod"]
 
 # What some architectures need besides.
 MORE = {
@@ -74,6 +78,7 @@ MORE = {
         "local_attn_chunk_length": 8,
     },
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
+    "xlm": {"causal": True},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
@@ -99,7 +104,9 @@ MULTIMODAL = {"dots3_note", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unifi
 MULTIMODAL |= {"moss_transcribe_diarize"}
 # Bytes in patches; codes of sound; drafts of another model's states; attributes that its own config lacks.
 OTHERS = {"blt", "moshi", "musicgen", "musicgen_melody", "gemma4_assistant", "gemma4_unified_assistant", "dbrx"}
-NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MULTIMODAL - OTHERS)
+# Whatever their configuration: each prediction of XLNet needs a mask of its own, CPM-Ant reads a prompt at once.
+BIDIRECTIONAL = {"cpmant", "xlnet"}
+NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MULTIMODAL - OTHERS - BIDIRECTIONAL)
 
 
 def shrunken(config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
@@ -113,7 +120,8 @@ def shrunken(config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
 
 def tiny(name: str, **more) -> PreTrainedModel:
     """The causal LM of the type `name` with at most 5 million weights."""
-    config = shrunken(CONFIG_MAPPING[name], **MORE.get(name, {}), **more)
+    more = MORE.get(name, {}) | ({"is_decoder": True} if name in AS_DECODERS else {}) | more
+    config = shrunken(CONFIG_MAPPING[name], **more)
     with torch.device("meta"):
         n_weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters())
     assert n_weights < 5e6, f"{name} has {n_weights} weights"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..hub.cache import CACHE, network_of, new_cache
+from ..hub.causality import refuse_not_causal
 from ..hub.limits import fixed_length, refuse_out_of_range, why_no_cache
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,7 @@ class LockstepLM:
 
     def __init__(self, model: PreTrainedModel | PeftModel):
         network = network_of(model)
-        if network.config.is_encoder_decoder or not network.can_generate():
-            raise TypeError(
-                f"`{type(network).__name__}` can't be a reward model: an autoregressive reward model is a decoder-only "
-                "causal LM whose log-probabilities are the rewards. Load it with `AutoModelForCausalLM`."
-            )
-        if not getattr(network.config, "is_decoder", True):
-            raise TypeError(
-                f"`{type(network).__name__}` has `config.is_decoder=False`: it is bidirectional, so that its logits "
-                "are not predictions. Train and load it with `is_decoder=True`, or use another reward model."
-            )
+        refuse_not_causal(model)
         self.model = model
         # Of the class: an instance's may be wrapped, and `PeftModel.forward` takes anything.
         self._forward_args = set(inspect.signature(type(network).forward).parameters)

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..hub.base_weights import same_weights, weights_fingerprint
+from ..hub.base_weights import has_weights
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
@@ -84,7 +84,7 @@ def base_reference(
 def _is_on(arm: AutoregressiveRewardModel, base_model: PreTrainedModel) -> bool:
     if isinstance(arm.model, PeftModel) and shares_weights(arm.model, base_model):
         return True
-    return bool(same_weights(arm.info.base_weights, weights_fingerprint(base_model)))
+    return bool(has_weights(base_model, arm.info.base_weights))
 
 
 def say_what_is_recommended(arms: Sequence[AutoregressiveRewardModel], names: Sequence[str], taken: set[str]) -> None:

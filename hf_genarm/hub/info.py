@@ -13,6 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
+from .base_weights import FINGERPRINT
+
 INFO_NAME = "genarm_config.json"
 FORMAT_VERSION = 1
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,7 +47,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss": (_is_loss, "arguments of the trainer"),
     "recommended": (_is_setting, "`alpha`, `reference` (null or 'base'), `temperature` and what was `measured`"),
     "base_model": (lambda value: bool(value.strip()), "the id of a model"),
-    "base_weights": (_matches(r"(bf16|fp16):([0-9a-f]{4})+"), "from `weights_fingerprint`"),
+    "base_weights": (_matches(FINGERPRINT), "from `weights_fingerprint`"),
     "tokenizer": (_matches(r"sha256:[0-9a-f]{32}"), "from `tokenizer_fingerprint`"),
     "chat_template": (_matches(r"sha256:[0-9a-f]{32}"), "from `chat_template_fingerprint`"),
     "n_pairs": (lambda value: value >= 0, "a number of pairs"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .added_tokens import n_added_tokens
-from .base_weights import same_weights, weights_fingerprint
+from .base_weights import has_weights
 from .cache import embeddings_of
 from .info import INFO_NAME, RewardInfo
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
@@ -111,7 +111,7 @@ def load_adapter(
         return load_onto_shared_weights(base_model, folder)
     logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
     network = _load_base(name, config, folder, hub_kwargs, kwargs)
-    if same_weights(info.base_weights, weights_fingerprint(network)) is False:
+    if has_weights(network, info.base_weights) is False:
         warnings.warn(
             f"`{name}` was trained on other weights than those of `{config.base_model_name_or_path}`, so that its "
             "rewards are not what it has learned. Give `base_model` the model that it was trained on.",
@@ -139,7 +139,7 @@ def _why_not_shared(
     wrappers = PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper
     if any(isinstance(module, wrappers) for module in base_model.modules()):
         return "the base has an adapter of its own"
-    is_same = same_weights(info.base_weights, weights_fingerprint(base_model))
+    is_same = has_weights(base_model, info.base_weights)
     if is_same is False:
         return "it was trained on other weights than those of the base"
     trained_on, given = config.base_model_name_or_path, base_model.name_or_path

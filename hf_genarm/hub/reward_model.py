@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from .base_weights import same_weights, weights_fingerprint
+from .base_weights import has_weights
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .loading import download, load_adapter, load_causal_lm
@@ -144,7 +144,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         else:
             logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
             model = load_causal_lm(folder, pretrained_model_name_or_path, **kwargs)
-            if base_model is not None and same_weights(info.base_weights, weights_fingerprint(base_model)):
+            if base_model is not None and has_weights(base_model, info.base_weights):
                 reference = base_model
         tokenizer = find_tokenizer(
             folder, str(model.name_or_path), token=hub_kwargs.get("token"), trust_remote_code=trust_remote_code

@@ -16,6 +16,7 @@ from ..functional import token_log_probs
 from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
 from .cache import CACHE, network_of, new_cache
+from .causality import refuse_not_causal
 from .end_of_turn import end_token_ids, length_to_end
 from .limits import fixed_length, refuse_out_of_range, why_no_cache
 
@@ -103,13 +104,15 @@ def token_rewards(
         [`ScoredTexts`], a list of [`TokenRewards`] in the order of the responses.
 
     Raises:
-        TypeError: if a prompt or a response is neither text nor a chat.
+        TypeError: if a model is not a causal LM, or a prompt or a response is neither text nor a chat.
         ValueError: if there are not as many prompts as responses, a response has no token that follows another one,
             chats can't be written as text, a text is too long, or a number is not positive.
     """
     for name, value in (("batch_size", batch_size), ("chunk_length", chunk_length)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"`{name}` is {value!r}, but it is a number of texts or tokens: give 1 or more.")
+    for scored in (model,) if reference is None else (model, reference):
+        refuse_not_causal(scored)
     prompts, responses = _listed("prompts", prompts), _listed("responses", responses)
     if len(prompts) != len(responses):
         raise ValueError(f"There are {len(prompts)} prompts, but {len(responses)} responses. Give one prompt for each.")
