@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, random_prompts, save_adapter, tiny_llama
+from tiny import random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo

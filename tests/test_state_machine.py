@@ -8,6 +8,7 @@ same ones each time. For an hour of other ones:
 """
 
 import copy
+import dataclasses
 import os
 import pickle
 import time
@@ -20,10 +21,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from oracle import guided, next_token_log_probs
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import VOCAB_SIZE, left_padded, random_prompts, tiny_llama
+from tiny import EOS, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast
@@ -107,6 +108,12 @@ class Guide:
     reference: Any
     is_watched: bool
     processor: GenARMLogitsProcessor
+    settings: dict[str, Any] = field(default_factory=lambda: {"target_kl": None, "attention_mask": None})
+
+    def set(self, **settings) -> None:
+        for name, value in settings.items():
+            setattr(self.processor, name, value)
+            self.settings[name] = copy.deepcopy(value)
 
     @property
     def is_by_tokens(self) -> bool:
@@ -197,12 +204,8 @@ class Around(LogitsProcessor):
         return result
 
 
-class Interruption(Exception):
-    pass
-
-
 def interrupt(input_ids):
-    raise Interruption
+    raise InterruptedError
 
 
 class Fuzzer(RuleBasedStateMachine):
@@ -215,6 +218,7 @@ class Fuzzer(RuleBasedStateMachine):
         self.base = copy.deepcopy(BASE)
         self.full = [tiny_llama(1), tiny_llama(2)]
         self.adapters = [adapter_on(self.base, 5), adapter_on(self.base, 6, target_modules="all-linear")]
+        self.all: list[Guide] = []
         COUNTS["examples"] += 1
 
     # --- processors and their settings ---
@@ -243,7 +247,21 @@ class Fuzzer(RuleBasedStateMachine):
             reward_tokenizer=others if any(others) else None,
         )
         rewards = [(model, kind == "other ids") for model, kind in zip(models, kinds, strict=True)]
-        return Guide(self.base, rewards, reference, is_watched, processor)
+        return self.keep(Guide(self.base, rewards, reference, is_watched, processor))
+
+    def keep(self, guide):
+        self.all.append(guide)
+        return guide
+
+    @invariant()
+    def settings_are_as_they_were_set(self):
+        for guide in self.all:
+            for name, value in guide.settings.items():
+                now = getattr(guide.processor, name)
+                if isinstance(value, float):
+                    value = [value] * len(guide.rewards) if name == "alpha" else value
+                is_same = torch.equal(now, value) if isinstance(value, torch.Tensor) else now == value
+                assert is_same, f"{name} is {now}, but was set to {value}"
 
     @rule(guide=guides, alpha=STRENGTHS)
     def set_strengths(self, guide, alpha):
@@ -251,12 +269,12 @@ class Fuzzer(RuleBasedStateMachine):
         n_rewards = len(guide.rewards)
         if isinstance(alpha, torch.Tensor):
             alpha = alpha[:, :n_rewards]
-        guide.processor.alpha = alpha[:n_rewards] if isinstance(alpha, list) else alpha
+        guide.set(alpha=alpha[:n_rewards] if isinstance(alpha, list) else alpha)
 
     @rule(guide=guides, target_kl=st.sampled_from([None, 0.05, 0.5]))
     def set_target(self, guide, target_kl):
         COUNTS["operations"] += 1
-        guide.processor.target_kl = target_kl
+        guide.set(target_kl=target_kl)
 
     @rule(guide=guides, keeps=st.booleans())
     def keep_statistics(self, guide, keeps):
@@ -272,16 +290,18 @@ class Fuzzer(RuleBasedStateMachine):
     def copied(self, guide, how):
         """A copy with everything that it was made of, or of the processor alone."""
         COUNTS["operations"] += 1
-        if how == "copy":
-            return Guide(guide.base, guide.rewards, guide.reference, guide.is_watched, copy.copy(guide.processor))
         if how == "deepcopy":
-            return copy.deepcopy(guide)
+            return self.keep(copy.deepcopy(guide))
         if how == "pickle":
-            return pickle.loads(pickle.dumps(guide))
-        processor = copy.deepcopy(guide.processor)
-        own = [(model, other) for model, (_, other) in zip(processor._models, guide.rewards, strict=True)]
-        base = processor._base if guide.is_watched else guide.base
-        return Guide(base, own, processor.reference, guide.is_watched, processor)
+            return self.keep(pickle.loads(pickle.dumps(guide)))
+        other = dataclasses.replace(guide, settings=dict(guide.settings))
+        if how == "copy":
+            other.processor = copy.copy(guide.processor)
+            return self.keep(other)
+        other.processor = processor = copy.deepcopy(guide.processor)
+        other.rewards = [(model, ids) for model, (_, ids) in zip(processor._models, guide.rewards, strict=True)]
+        other.base, other.reference = processor._base if guide.is_watched else guide.base, processor.reference
+        return self.keep(other)
 
     # --- models ---
 
@@ -325,7 +345,7 @@ class Fuzzer(RuleBasedStateMachine):
 
     def give_mask(self, guide, mask, data):
         is_needed = not guide.is_watched and not mask.all()
-        guide.processor.attention_mask = mask if is_needed or data.draw(st.booleans()) else None
+        guide.set(attention_mask=mask if is_needed or data.draw(st.booleans()) else None)
 
     def write(self, guide, inputs, processors, seed=0, n_new=5, **options):
         COUNTS["generate calls"] += 1
@@ -343,7 +363,7 @@ class Fuzzer(RuleBasedStateMachine):
             if is_greedy:
                 likeliest = oracle(sequences[:, :at]).argmax(dim=-1)
                 assert ((sequences[:, at] == likeliest) | is_over).all()
-            is_over |= sequences[:, at] == 2
+            is_over |= sequences[:, at] == EOS
         self.check_statistics(guide, oracle, sequences, may_skip)
 
     def check_statistics(self, guide, oracle, sequences, may_skip=False):
@@ -420,7 +440,7 @@ class Fuzzer(RuleBasedStateMachine):
         around = Around(guide.processor, interrupt, at, is_before)
         try:
             self.write(guide, inputs, [around], min_new_tokens=5, num_beams=n_beams)
-        except Interruption:
+        except InterruptedError:
             COUNTS["interruptions"] += 1
         else:
             raise AssertionError("nothing was interrupted")
@@ -437,7 +457,7 @@ class Fuzzer(RuleBasedStateMachine):
             self.check(guide, inputs, written)
             new = mask.new_ones(len(mask), written.sequences.shape[1] - mask.shape[1])
             ids, mask = written.sequences, torch.cat([mask, new], dim=1)
-        guide.processor.attention_mask = mask
+        guide.set(attention_mask=mask)
         oracle = Oracle(guide, mask)
         for _ in range(n_steps):
             scores = oracle.log_probs(guide.base, ids).float()
@@ -453,7 +473,8 @@ class Fuzzer(RuleBasedStateMachine):
         if not outer.is_watched or not inner.is_watched or outer.base is not inner.base or len(n_rows) > 1:
             return
         inputs = self.inputs_for(inner if isinstance(inner.processor.alpha, torch.Tensor) else outer, data)
-        outer.processor.attention_mask = inner.processor.attention_mask = None
+        for guide in (outer, inner):
+            guide.set(attention_mask=None)
         rollouts = []
 
         def roll_out(input_ids):
