@@ -216,7 +216,7 @@ class Fuzzer(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.base = copy.deepcopy(BASE)
-        self.full = [tiny_llama(1), tiny_llama(2)]
+        self.full, self.reference = [tiny_llama(1), tiny_llama(2)], tiny_llama(4)
         self.adapters = [adapter_on(self.base, 5), adapter_on(self.base, 6, target_modules="all-linear")]
         self.all: list[Guide] = []
         COUNTS["examples"] += 1
@@ -236,7 +236,7 @@ class Fuzzer(RuleBasedStateMachine):
         COUNTS["operations"] += 1
         pools = {"full": self.full, "adapter": self.adapters}
         models = [self.full[1] if x == "other ids" else pools[x.split()[0]][int(x.split()[1])] for x in kinds]
-        reference = ASSISTANT if reference == "model" else reference if is_watched else None
+        reference = self.reference if reference == "model" else reference if is_watched else None
         others = [tokenizer_of(ORDER) if kind == "other ids" else None for kind in kinds]
         tokenizer = tokenizer_of(torch.arange(VOCAB_SIZE)) if any(others) else None
         processor = GenARMLogitsProcessor(
@@ -305,13 +305,19 @@ class Fuzzer(RuleBasedStateMachine):
 
     # --- models ---
 
-    @rule(guide=guides, seed=st.integers(0, 9), what=st.sampled_from(["reward", "base", "part of the base", "off"]))
+    @rule(
+        guide=guides,
+        seed=st.integers(0, 9),
+        what=st.sampled_from(["reward", "reference", "base", "part of the base", "off"]),
+    )
     def change_weights(self, guide, seed, what):
         """Of a reward model or the base, in place or not; or switches adapters off and on."""
         COUNTS["operations"] += 1
         torch.manual_seed(seed)
-        if what == "reward":
+        if what in ("reward", "reference"):
             model = guide.rewards[seed % len(guide.rewards)][0]
+            if what == "reference" and guide.reference not in (None, "base"):
+                model = guide.reference
             layers = [
                 x for name, x in model.named_parameters() if name.endswith(("norm.weight", "lora_A.default.weight"))
             ]
