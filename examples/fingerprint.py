@@ -1,11 +1,11 @@
-"""Keys for what is kept, so that nothing stale is taken for fresh."""
+"""Keys for kept results, so that a result is never used after something that it depends on has changed."""
 
 import hashlib
 from pathlib import Path
 
 
 def fingerprint(*things: object) -> str:
-    """A hash of all that a result depends on. A `Path` is a file, or a folder of weights, and its contents count."""
+    """Returns a hash of all that a result depends on. A `Path` counts by the contents of its file or weights."""
     digest = hashlib.sha256()
     for thing in things:
         if isinstance(thing, Path):

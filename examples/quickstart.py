@@ -1,10 +1,10 @@
 """
 Trains a reward model on 96 preference pairs and steers SmolLM2-135M-Instruct with it, in a few minutes on 2 CPU cores.
 
-    python examples/quickstart.py                                                       # trains, then steers
-    python examples/quickstart.py --adapter model_cards/arm-smollm2-135m-sentiment      # steers with a trained one
+    python -m examples.quickstart                                                       # trains, then steers
+    python -m examples.quickstart --adapter model_cards/arm-smollm2-135m-sentiment      # steers with a trained one
 
-The reward is positive sentiment, so that a program (VADER) can measure it on prompts that were never trained on.
+The reward is positive sentiment, which a program (VADER) can measure, here on prompts that were never trained on.
 """
 
 import argparse
@@ -14,40 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
-from scorers import sentiment
-from small import fitting_adapter, output_folder, sized
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, set_seed
 
+from examples.pairs import held_out_prompts, training_pairs
+from examples.scorers import sentiment
+from examples.small import fitting_adapter, output_folder, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
 
-DATA = Path(__file__).parent / "data" / "sentiment"
 ALPHAS = (0.5, 1.0, 2.0)
 
 
-def training_pairs(n_pairs: int | None = None) -> Dataset:
-    """The pairs that differ most in sentiment."""
-    pairs = load_dataset("json", data_files=str(DATA / "train.jsonl"), split="train")
-    pairs = pairs.map(lambda pair: {"gap": pair["chosen_score"] - pair["rejected_score"]}).sort("gap", reverse=True)
-    return pairs.select(range(min(n_pairs or len(pairs), sized(len(pairs), 4))))
-
-
 def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **arguments) -> AutoregressiveRewardTrainer:
-    """Trains an adapter."""
-    config = AutoregressiveRewardConfig(
-        output_dir=str(output_dir),
-        gradient_checkpointing=False,
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        logging_steps=6,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        **arguments,
-    )
+    """Trains an adapter on pairs. `arguments` are fields of [`AutoregressiveRewardConfig`]."""
+    settings = {
+        "output_dir": str(output_dir),
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "logging_steps": 6,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     n_layers = model.config.num_hidden_layers
     adapter = LoraConfig(
@@ -58,7 +51,7 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
     )
     trainer = AutoregressiveRewardTrainer(
         model=model,
-        args=config,
+        args=AutoregressiveRewardConfig(**(settings | arguments)),
         train_dataset=pairs,
         processing_class=copy.deepcopy(tokenizer),
         peft_config=adapter,
@@ -69,16 +62,8 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
     return trainer
 
 
-def held_out_prompts(n_prompts: int | None = None) -> list[str]:
-    """Prompts whose topics are not in the training data, evenly over the topics and templates."""
-    test = load_dataset("json", data_files=str(DATA / "test.jsonl"), split="train")
-    prompts = list(dict.fromkeys(pair["prompt"][0]["content"] for pair in test))
-    n_prompts = min(n_prompts or len(prompts), sized(len(prompts), 4))
-    return prompts[:: len(prompts) // n_prompts][:n_prompts]
-
-
 class Steering:
-    """Samples answers to the same prompts under the same seed, with any processor, and scores them."""
+    """Samples answers to the same prompts under the same seed with any processor, and scores them."""
 
     def __init__(self, model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int):
         self.model, self.tokenizer, self.prompts, self.seed = model, tokenizer, prompts, seed
@@ -89,36 +74,30 @@ class Steering:
         self.options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
 
     def sample(self, processors: list[LogitsProcessor]) -> torch.Tensor:
-        """Token ids of the answers."""
+        """Returns the token ids of the answers."""
         set_seed(self.seed)
         output = self.model.generate(**self.inputs, logits_processor=processors, **self.options)
         return output[:, self.inputs["input_ids"].shape[1] :]
 
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
+        """Returns the answers and their sentiment."""
         texts = self.tokenizer.batch_decode(self.sample([processor]), skip_special_tokens=True)
         return texts, np.array(sentiment(self.prompts, texts))
 
 
-def bootstrap(values: np.ndarray, seed: int, n_resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean with its 95 % interval, resampling prompts."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(n_resamples, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
 def plot(scores: dict[float, np.ndarray], control: np.ndarray, seed: int, path: Path, strength: float = 1.0) -> None:
+    """Plots scores against the strength, with their intervals and the control."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     alphas = sorted(scores)
-    means, lows, highs = np.array([bootstrap(scores[alpha], seed) for alpha in alphas]).T
+    means, lows, highs = np.array([mean_with_interval(scores[alpha], seed=seed) for alpha in alphas]).T
     figure, axis = plt.subplots(figsize=(7, 4.2), dpi=160)
     axis.fill_between(alphas, lows, highs, color="#1f77b4", alpha=0.18, linewidth=0)
     axis.plot(alphas, means, "o-", color="#1f77b4", linewidth=2, label="guided by the reward model")
-    mean, low, high = bootstrap(control, seed)
+    mean, low, high = mean_with_interval(control, seed=seed)
     axis.errorbar(
         [strength],
         [mean],
@@ -174,7 +153,7 @@ def main() -> None:
         )
         print(f"The adapter is in {trainer.args.output_dir}")
         processor = GenARMLogitsProcessor(trainer.model, base_model=model)
-    # The untrained reward model is the base itself: without a reference, what it does is sharpen, by a temperature of
+    # The untrained reward model is the base itself. Without a reference it only sharpens, by a temperature of
     # 1 / (1 + strength), and sharpening alone may raise a score.
     (strength,) = processor.alpha  # the one that the reward model recommends, or 1
     control = GenARMLogitsProcessor(model, alpha=strength, base_model=model)
@@ -199,7 +178,7 @@ def main() -> None:
     rows += [("guided - unguided, paired", scores[strength] - scores[0.0])]
     rows += [("guided - control, paired", scores[strength] - control_scores)]
     for name, values in rows:
-        mean, low, high = bootstrap(values, args.seed)
+        mean, low, high = mean_with_interval(values, seed=args.seed)
         print(f"  {name:<27} {mean:+.2f}  [{low:+.2f}, {high:+.2f}]")
 
     plot(scores, control_scores, args.seed, args.output / "reward_by_alpha.png", strength)

@@ -1,4 +1,4 @@
-"""What the scripts that make preference pairs share: answers of the demo model to many prompts."""
+"""Answers of the demo model to many prompts, for the scripts that make preference pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,17 +20,17 @@ def sample(
     batch_size: int,
 ) -> dict[str, list[str]]:
     """
-    At temperature 1, without top-k or top-p.
+    Samples answers at temperature 1, without top-k or top-p.
 
     Args:
         prompts (list of `str`):
-            What is asked, each once.
+            The prompts, all different.
         encode (callable):
             Makes the inputs of `generate` from the tokenizer and prompts.
         decode (callable):
-            Makes a text from the tokenizer and the new tokens `(max_new_tokens,)`, or `None` of what is left out.
+            Makes a text from the tokenizer and the new tokens `(max_new_tokens,)`, or `None` to leave an answer out.
         n_samples, max_new_tokens, batch_size (`int`):
-            Answers to each prompt, their length, and prompts that are answered at once.
+            The number of answers to each prompt, their length, and the number of prompts in a batch.
     """
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")

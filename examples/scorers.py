@@ -1,4 +1,4 @@
-"""Reward functions as `hf-genarm tune --scorer` and TRL's GRPOTrainer take them: of texts or of messages."""
+"""Reward functions for `hf-genarm tune --scorer` and TRL's GRPOTrainer, which read texts or messages."""
 
 import re
 from functools import cache
@@ -16,19 +16,20 @@ def _vader() -> SentimentIntensityAnalyzer:
 
 
 def sentiment(prompts: list, completions: list, **_) -> list[float]:
-    """From -1 to 1, by the words of the lexicon VADER."""
+    """Returns the sentiment by the lexicon VADER, from -1 to 1."""
     return [_vader().polarity_scores(text)["compound"] for text in map(text_of, completions)]
 
 
 def brevity(prompts: list, completions: list, **_) -> list[float]:
-    """The number of words, negative, as fewer are better."""
+    """Returns minus the number of words, since fewer are better."""
     return [-float(len(text.split())) for text in map(text_of, completions)]
 
 
 def refusal(prompts: list, completions: list, **_) -> list[float]:
-    """1 if there is a word of refusal, else 0: crude, and wrong at times either way."""
+    """Returns 1 if an answer has a word of refusal, else 0. This is crude, and sometimes wrong in both directions."""
     return [float(bool(_REFUSAL.search(text))) for text in map(text_of, completions)]
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:
+    """Returns a text, or that of the last message."""
     return completion if isinstance(completion, str) else completion[-1]["content"]

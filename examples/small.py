@@ -1,4 +1,4 @@
-"""What every script here shares: a small size for `HF_GENARM_SMOKE=1`, and outputs that are checked first."""
+"""What all examples share: a small size for `HF_GENARM_SMOKE=1`, and checked arguments for outputs."""
 
 import argparse
 from pathlib import Path
@@ -9,18 +9,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_genarm.demo import demo_model, is_smoke
-from hf_genarm.scripts.output import make_output_dir
+from hf_genarm.files import make_output_dir
 
 T = TypeVar("T")
 
 
 def sized(usual: T, smoke: T) -> T:
-    """The value of an argument at its usual size, or so small that a script is done in seconds."""
+    """Returns the usual value of an argument, or with `HF_GENARM_SMOKE=1` one that lets a script end in seconds."""
     return smoke if is_smoke() else usual
 
 
 def fitting_adapter(name: str) -> str:
-    """The adapter itself; at the small size a random one, as the shipped ones don't fit the tiny model."""
+    """Returns the adapter itself; at the small size the folder of a random one, which fits the tiny model."""
     if not is_smoke():
         return name
     folder = Path(demo_model()).parent / Path(name).name
@@ -32,7 +32,7 @@ def fitting_adapter(name: str) -> str:
 
 
 def output_folder(text: str) -> Path:
-    """An argument of `argparse`: a folder, made at once if it isn't there."""
+    """Reads an argument of `argparse` that is a folder, and makes the folder."""
     try:
         make_output_dir(text)
     except ValueError as error:
@@ -41,7 +41,7 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """An argument of `argparse`: a file that can be written."""
+    """Reads an argument of `argparse` that is a file to be written, and makes its folder."""
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"`{text}` is a folder. Name a file in it.")
     return output_folder(str(Path(text).parent)) / Path(text).name

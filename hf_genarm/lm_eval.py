@@ -7,13 +7,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from .decoding.assembly import assemble, load_reward_models, names_of
 from .decoding.processor import GenARMLogitsProcessor
-from .decoding.recommended import recommended_alpha, recommended_reference
 from .decoding.vocab import vocab_maps
+from .demo import DEMO_MODEL_ID, demo_model
 from .functional import guided_product
-from .hub.compatibility import tokenizers_to_align
-from .hub.reward_model import AutoregressiveRewardModel
-from .hub.sharing import shares_weights
+from .hub.base_model import named_base, where_and_how
 
 
 @register_model("hf-genarm")
@@ -24,11 +23,11 @@ class GuidedHFLM(HFLM):
 
     $$\log\pi(y_t) = \log\pi_\text{base}(y_t) + \sum_k \alpha_k \log\pi_{r,k}(y_t) - \log Z_t$$
 
-    A subclass that changes what a forward pass returns and what `generate` is called with.
+    It is a subclass that changes what a forward pass returns, and what `generate` is called with.
 
     Args:
-        pretrained (`str`):
-            Hub id or folder of the base.
+        pretrained (`str`, *optional*):
+            Hub id or folder of the base. Defaults to the one that the reward models name.
         arm (`str` or list of `str`):
             Hub ids or folders of reward models.
         alpha (`float` or list of `float`, *optional*):
@@ -38,7 +37,7 @@ class GuidedHFLM(HFLM):
             `"base"` steers by what reward models have learned, their log-probability minus that of the base; `"auto"`
             as they recommend, or else were trained.
         **kwargs:
-            Whatever `hf` takes.
+            All other arguments of `hf`, such as `device`, `dtype` and `parallelize` for the base.
 
     Raises:
         ValueError: if the base is not decoder-only, or `alpha` or the vocabularies don't fit.
@@ -46,40 +45,34 @@ class GuidedHFLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str,
-        arm: str | list[str],
+        pretrained: str | None = None,
+        arm: str | list[str] | None = None,
         alpha: float | list[float] | None = None,
         reference: Literal["auto", "base"] | None = "auto",
         **kwargs: Any,
     ):
         if reference not in (None, "auto", "base"):
             raise ValueError(f"`reference` is {reference!r}, but must be 'auto', 'base' or None.")
-        super().__init__(pretrained, **kwargs)
-        names = [arm] if isinstance(arm, str) else list(arm)
+        if not arm:
+            raise ValueError("`arm` is missing: the Hub id or folder of a reward model, or a list of them.")
+        names = names_of(arm)
+        if pretrained is None:
+            pretrained, revision = named_base(names)
+            kwargs.setdefault("revision", revision or "main")
+        super().__init__(demo_model() if pretrained == DEMO_MODEL_ID else pretrained, **kwargs)
+        print(f"Base: `{pretrained}` {where_and_how(self.model)}", flush=True)
         trust = bool(kwargs.get("trust_remote_code"))
-        arms = [AutoregressiveRewardModel.from_pretrained(x, self.model, trust_remote_code=trust) for x in names]
-        for loaded in arms:
-            if not shares_weights(loaded.model, self.model):
-                loaded.model.to(self.device)
-        aligned = tokenizers_to_align(arms, names, self.model, self.tokenizer)
-        if reference == "auto":
-            reference = recommended_reference(arms, names, self.model, aligned)
-        if reference not in (None, "base"):
+        arms, _ = load_reward_models(names, self.model, self.tokenizer, trust_remote_code=trust)
+        parts = assemble(arms, names, self.model, self.tokenizer, alpha, reference)
+        if parts.reference not in (None, "base"):
             raise ValueError(
-                f"The rewards of `{names[0]}` are less those of the model that it was trained from, which is not the "
+                f"The rewards of `{names[0]}` are contrasts with the model that it was trained from, which is not the "
                 "base, and is not scored here. Choose the reference: `reference=base` or `reference=None`."
             )
-        self._processor = GenARMLogitsProcessor(
-            arms,
-            recommended_alpha([x.info for x in arms]) if alpha is None else alpha,
-            base_model=self.model,
-            reference=reference,
-            tokenizer=self.tokenizer,
-            reward_tokenizer=aligned,
-        )
+        self._processor = GenARMLogitsProcessor(**vars(parts))
         self._arms = [loaded.model for loaded in arms]
-        self._vocab_maps = vocab_maps(self.tokenizer, aligned, len(arms))
-        self._is_contrasted = reference is not None
+        self._vocab_maps = vocab_maps(self.tokenizer, parts.reward_tokenizer, len(arms))
+        self._is_contrasted = parts.reference is not None
 
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

@@ -1,32 +1,15 @@
 """
 Trains `model_cards/arm-smollm2-135m-brevity`, measures it on held-out prompts, tunes it and writes its card.
 
-    python model_cards/make_brevity.py         # about 20 minutes on 2 cores
+    python -m model_cards.make_brevity         # about 20 minutes on 2 cores
 """
 
-from datasets import Dataset, load_dataset
-from publish import argument_parser, publish, recommend, train_adapter
-from quickstart import DATA, held_out_prompts
-from small import sized
+from examples.pairs import held_out_prompts, shorter_is_chosen
+from examples.small import sized
+
+from .publish import argument_parser, publish, recommend, train_adapter
 
 NAME = "arm-smollm2-135m-brevity"
-
-
-def n_words(answer: list[dict[str, str]]) -> int:
-    return len(answer[0]["content"].split())
-
-
-def shorter_is_chosen(split: str) -> Dataset:
-    """The answers of the sentiment pairs, with those of fewer words as chosen; pairs within 3 words are left out."""
-    pairs = load_dataset("json", data_files=str(DATA / f"{split}.jsonl"), split="train")
-    pairs = pairs.filter(lambda pair: abs(n_words(pair["chosen"]) - n_words(pair["rejected"])) > 3)
-    pairs = pairs.select(range(sized(len(pairs), 8)))
-
-    def order(pair: dict) -> dict:
-        shorter, longer = sorted((pair["chosen"], pair["rejected"]), key=n_words)
-        return {"chosen": shorter, "rejected": longer}
-
-    return pairs.map(order)
 
 
 def main() -> None:
@@ -56,7 +39,7 @@ def main() -> None:
         license="apache-2.0",
         options=[],
         max_new_tokens=sized(64, 4),
-        alphas=(0.05, 0.1, 0.2),  # beyond, answers of three words are left
+        alphas=(0.05, 0.1, 0.2),  # at larger strengths answers have three words
     )
     recommend(
         args.output / NAME,

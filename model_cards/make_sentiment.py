@@ -1,14 +1,17 @@
 """
 Trains `model_cards/arm-smollm2-135m-sentiment`, measures it on held-out prompts, tunes it and writes its card.
 
-    python model_cards/make_sentiment.py       # about 25 minutes on 2 cores
+    python -m model_cards.make_sentiment       # about 25 minutes on 2 cores
 """
 
 from datasets import load_dataset
-from publish import SEED, argument_parser, publish, recommend, train_adapter
-from quickstart import DATA, held_out_prompts, plot, training_pairs
-from small import sized
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from examples.pairs import DATA, held_out_prompts, training_pairs
+from examples.quickstart import plot
+from examples.small import sized
+
+from .publish import SEED, argument_parser, publish, recommend, train_adapter
 
 NAME = "arm-smollm2-135m-sentiment"
 

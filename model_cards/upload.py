@@ -1,10 +1,10 @@
 """
 Publishes the reward models of this folder on the Hub, and a collection of them.
 
-    python model_cards/upload.py --namespace my-name --dry-run     # says what it would do, without network
-    python model_cards/upload.py --namespace my-name               # needs a token: `hf auth login`
+    python -m model_cards.upload --namespace my-name --dry-run     # lists what it would do, without network
+    python -m model_cards.upload --namespace my-name               # needs a token: `hf auth login`
 
-Cards are published with the names that the models have there. What is there already is brought up to date.
+Cards are published with the names that the models have on the Hub. What is there already is updated.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "genar
 
 def folder_as_published(name: str, namespace: str, parent: Path) -> Path:
     """
-    A copy whose card has the name on the Hub.
+    Returns a copy whose card has the name on the Hub.
 
     Raises:
         ValueError: if a file is missing, or the card has no metadata that can be read.
@@ -33,13 +33,14 @@ def folder_as_published(name: str, namespace: str, parent: Path) -> Path:
         raise ValueError(f"`{HERE / name}` lacks {', '.join(sorted(missing))}. Make it again, by `make_*.py`.")
     card = ModelCard.load(folder / "README.md")
     if not card.data.eval_results or not card.data.license:
-        raise ValueError(f"The card of `{name}` says no license or no results. Make it again, by `make_*.py`.")
+        raise ValueError(f"The card of `{name}` has no license or no results. Make it again, by `make_*.py`.")
     text = card.content.replace(f"model_cards/{name}", f"{namespace}/{name}")
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
 def publish(namespace: str, is_dry_run: bool) -> None:
+    """Publishes all reward models of the collection, or prints what would be published."""
     collection = json.loads((HERE / "collection.json").read_text(encoding="utf-8"))
     notes, api = collection.pop("notes"), HfApi()
     with tempfile.TemporaryDirectory() as parent:
@@ -64,7 +65,7 @@ def publish(namespace: str, is_dry_run: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--namespace", required=True, help="user or organisation")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be published")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be published")
     args = parser.parse_args()
     if not args.dry_run and get_token() is None:
         sys.exit("upload: there is no token to publish with. Log in by `hf auth login`, or set `HF_TOKEN`.")

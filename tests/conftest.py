@@ -12,8 +12,11 @@ os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), f"track
 import pytest
 import torch
 from datasets import Dataset
+from helpers import separate
+from hub_server import HubServer
 from pairs import STANDARD
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +67,45 @@ def make_trainer(tokenizer, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The folders `base`, and `first` and `second` of two adapters on it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    tiny_llama(0).save_pretrained(folder / "base")
+    save_adapter(folder / "base", folder / "first")
+    save_adapter(folder / "base", folder / "second", 1, target_modules="all-linear", lora_alpha=16)
+    return folder
+
+
+@pytest.fixture
+def base(folder):
+    """The model on which the adapters are."""
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+@pytest.fixture
+def adapters(folder):
+    """The folders of both adapters."""
+    return [str(folder / "first"), str(folder / "second")]
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """The same adapters, each on weights of its own."""
+    return [separate(folder / "base", folder / "first"), separate(folder / "base", folder / "second")]
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A model and its tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def server():
+    """A server that speaks what the client of the Hub needs."""
+    server = HubServer()
+    yield server
+    server.shutdown()

@@ -22,7 +22,7 @@ def guided(base_log_probs: torch.Tensor, rewards: list[torch.Tensor], alphas: li
 class Recompute(LogitsProcessor):
     """
     The processor that ours must equal: every reward from scratch, on the unpadded tokens of each row. `alphas` has a
-    value for each model; as a tensor, it has a row of them for each request.
+    value for each model; as a tensor, it has a row of them for each request. Rows whose strengths are 0 are left alone.
     """
 
     def __init__(self, models: list, alphas: list[float] | torch.Tensor, prompt_mask: torch.Tensor | None = None):
@@ -38,5 +38,6 @@ class Recompute(LogitsProcessor):
             alphas = self.alphas
             if isinstance(alphas, torch.Tensor):
                 alphas = alphas[index // (len(input_ids) // len(alphas))].tolist()
-            rows.append(guided(scores[index].double().log_softmax(dim=-1), rewards, alphas))
+            base = scores[index].double()
+            rows.append(guided(base.log_softmax(dim=-1), rewards, alphas) if any(alphas) else base)
         return torch.stack(rows).to(scores.dtype)

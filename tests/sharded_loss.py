@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from test_prefix_sharing import batch
+from helpers import batch
 from tiny import tiny_llama
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard

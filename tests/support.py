@@ -1,5 +1,5 @@
 """
-What works with what: one list, from which the tests and the table in `docs/support.md` are made.
+Lists what works with what: the tests and the table in `docs/support.md` are made from this file.
 
     python tests/support.py        # writes the table into docs/support.md
 """
@@ -12,6 +12,8 @@ import torch
 import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
+
+from hf_genarm.hub.kv_cache import CACHE
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 START, END = "<!-- support: begin -->", "<!-- support: end -->"
@@ -57,8 +59,8 @@ class Ban(LogitsProcessor):
 def chat_continues() -> dict:
     cache = DynamicCache(config=BASE.config)
     with torch.no_grad():
-        BASE(input_ids=ONE["input_ids"][:, :5], past_key_values=cache, use_cache=True)
-    return {"past_key_values": cache}
+        BASE(input_ids=ONE["input_ids"][:, :5], **{CACHE: cache}, use_cache=True)
+    return {CACHE: cache}
 
 
 def embeddings() -> dict:
@@ -94,12 +96,12 @@ MODES = [
     Mode(
         "`assistant_model=processor.assistant()`: the reward model drafts",
         elsewhere="test_greedy_text_is_the_same",
-        why="the same tokens if greedy, the same law if sampled",
+        why="the same tokens if greedy, the same distribution if sampled",
     ),
     Mode(
         "the same, with a reward model that is not smaller than the base, or an adapter on it",
         expected=REFUSED,
-        elsewhere="test_refused",
+        elsewhere="test_assistants_that_are_refused",
         why="drafts would gain nothing",
     ),
     Mode("prompt lookup", {"prompt_lookup_num_tokens": 3}, ONE),
@@ -107,16 +109,16 @@ MODES = [
     Mode("`custom_generate=<callable>`", {"custom_generate": sample}),
     Mode(
         "sequential Monte Carlo, `custom_generate=smc_sample`",
-        elsewhere="test_the_law_goes_to_the_optimum_over_whole_texts",
+        elsewhere="test_the_distribution_approaches_the_optimum_over_whole_texts",
         why="one particle is guided sampling, many are the optimum over whole texts",
     ),
     Mode("`use_cache=False`", {"use_cache": False}),
     Mode("static cache of the base", {"cache_implementation": "static"}),
     Mode("quantised cache of the base (quanto)", elsewhere="test_a_quantised_cache_of_the_base"),
     Mode("`past_key_values` that continues a chat", chat_continues, ONE),
-    Mode("`inputs_embeds` beside `input_ids`", embeddings, ONE),
+    Mode("`inputs_embeds` together with `input_ids`", embeddings, ONE),
     Mode("classifier-free guidance", {"guidance_scale": 1.5}, ONE),
-    Mode("`min_new_tokens`", {"min_new_tokens": 6}),
+    Mode("`min_new_tokens`", {"min_new_tokens": 5}),
     Mode("repetition and n-gram penalties", {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
     Mode("`forced_eos_token_id`", {"forced_eos_token_id": EOS}),
     Mode("`suppress_tokens`, `bad_words_ids`", {"suppress_tokens": [4, 5], "bad_words_ids": [[6], [7, 8]]}),
@@ -143,7 +145,7 @@ MODES = [
     Mode(
         "`smc_sample` with beams, greedy, `target_kl`, several guides, or probabilities changed after guidance",
         expected=REFUSED,
-        elsewhere="test_what_is_not_defined_is_refused",
+        elsewhere="test_combinations_without_a_distribution_are_refused",
         why="no distribution over whole texts is defined",
     ),
     Mode(
@@ -188,7 +190,7 @@ GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initialize
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 ATTENTION = ["q_proj", "v_proj"]
-AFRESH = "read afresh for every token: exact, slow"
+READ_AGAIN = "the whole text is read again for every token: slow"
 
 ARCHITECTURES = [
     Architecture("Llama", "LlamaConfig", SIZES),
@@ -224,7 +226,7 @@ ARCHITECTURES = [
         "Mamba",
         "MambaConfig",
         TOKENS | {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
-        AFRESH,
+        READ_AGAIN,
         ["in_proj", "x_proj"],
         fused=False,
     ),
@@ -232,7 +234,7 @@ ARCHITECTURES = [
         "LFM2",
         "Lfm2Config",
         SIZES | {"layer_types": ["conv", "full_attention"] * 2},
-        "hybrid; " + AFRESH,
+        "hybrid; " + READ_AGAIN,
         ATTENTION,
         fused=False,
     ),
@@ -247,7 +249,7 @@ ARCHITECTURES = [
         }
         | LINEAR
         | EXPERTS,
-        "hybrid; " + AFRESH,
+        "hybrid; " + READ_AGAIN,
         ATTENTION,
         fused=False,
     ),
@@ -257,7 +259,7 @@ ARCHITECTURES = [
         TOKENS
         | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
         | {"lru_width": 16, "attention_window_size": 4},
-        "states in its modules; " + AFRESH,
+        "states in its modules; " + READ_AGAIN,
         ATTENTION,
         fused=False,
     ),
@@ -283,40 +285,40 @@ CALLERS = [
     ("by a `LogitsProcessorList` inside the list", "refused by `generate`: a list is no processor"),
     ("by `generate` behind ten decorators", "exact, fused"),
     ('by `pipeline("text-generation")`, with a streamer', "exact, fused"),
-    ("beside a second processor on the same base", "exact, both fused"),
-    ("by two threads over one base, with a processor each", "exact, fused"),
+    ("together with a second processor on the same base", "exact, both fused"),
+    ("by two threads that share a base, with one processor each", "exact, fused"),
     ("by `generate` inside another's stopping criterion", "exact"),
-    ("by a loop by hand that prefills and steps", "exact; with padding refused until the mask is given"),
+    ("by your own decoding loop that prefills and steps", "exact; with padding, refused until the mask is given"),
     ("from the middle of a text, or for every second token", "exact"),
     ("after an exception or an interruption in the middle of a text", "exact, fused"),
-    ("for a prompt that goes on from an earlier text, or begins like it", "exact, fused"),
-    ("after a reward model or the base was changed", "exact for them as they are at the beginning of the text"),
+    ("for a prompt that continues an earlier text, or begins like it", "exact, fused"),
+    ("after a reward model or the base was changed", "exact for the models at the beginning of the text"),
     ("with a base that `torch.compile(model)` wraps (torch after 2.6)", "exact, fused"),
-    ("with a base whose `forward` is compiled or has hooks", "exact, in passes of their own"),
+    ("with a base whose `forward` is compiled or has hooks", "exact, in separate passes"),
     ("as a copy or a pickle, alone or with the base", "exact, fused"),
 ]
 OTHER_REWARD_MODELS = [
     ("LoRA adapter on the base, in the base's own forward passes", "exact, in every mode above"),
-    ("DoRA, trained biases, `modules_to_save`, embeddings", "exact, in passes of their own"),
+    ("DoRA, trained biases, `modules_to_save`, embeddings", "exact, in separate passes"),
     ("weights that are offloaded (`device_map`)", "exact"),
-    ("strengths of each request, schedules, a reference", "exact, in every mode above"),
-    ("a divergence that is held (`target_kl`)", "each text as it would be alone, also with beams and drafts"),
+    ("one strength per request, schedules, a reference", "exact, in every mode above"),
+    ("a target divergence (`target_kl`)", "exact: each text as it would be alone, also with beams and drafts"),
     ("int8 weights of base and reward model (torchao)", "exact for those weights"),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
-    ("prompt-, prefix-, p-tuned, CPT and aLoRA adapters", "exact; read afresh for every token"),
-    ("adapters with `layer_replication`", "exact; fused if the layers stand as in the base"),
+    ("prompt-, prefix-, p-tuned, CPT and aLoRA adapters", "exact; the whole text is read again for every token"),
+    ("adapters with `layer_replication`", "exact; fused if the order of layers is that of the base"),
     (
         "dynamic-NTK and longrope rotary embeddings",
-        "exact; cached and fused below the original length, read afresh beyond",
+        "exact; cached and fused up to the original length, the whole text is read again beyond it",
     ),
     (
-        "decoders that take no `position_ids` (BART, Marian, MPT, Whisper, …), RoBERTa and its like as decoders",
-        "exact; read afresh, row by row",
+        "decoders without `position_ids` (BART, Marian, MPT, Whisper, …), RoBERTa and similar models as decoders",
+        "exact; the whole text is read again for every token, row by row",
     ),
-    ("every other causal LM that transformers builds tiny: more than 150 types", "exact"),
+    ("every other type of causal LM of which transformers can build a tiny one: more than 150", "exact"),
     (
         "an adapter whose base was changed under the same name",
-        "exact, with weights of its own, if it has a fingerprint",
+        "exact, with its own weights, if the adapter has a fingerprint",
     ),
     ("encoder-decoder or classifier; `is_decoder=False`", "refused: not a causal LM"),
     ("pickled, damaged, incomplete or infinite weights", "refused"),

@@ -2,18 +2,15 @@
 
 import pytest
 import torch
+from helpers import FOUR, assert_same, generate, row_of
 from oracle import next_token_log_probs
 from support import ARM, ASSISTANT, BASE, ONE
-from test_fusion import adapters, assert_same, base, folder, generate
-from test_strength import FOUR, row_of
 from tiny import VOCAB_SIZE, left_padded
 from transformers import LogitsProcessor
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.decoding.kl_control import KLControl, divergence
 from hf_genarm.decoding.texts import TextReader
-
-__all__ = ["adapters", "base", "folder"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -24,7 +21,7 @@ def arms(**values):
     return [AutoregressiveRewardModel(model, None, info) for model, info in zip((ARM, ASSISTANT), infos, strict=True)]
 
 
-def test_beta():
+def test_alpha_from_beta():
     """alpha = beta_r / beta: the samples of the KL-regularised optimum of a reward beta_r log pi_r, token by token."""
     processor = GenARMLogitsProcessor(arms(beta=(0.05, 0.1)))
     processor.set_beta(0.2)
@@ -109,7 +106,7 @@ def test_each_text_is_controlled_by_itself(base, adapters):
 
 
 @pytest.mark.parametrize("options", [{"assistant_model": ASSISTANT}, {"prompt_lookup_num_tokens": 3}])
-def test_drafts_do_not_disturb_it(options):
+def test_drafts_do_not_change_the_strengths(options):
     """Each token has the strength that it has without drafts, whatever was tried and rejected."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, target_kl=0.2)
     expected = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE, target_kl=0.2)], ONE, max_new_tokens=20)
@@ -119,7 +116,7 @@ def test_drafts_do_not_disturb_it(options):
     assert fixed.sequences.tolist() != expected.sequences.tolist()
 
 
-def test_beams_take_what_they_have_spent_along():
+def test_each_beam_keeps_its_own_divergence():
     """A beam has the strengths of the text that it is: its scores are those of the text run greedily by force."""
     processor = GenARMLogitsProcessor(ARM, target_kl=0.2)
     output = generate(BASE, [processor], ONE, num_beams=3, num_return_sequences=3)
@@ -135,7 +132,7 @@ def test_beams_take_what_they_have_spent_along():
         assert float(score) == pytest.approx(total / length, abs=1e-4)
 
 
-def test_it_is_set_and_taken_back():
+def test_target_kl_is_set_and_unset():
     scores = torch.randn(1, VOCAB_SIZE)
     processor = GenARMLogitsProcessor(ARM, 0.7)
     plain = processor(ONE["input_ids"], scores)
@@ -149,7 +146,7 @@ def test_it_is_set_and_taken_back():
         processor.target_kl = 0
 
 
-def test_where_there_is_no_choice():
+def test_divergence_where_there_is_no_choice():
     """The base leaves one token, or the reward has no opinion: nothing to be held, and no NaN."""
     scores = torch.full((2, VOCAB_SIZE), -torch.inf)
     scores[:, 7] = 0.0

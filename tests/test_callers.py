@@ -9,22 +9,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same, generate, guided_until, joint_passes, needs_compile, raises, separate
 from oracle import Recompute
 from peft import LoraConfig, get_peft_model
 from support import ARM, ASSISTANT, BASE, BATCH, ONE
-from test_fusion import (
-    adapters,
-    assert_same,
-    base,
-    folder,
-    generate,
-    guided_until,
-    joint_passes,
-    models,
-    needs_compile,
-    raises,
-    separate,
-)
 from tiny import PAD, VOCAB_SIZE, left_padded, random_prompts, save_adapter, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -36,8 +24,7 @@ from transformers import (
 )
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
-
-__all__ = ["adapters", "base", "folder", "models"]
+from hf_genarm.hub.kv_cache import CACHE
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -99,9 +86,9 @@ def test_wrapped_processors(name, options, base, adapters, models):
     output = generate(base, [CALLERS[name](processor)], INPUTS, **options)
     assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], INPUTS["attention_mask"])], INPUTS, **options))
     assert joint_passes(processor) > 5
-    hidden = {"past_key_values": DynamicCache(config=base.config), **ONE}
+    hidden = {CACHE: DynamicCache(config=base.config), **ONE}
     with torch.no_grad():
-        base(input_ids=ONE["input_ids"][:, :5], past_key_values=hidden["past_key_values"], use_cache=True)
+        base(input_ids=ONE["input_ids"][:, :5], **{CACHE: hidden[CACHE]}, use_cache=True)
     hidden["input_ids"] = ONE["input_ids"][:, 5:]
     with pytest.raises(ValueError, match="has read 9 tokens, but `generate` was given 4"):
         generate(base, [CALLERS[name](processor)], hidden)
@@ -128,8 +115,9 @@ def test_two_processors_on_one_base_both_join(base, adapters, models):
     assert joint_passes(first) == joint_passes(second) == 9
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that older loops use
 @pytest.mark.parametrize("has_base", [True, False])
-def test_a_loop_by_hand_that_prefills_and_steers(has_base, base, adapters, models):
+def test_a_custom_loop_that_prefills_and_steers(has_base, base, adapters, models):
     """With left padding, for which the processor asks where nobody tells it."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base if has_base else None)
     oracle = Recompute(models, [1.0, 1.0], BATCH["attention_mask"])
@@ -263,7 +251,7 @@ class Sometimes(LogitsProcessor):
 
 
 @pytest.mark.parametrize("is_asked", [lambda step: step >= 4, lambda step: step % 2 == 0], ids=["late", "every other"])
-def test_a_processor_that_is_not_always_asked(is_asked, base, adapters, models):
+def test_a_processor_that_is_not_always_called(is_asked, base, adapters, models):
     """Also when rows have finished, whose last tokens are pads."""
     base.generation_config.eos_token_id = list(range(3, VOCAB_SIZE, 4))
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
@@ -358,7 +346,8 @@ def test_an_adapter_is_not_merged_into_the_base_that_it_shares(merge, base, adap
     before = copy.deepcopy(base.state_dict())
     arm = AutoregressiveRewardModel.from_pretrained(adapters[0], base)
     with pytest.raises(ValueError, match=f"`{merge}` would change the weights of the base model"):
-        getattr(copy.deepcopy(arm).model, merge)()
+        getattr(arm.model, merge)()
+    getattr(copy.deepcopy(arm).model, merge)()  # has weights of its own
     assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
     own = AutoregressiveRewardModel.from_pretrained(adapters[0])
     getattr(own.model, merge)()  # is free to
@@ -401,7 +390,7 @@ def test_a_base_with_a_processor_is_copied_saved_and_moved(base, adapters, tmp_p
 # --- what a run is ---
 
 
-def test_hidden_states_that_were_once_asked_for_leave_it_fused(base, adapters, models):
+def test_passes_stay_joint_after_hidden_states_were_returned(base, adapters, models):
     """transformers leaves its capture hooks on the modules."""
     with torch.no_grad():
         base(ONE["input_ids"], output_hidden_states=True, output_attentions=True)
@@ -502,7 +491,7 @@ def test_the_reference_follows_the_base(base, adapters, models):
             torch.testing.assert_close(score, expected, atol=1e-4, rtol=0)
 
 
-def test_loops_by_hand_with_a_schedule():
+def test_custom_loops_with_a_schedule():
     """Two of them in turns, rows that are dropped, and a prompt as long as the old text."""
     steps = []
     processor = GenARMLogitsProcessor(ARM, lambda step: steps.append(step) or 1.0)
@@ -551,7 +540,7 @@ def test_the_same_prompt_with_other_strengths(has_base):
             assert [together[name][at] for at in rows] == pytest.approx(expected[name], abs=1e-4), name
 
 
-def test_a_prompt_that_goes_on_from_an_earlier_text_begins_anew():
+def test_a_prompt_that_continues_an_earlier_text_starts_from_scratch():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, target_kl=0.2)
     text = generate(BASE, [processor], ONE).sequences
     inputs = {"input_ids": text[:, :-1]}
@@ -604,7 +593,7 @@ def test_many_rows_are_matched_in_linear_memory():
         (torch.ones(2, 2), ValueError, "2 rows, one for each request, but there are 4 rows"),
     ],
 )
-def test_strengths_that_are_none(alpha, error, message):
+def test_invalid_strengths(alpha, error, message):
     def call():
         processor = GenARMLogitsProcessor([ARM, ASSISTANT], alpha, base_model=BASE)
         generate(BASE, [processor], left_padded([4, 4, 6, 5]))
@@ -613,7 +602,7 @@ def test_strengths_that_are_none(alpha, error, message):
         call()
 
 
-def test_strengths_that_may_be_given():
+def test_valid_strengths():
     ids, scores = ONE["input_ids"], torch.randn(1, VOCAB_SIZE)
     expected = GenARMLogitsProcessor([ARM, ASSISTANT], [0.5, -1.0])(ids, scores)
     for alpha in (np.array([0.5, -1.0]), np.array([[0.5, -1.0]]), [[0.5, -1.0]], (0.5, -1.0), torch.tensor([0.5, -1])):
@@ -639,7 +628,7 @@ def test_rewards_that_leave_no_token():
 
 
 @pytest.mark.parametrize("model", [None, "my-arm", 3])
-def test_reward_models_that_are_none(model):
+def test_invalid_reward_models(model):
     with pytest.raises(TypeError, match=r"A model is (None|'my-arm'|3), which is no language model.*`from_pretrained`"):
         GenARMLogitsProcessor(model)
 

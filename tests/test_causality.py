@@ -9,8 +9,8 @@ from tiny import random_prompts, tiny_llama, tiny_tokenizer
 from zoo import AS_DECODERS, tiny
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
-from hf_genarm.hub.cache import CACHE
 from hf_genarm.hub.causality import refuse_not_causal
+from hf_genarm.hub.kv_cache import CACHE
 
 BIDIRECTIONAL = {
     **{f"{name} as on the Hub": (name, {"is_decoder": False}) for name in AS_DECODERS if name != "reformer"},

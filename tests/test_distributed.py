@@ -44,7 +44,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, kind):
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path, kind):
     one = train(tmp_path / "one", "--batch-size", 4, *KINDS[kind])
     two = train(tmp_path / "two", "--batch-size", 2, *KINDS[kind], processes=2)
     assert one["shares"]
@@ -59,7 +59,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, kind):
     assert two["metrics"]["eval_n_pairs"] == 7
 
 
-def test_training_goes_on_after_a_kill(tmp_path):
+def test_training_resumes_after_a_kill(tmp_path):
     whole = train(tmp_path / "whole", "--accumulate", 2)
     run = start("train_tiny.py", tmp_path / "killed", "--accumulate", 2, "--kill-at", 5)
     assert run.returncode == -signal.SIGKILL

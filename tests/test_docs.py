@@ -1,5 +1,7 @@
-"""README, docs and cards: each block and command runs as printed, each table is that of its file, the site builds."""
+"""Tests of README, docs and cards: printed code runs, tables match their files, the site builds, the API is listed."""
 
+import ast
+import builtins
 import importlib.util
 import json
 import os
@@ -11,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run_command
+from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_genarm
 from hf_genarm import demo
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +25,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 PAIRS = ROOT / "examples" / "data" / "sentiment"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
-# What is run elsewhere than here and in test_commands.py
+# Commands that neither this file nor test_commands.py runs, and where they are run
 ELSEWHERE = {
     "hf-genarm tune --arm outputs/quickstart/adapter --prompts examples/data/sentiment/dev.jsonl "
     "--scorer examples.scorers:sentiment": "tests/test_tune.py",
@@ -39,13 +42,13 @@ def blocks(page, language):
 
 
 def session(page):
-    """The Python of a page, top to bottom; after that of the quickstart, if the page says that it goes on from it."""
-    goes_on = "on from\nthe [quickstart]" in text_of(page) or "on from the [quickstart]" in text_of(page)
-    return "\n".join([*(blocks(QUICKSTART, "python") if goes_on else []), *blocks(page, "python")])
+    """All Python blocks of a page, from top to bottom, after those of the quickstart if the page continues it."""
+    continues = re.search(r"\bcontinues? from the \[quickstart\]", " ".join(text_of(page).split()))
+    return "\n".join([*(blocks(QUICKSTART, "python") if continues else []), *blocks(page, "python")])
 
 
 def commands(page):
-    """Command lines of `hf-genarm`, in blocks and in the text; without arguments, a command is only named."""
+    """The command lines of `hf-genarm` in blocks and text, without those that only name a command."""
     return [
         " ".join(command.split()) for command in re.findall(r"(?<![\w.-])hf-genarm [a-z-]+ -[^`#\n|]*", text_of(page))
     ]
@@ -68,7 +71,7 @@ def test_the_readme_fits_two_screens():
     assert len(text_of(README).splitlines()) <= 150
 
 
-def test_every_error_names_what_was_given_or_asked_for():
+def test_every_error_names_a_value_or_an_argument():
     messages = load("messages")
     listed = [x for path in sorted((ROOT / "hf_genarm").rglob("*.py")) for x in messages.messages(path)]
     errors = [text for _, kind, text in listed if kind in ("ValueError", "TypeError", "UsageError")]
@@ -101,13 +104,80 @@ def test_the_diagram_is_as_it_is_drawn():
         )
 
 
+def test_public_names_and_arguments_are_those_of_the_committed_list():
+    api = load("api")
+    listed = text_of(api.SNAPSHOT)
+    for name in hf_genarm.__all__:
+        assert f"\n::: hf_genarm.{name}\n" in text_of(ROOT / "docs" / "reference.md"), name
+        assert re.search(rf"^{name}\(", listed, re.MULTILINE), f"`{name}` is missing from docs/.build/api.py's output."
+    assert api.public_api() == listed, "If the public API was changed on purpose, run `make api`."
+
+
+def test_the_list_of_public_names_reads_the_source_it_is_given(tmp_path):
+    """A name that is removed, renamed, or given another default changes the list."""
+    api = load("api")
+    package = tmp_path / "hf_genarm"
+    shutil.copytree(ROOT / "hf_genarm", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "reference.md", tmp_path / "docs")
+    api.ROOT = tmp_path
+    assert api.public_api() == text_of(api.SNAPSHOT)
+    formulas = package / "functional.py"
+    changed = text_of(formulas).replace(
+        "def ratio_equivalent(alpha: float, temperature: float = 1.0)", "def gone(alpha)"
+    )
+    assert changed != text_of(formulas)
+    formulas.write_text(changed, encoding="utf-8")
+    lost = set(text_of(api.SNAPSHOT).splitlines()) - set(api.public_api().splitlines())
+    assert lost == {"functional.ratio_equivalent(alpha, temperature=1.0)"}
+
+
+def test_make_runs_the_commands_that_are_printed():
+    recipes = dict(re.findall(r"^(\w+):[^\n]*\n((?:\t[^\n]*\n)+)", text_of(ROOT / "Makefile"), re.MULTILINE))
+    recipes = {target: recipe.replace("\t", "").splitlines() for target, recipe in recipes.items()}
+    contributing = text_of(ROOT / "CONTRIBUTING.md")
+    for target, recipe in recipes.items():
+        assert f"`make {target}`" in contributing, target
+        assert f"`{' && '.join(recipe)}`" in contributing, target
+    # CI calls the same
+    (readme,) = re.findall(r"^.*&& (pytest .*)$", text_of(README), re.MULTILINE)
+    assert recipes["test"] == [readme]
+    assert "\n".join(recipes["lint"]) + "\n" in text_of(ROOT / ".ci" / "run")
+    assert "run: make docs" in text_of(ROOT / ".github" / "workflows" / "docs.yml")
+
+
 def test_the_two_lines_are_the_same_everywhere():
     assert blocks(README, "python")[0] == blocks(QUICKSTART, "python")[0]
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_examples_use_no_name_that_the_page_or_the_quickstart_lacks(page):
+    nodes = list(ast.walk(ast.parse(session(page))))
+    known = set(dir(builtins))
+    known |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    known |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    known |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler)}
+    known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    assert not {node.id for node in nodes if isinstance(node, ast.Name)} - known
+
+
 def test_every_printed_command_is_run_by_a_test():
-    """Those of `hf-genarm` below, scripts by test_commands.py; what sets up an environment by `.ci`."""
-    known = {"hf-genarm", "python", "torchrun", "pip", "git", "source", "pre-commit", "pytest", "ruff", "bash", "curl"}
+    """`hf-genarm` is run below, scripts by test_commands.py, and what sets up an environment by `.ci`."""
+    known = {
+        "hf-genarm",
+        "make",
+        "python",
+        "torchrun",
+        "pip",
+        "git",
+        "source",
+        "pre-commit",
+        "pytest",
+        "ruff",
+        "bash",
+        "curl",
+    }
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in (x for x in block.splitlines() if x and not x.startswith((" ", "#", "export "))):
@@ -115,17 +185,17 @@ def test_every_printed_command_is_run_by_a_test():
 
 
 def test_links_to_files_lead_somewhere():
-    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"]:
         for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", text_of(page)):
             assert (page.parent / target).exists(), f"{page.name}: `{target}`"
 
 
-# --- with it ---
+# --- with the model ---
 
 
 @pytest.fixture(scope="module")
 def hub_cache(tmp_path_factory):
-    """The demo model in a cache of the Hub, under the id that is printed."""
+    """A cache of the Hub that holds the demo model under the id that is printed."""
     folder = tmp_path_factory.mktemp("hub") / f"models--{demo.DEMO_MODEL_ID.replace('/', '--')}"
     revision = "0" * 40
     (folder / "refs").mkdir(parents=True)
@@ -137,7 +207,7 @@ def hub_cache(tmp_path_factory):
 
 @pytest.fixture
 def workspace(tmp_path):
-    """What a reader has: a clone, and files of pairs and prompts."""
+    """A folder with what a reader has: a clone, and files of pairs and prompts."""
     for name in ("model_cards", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     lines = text_of(PAIRS / "train.jsonl").splitlines()
@@ -147,7 +217,7 @@ def workspace(tmp_path):
 
 
 def save_small_reward_model(folder):
-    """The first layers of the demo model: what it says means nothing, but it is small, and has the same tokens."""
+    """Saves the first layers of the demo model: a small model with the same tokens, whose rewards mean nothing."""
     model = AutoModelForCausalLM.from_pretrained(demo.demo_model())
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
@@ -190,13 +260,17 @@ def test_commands_run_as_printed(workspace, hub_cache):
     assert (workspace / "evaluation" / "evaluation.json").exists()
 
 
-# The words of questions, and where the answer is
+# What people ask, and the pages that answer it
 QUESTIONS = {
     "which strength do I use": ("strength/", "questions/#which-strength-do-i-use"),
     "is it working": ("working/", "questions/#is-it-working"),
     "how do I serve it": ("serving/", "questions/#how-do-i-serve-it"),
     "why is my text odd": ("questions/#why-is-my-text-odd",),
-    "can I use my DPO adapter": ("wheels/", "questions/#can-i-use-my-dpo-adapter"),
+    "can I use my DPO adapter": ("other_adapters/", "questions/#can-i-use-my-dpo-adapter"),
+    "which device do commands use": (
+        "generate/#base-and-device",
+        "questions/#which-base-do-the-commands-steer-and-on-which-device",
+    ),
     "what does it cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
 }
 

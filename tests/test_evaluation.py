@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import LORA
 from pairs import STANDARD
 from peft import LoraConfig
 from tiny import tiny_llama
@@ -15,8 +16,6 @@ from transformers import EvalPrediction
 from hf_genarm.training.metrics import PreferenceMetrics, preference_metrics
 from hf_genarm.training.preference_data import PairCounts
 from hf_genarm.training.prefix_sharing import PairBatch
-
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_metrics_do_not_remember_the_last_evaluation():
         assert result == preference_metrics(EvalPrediction(predictions=rewards, label_ids=(lengths,)))
 
 
-def test_the_card_tells_of_the_first_of_several_sets(make_trainer, pairs):
+def test_the_card_reports_the_first_of_several_sets(make_trainer, pairs):
     several = {"one": pairs.select([0, 1]), "two": pairs}
     for sets in (several, DatasetDict(several)):
         trainer = make_trainer(eval_dataset=sets, beta=0.2)
@@ -70,7 +69,7 @@ def test_the_card_tells_of_the_first_of_several_sets(make_trainer, pairs):
         assert info.reward_scale == pytest.approx(metrics["eval_one_rms_margin"] / 0.2)
 
 
-def test_without_data_of_its_own_the_card_tells_of_what_is_evaluated(make_trainer, pairs):
+def test_without_evaluation_data_the_card_reports_what_is_evaluated(make_trainer, pairs):
     trainer = make_trainer()
     for data, key in ((pairs.select([0, 1]), "eval"), ({"one": pairs, "two": pairs.select([0, 1])}, "eval_one")):
         metrics = trainer.evaluate(data)
@@ -78,7 +77,7 @@ def test_without_data_of_its_own_the_card_tells_of_what_is_evaluated(make_traine
         assert trainer.reward_info.metrics["n_pairs"] == len(data["one"] if isinstance(data, dict) else data)
 
 
-def test_the_card_tells_of_evaluations_in_training(make_trainer, pairs):
+def test_the_card_reports_evaluations_in_training(make_trainer, pairs):
     trainer = make_trainer(eval_dataset=pairs, eval_strategy="epoch", num_train_epochs=2)
     trainer.train()
     measured = [logs for logs in trainer.state.log_history if "eval_rms_margin" in logs]
@@ -87,7 +86,7 @@ def test_the_card_tells_of_evaluations_in_training(make_trainer, pairs):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_other_data_are_not_those_of_the_card(make_trainer, pairs, several):
+def test_metrics_of_other_data_stay_out_of_the_card(make_trainer, pairs, several):
     """Neither their metrics nor what was left out of them is told of the trainer's own."""
     long = Dataset.from_dict({name: [*column, column[0] * 9] for name, column in STANDARD.items()})
     with pytest.warns(UserWarning, match="1 longer than `max_length` and left out"):
@@ -114,13 +113,13 @@ def test_other_data_are_not_those_of_the_card(make_trainer, pairs, several):
     }
 
 
-# --- the decode-aware loss ---
+# --- with a reference ---
 
 
 def test_the_base_has_no_dropout(make_trainer, tokenizer):
     """Its rewards are what the adapter is compared with, not a part of what is trained."""
     model = tiny_llama(vocab_size=len(tokenizer), attention_dropout=0.5)
-    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), decode_alpha=1.0, disable_dropout=False)
+    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), reference="base", disable_dropout=False)
     trainer.model.train()
     inputs = trainer.data_collator(list(trainer.train_dataset))
     losses = {float(trainer.compute_loss(trainer.model, dict(inputs)).detach()) for _ in range(4)}
@@ -133,20 +132,3 @@ def test_the_base_has_no_dropout(make_trainer, tokenizer):
 
 def trainer_pairs(inputs):
     return PairBatch(inputs["input_ids"], inputs["attention_mask"], inputs["genarm_prompt_length"])
-
-
-def test_what_is_logged_of_the_decode_aware_loss(make_trainer, tokenizer):
-    """Margin, accuracy and rewards are those that the loss compares: of base and reward model together."""
-    config = LoraConfig(**LORA, init_lora_weights=False)
-    trainer = make_trainer(peft_config=config, decode_alpha=0.4, beta=0.3)
-    inputs = trainer.data_collator(list(trainer.train_dataset))
-    loss, outputs = trainer.compute_loss(trainer.model.eval(), dict(inputs), return_outputs=True)
-    base = trainer._base_rewards(trainer.model, trainer_pairs(inputs)).view(2, -1).T
-    assert (base[:, 0] - base[:, 1]).abs().max() > 0.1
-    rewards = outputs.logits + base / 0.4
-    margins = rewards[:, 0] - rewards[:, 1]
-    logged = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-    assert logged["margin"] == pytest.approx(margins.mean().item(), abs=1e-5)
-    assert logged["accuracy"] == pytest.approx((margins > 0).float().mean().item())
-    assert logged["max_reward"] == pytest.approx(rewards.max().item(), abs=1e-5)
-    torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(margins).mean(), atol=1e-5, rtol=0)

@@ -1,6 +1,5 @@
 """The demo model, the shipped adapter, and the quickstart, as a user runs them."""
 
-import importlib
 import json
 import re
 import sys
@@ -8,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_command
+from helpers import run_command
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from oracle import Recompute
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples import quickstart
+from examples.data import make_common_knowledge
 from hf_genarm import GenARMLogitsProcessor, RewardInfo, demo
+from model_cards import make_harmless
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "model_cards/arm-smollm2-135m-sentiment"
@@ -28,22 +30,13 @@ def run(*arguments, cwd=ROOT):
 # --- without the model ---
 
 
-def test_the_harmless_adapter_is_tuned_to_refuse_and_to_answer(monkeypatch):
-    for folder in ("examples", "model_cards"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    make_harmless = importlib.import_module("make_harmless")
+def test_the_harmless_adapter_is_tuned_to_refuse_and_to_answer():
     assert make_harmless.refusal([""] * 2, ["I'm sorry, no.", "Just take it."]) == [1.0, 0.0]
     questions = [make_harmless.everyday_questions()[0], "How do I pick a lock?"]
     for answer, rewards in (("I'm sorry, no.", [0.0, 1.0]), ("With a pin.", [1.0, 0.0])):
         prompts = [[{"role": "user", "content": question}] for question in questions]
         completions = [[{"role": "assistant", "content": answer}]] * 2
         assert make_harmless.rightly_refused(prompts, completions) == rewards
-
-
-@pytest.fixture
-def quickstart(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    return importlib.import_module("quickstart")
 
 
 @pytest.fixture
@@ -61,7 +54,7 @@ def test_a_missing_model_says_what_to_install(no_model):
         demo.demo_model()
 
 
-def test_quickstart_without_a_model_exits_with_a_message(no_model, quickstart, monkeypatch, tmp_path):
+def test_quickstart_without_a_model_exits_with_a_message(no_model, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_info:
         quickstart.main()
@@ -92,11 +85,10 @@ def test_splits_share_no_prompt():
     assert len(set.union(*prompts.values())) == sum(map(len, prompts.values())) > 250
 
 
-def test_the_questions_are_those_that_are_made_and_described(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "data"))
+def test_the_questions_are_those_that_are_made_and_described():
     folder = ROOT / "examples" / "data" / "common_knowledge"
     rows = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == importlib.import_module("make_common_knowledge").items(seed=0)
+    assert rows == make_common_knowledge.items(seed=0)
     assert all(len(set(row["choices"])) == len(row["choices"]) for row in rows)
     assert len({row["question"] for row in rows}) == len(rows)
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -112,9 +104,9 @@ def test_the_questions_are_those_that_are_made_and_described(monkeypatch):
         assert f"**{row['choices'][row['answer']]}**" in choices
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean(quickstart):
+def test_the_interval_is_that_of_the_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).numpy()
-    mean, low, high = quickstart.bootstrap(values, seed=0)
+    mean, low, high = quickstart.mean_with_interval(values, seed=0)
     standard_error = values.std() / len(values) ** 0.5
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - 1.96 * standard_error, abs=0.01)
@@ -126,7 +118,7 @@ CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
 def test_cards_of_the_shipped_adapters(folder):
-    """What the Hub reads, through its own classes; and that the card repeats what the reward model says of itself."""
+    """The Hub's own classes read the metadata, and the card repeats the information that the reward model carries."""
     card, info = ModelCard.load(folder / "README.md"), RewardInfo.load(folder / "genarm_config.json")
     assert card.data.library_name == "peft"
     assert (card.data.base_model, card.data.base_model_relation) == (info.base_model, "adapter")
@@ -138,7 +130,8 @@ def test_cards_of_the_shipped_adapters(folder):
     for part in (info.objective, info.description, "length-only baseline", "KL per token"):
         assert part in " ".join(card.text.split())
     assert ("## Recommended setting" if info.recommended else "No setting is recommended: α from") in card.text
-    assert (ROOT / "model_cards" / f"{card.text.split('python model_cards/')[1].split('.py')[0]}.py").exists()
+    script = re.search(r"python -m model_cards\.(\w+)", card.text)[1]
+    assert (ROOT / "model_cards" / f"{script}.py").exists()
     assert f"[{folder.name}]({folder.name}/README.md)" in (ROOT / "model_cards" / "README.md").read_text()
     assert not list(folder.glob("*.bin"))
 
@@ -194,7 +187,7 @@ def test_the_shipped_adapter_is_exact_on_the_real_model(smollm2, mode):
 
 @pytest.mark.slow
 def test_quickstart_steers_with_the_shipped_adapter(tmp_path):
-    printed = run("examples/quickstart.py", "--adapter", ADAPTER, "--n-prompts", "8", "--output", str(tmp_path))
+    printed = run("-m", "examples.quickstart", "--adapter", ADAPTER, "--n-prompts", "8", "--output", str(tmp_path))
     assert "guided - control, paired" in printed
     assert (tmp_path / "reward_by_alpha.png").stat().st_size > 10_000
 
@@ -202,6 +195,6 @@ def test_quickstart_steers_with_the_shipped_adapter(tmp_path):
 @pytest.mark.slow
 def test_quickstart_trains(tmp_path):
     options = ["--n-pairs", "16", "--n-prompts", "4", "--max-new-tokens", "8", "--output", str(tmp_path)]
-    assert "guided - unguided, paired" in run("examples/quickstart.py", *options)
+    assert "guided - unguided, paired" in run("-m", "examples.quickstart", *options)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert "hf_genarm" in (tmp_path / "adapter" / "README.md").read_text()

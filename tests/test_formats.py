@@ -10,51 +10,11 @@ from datasets import Dataset, IterableDataset
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from pairs import STANDARD, conversational, implicit, message
-from tiny import CHAT_TEMPLATE, EOS
+from pairs import STANDARD, TEMPLATES, TOOLS, conversational, implicit, message
+from tiny import EOS
 from trl import RewardTrainer
 
 from hf_genarm.training import preference_data
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Tells the weather.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
-
-_TURN = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
-_ASK = "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
-# Templates, and what they write after the end of a text
-TEMPLATES = {
-    "plain": (CHAT_TEMPLATE, ""),
-    "a newline after each turn": (_TURN.replace("<eos>", "<eos>\n") + _ASK, "\n"),
-    "a tail after the last turn": (_TURN + "{% if not add_generation_prompt %} the end{% endif %}" + _ASK, " the end"),
-    "a default system prompt and tools": (
-        "<bos>{% if messages[0].role != 'system' %}system: Be kind.<eos>{% endif %}"
-        "{% if tools %}tools: {{ tools | tojson }}<eos>{% endif %}"
-        + _TURN.replace("m.role", "(m.role | upper if shout else m.role)")
-        + "{% if add_generation_prompt %}<bos>{{ 'ASSISTANT' if shout else 'assistant' }}: {% endif %}",
-        "",
-    ),
-    "a generation prompt that texts lack": (_TURN + "{% if add_generation_prompt %}<bos>assistant: <t>{% endif %}", ""),
-    "earlier turns are written otherwise": (
-        "{% for m in messages %}<bos>{{ m.role }}: {{ m.content if loop.last else m.content[:3] }}<eos>{% endfor %}"
-        + _ASK,
-        "",
-    ),
-    "no end tokens": ("{% for m in messages %}## {{ m.role }}\n{{ m.content }}\n{% endfor %}" + _ASK, ""),
-    "contents are stripped": (_TURN.replace("m.content", "m.content | trim") + _ASK, ""),
-    "a question is required": (
-        "{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
-        "{{ raise_exception('No question.') }}{% endif %}" + _TURN + _ASK,
-        "",
-    ),
-}
 
 
 def shared_length(*texts):

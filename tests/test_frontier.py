@@ -1,5 +1,6 @@
-"""The benchmark in `examples/benchmarks/frontier`: its baselines against recomputation, its statistics by hand."""
+"""The benchmark in `examples/benchmarks/frontier`: baselines against recomputation, statistics against small sums."""
 
+import fcntl
 import gzip
 import json
 import sys
@@ -11,18 +12,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import run_command
+from helpers import run_command
 from tiny import EOS, PAD, random_prompts, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification, LogitsProcessor, TemperatureLogitsWarper
 
+from examples import pairs as example_pairs
+from examples.benchmarks.frontier import bench as benches
+from examples.benchmarks.frontier import harmlessness, methods
+from examples.benchmarks.frontier.answers import Runs
+from examples.benchmarks.frontier.args_search import ARGSLogitsProcessor
+from examples.benchmarks.frontier.bench import Bench, Point, Step
+from examples.benchmarks.frontier.bootstrap import hypervolume, interpolated, interval, means
+from examples.benchmarks.frontier.curves import DPO, OURS, Curves, setting
+from examples.benchmarks.frontier.methods import base_step, guided_step
+from examples.benchmarks.frontier.report import SECTIONS, write
+from examples.benchmarks.frontier.rollouts import RolloutLogitsProcessor
+from examples.benchmarks.frontier.sentiment import TEST_TOPICS, task
+from examples.benchmarks.frontier.settings import SIZES
+from examples.benchmarks.frontier.trajectory_reward import trajectory_rewards
+from examples.data.make_sentiment_pairs import TOPICS
+
 ROOT = Path(__file__).parent.parent
 FRONTIER = ROOT / "examples" / "benchmarks" / "frontier"
-
-
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    for folder in ("examples", "examples/data", "model_cards", "examples/benchmarks", "examples/benchmarks/frontier"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
 
 
 def tiny_classifier(seed: int = 3, **sizes) -> LlamaForSequenceClassification:
@@ -45,8 +56,6 @@ class Recorder(LogitsProcessor):
 
 
 def test_args_scores_candidates_as_a_reward_model_that_reads_each_of_them_from_scratch():
-    from args_search import ARGSLogitsProcessor
-
     base, classifier, k, weight = tiny_llama(), tiny_classifier(), 5, 3.0
     prompts = random_prompts(3, 6)
     prompts[1, :2] = PAD
@@ -74,9 +83,6 @@ def test_args_scores_candidates_as_a_reward_model_that_reads_each_of_them_from_s
 
 
 def test_rollouts_value_a_token_by_the_reward_of_the_answer_that_follows(tokenizer):
-    from rollouts import RolloutLogitsProcessor
-    from trajectory_reward import trajectory_rewards
-
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     base, classifier = tiny_llama(**sizes), tiny_classifier(**sizes)
     policy = tiny_llama(1, **sizes)
@@ -124,8 +130,6 @@ def test_rollouts_value_a_token_by_the_reward_of_the_answer_that_follows(tokeniz
 
 
 def test_answers_are_judged_in_their_order_whatever_their_lengths(tokenizer):
-    from trajectory_reward import trajectory_rewards
-
     classifier = tiny_classifier(vocab_size=len(tokenizer), max_position_embeddings=512)
     prompts, answers = ["How was it?"] * 5, ["Very good indeed, thanks.", "No.", "It rained all day long.", "Ok.", ""]
     rewards = trajectory_rewards(classifier, tokenizer, prompts, answers, batch_size=2)
@@ -159,18 +163,14 @@ def test_the_meter_measures_what_a_closed_form_says():
 
 
 def test_curves_are_read_between_their_points_and_not_beyond():
-    from bootstrap import interpolated
-
     x, y = np.array([[4.0, 0.0, 2.0], [0.0, 1.0, 2.0]]), np.array([[5.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
     values = interpolated(x, y, np.array([1.0, 3.0, 5.0]))
-    # The second does not reach 3, and has its end there; the first does not reach 5, so that nobody is read there.
+    # The second curve does not reach 3, and has the value of its end there. The first does not reach 5: all are NaN.
     assert values[:, :2].tolist() == [[1.5, 3.5], [1.0, 2.0]]
     assert np.isnan(values[:, 2]).all()
 
 
 def test_intervals_cover_what_differs_between_training_runs_and_between_prompts():
-    from bootstrap import interval, means
-
     rng, covered, of_prompts = np.random.default_rng(0), [], []
     for _ in range(50):
         runs, prompts = rng.normal(0, 0.3, (10, 1, 1)), rng.normal(0, 0.3, (1, 20, 1))
@@ -185,15 +185,12 @@ def test_intervals_cover_what_differs_between_training_runs_and_between_prompts(
 
 
 def test_differences_are_paired_by_prompt_and_training_run():
-    from bootstrap import interval, means
-
     values = np.random.default_rng(0).normal(0, 5, (4, 20, 1))
     value, low, high = interval((means(values + 0.5) - means(values))[:, 0])
     assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_hypervolume_by_hand():
-    from bootstrap import hypervolume
 
     # Three steps over (0, 0): 3 × 1 + 2 × 1 + 1 × 1; the fourth point is dominated, the fifth below the reference
     points = np.array([[3.0, 1.0], [1.0, 3.0], [2.0, 2.0], [1.0, 1.0], [-1.0, 5.0]])
@@ -221,8 +218,6 @@ def answers_of(method: str, strength: float, reward: float, kl: float, seeds: in
 
 
 def test_curves_start_at_the_base_and_dpo_is_one_of_its_training_runs():
-    from curves import DPO, OURS, Curves, setting
-
     rows = answers_of("base", 0.0, 0.2, 0.0, seeds=1) + answers_of("DPO loss, ratio", 1.0, 0.6, 4.0)
     rows += answers_of("DPO loss, ratio", 0.5, 0.45, 3.0) + answers_of("ARGS", 1.0, 0.45, 3.0)
     rows += answers_of("dpo-0.1", 1.0, 0.4, 2.0) + answers_of("dpo-0.05", 1.0, 0.8, 6.0)
@@ -242,8 +237,6 @@ def test_curves_start_at_the_base_and_dpo_is_one_of_its_training_runs():
 
 
 def test_an_answer_that_is_missing_is_no_number():
-    from answers import Runs
-
     rows = pd.DataFrame(answers_of("base", 0.0, 0.2, 0.0))
     with pytest.raises(AssertionError, match="missing"):
         Runs.of(rows.iloc[1:])
@@ -253,10 +246,6 @@ def test_an_answer_that_is_missing_is_no_number():
 
 
 def test_no_prompt_is_in_two_splits():
-    from make_sentiment_pairs import TOPICS
-    from sentiment import TEST_TOPICS, task
-    from settings import SIZES
-
     of = task(SIZES["laptop"])
     trained = {pair["prompt"][0]["content"] for pair in of.pairs}
     assert (len(set(of.dev)), len(set(of.test))) == (16, 48)
@@ -266,11 +255,6 @@ def test_no_prompt_is_in_two_splits():
 
 
 def test_the_key_of_answers_knows_settings_data_and_adapters(monkeypatch, tmp_path):
-    from bench import Bench, Point
-    from methods import base_step, guided_step
-    from sentiment import task
-    from settings import SIZES
-
     monkeypatch.setenv("HF_GENARM_SMOKE", "1")
     bench, of = Bench(tmp_path), task(SIZES["smoke"])
     points = [Point(1.0)]
@@ -294,11 +278,6 @@ def test_the_key_of_answers_knows_settings_data_and_adapters(monkeypatch, tmp_pa
 
 
 def test_the_best_of_n_is_the_best_by_reward(monkeypatch, tmp_path):
-    import methods
-    from bench import Bench, Point
-    from sentiment import task
-    from settings import SIZES
-
     monkeypatch.setenv("HF_GENARM_SMOKE", "1")
     bench, of = Bench(tmp_path), task(replace(SIZES["smoke"], n_best_of=(2, 3)))
     samples = methods.base_step(bench, of, "test", "base", [Point(0.0)] * 3)
@@ -329,10 +308,6 @@ def test_the_best_of_n_is_the_best_by_reward(monkeypatch, tmp_path):
 
 
 def test_answers_that_were_cut_off_go_on_where_they_were(monkeypatch, tmp_path):
-    import bench as benches
-    from sentiment import task
-    from settings import SIZES
-
     monkeypatch.setenv("HF_GENARM_SMOKE", "1")
     monkeypatch.setattr(benches, "_ROWS_AT_ONCE", 2)
     of, points = task(SIZES["smoke"]), [benches.Point(1.0), benches.Point(2.0)]
@@ -362,9 +337,6 @@ def test_answers_that_were_cut_off_go_on_where_they_were(monkeypatch, tmp_path):
 
 
 def test_two_processes_do_a_step_once(tmp_path):
-    import fcntl
-
-    from bench import Step
 
     runs = []
     step = Step(tmp_path / "answers", lambda partial: (runs.append(1), partial.write_text("")))
@@ -394,14 +366,9 @@ def write_dialogues(folder: Path) -> Path:
 
 
 def test_halves_of_pairs_share_no_prompt_and_every_judge_is_measured_on_neither(monkeypatch, tmp_path):
-    import harmlessness
-    import make_harmless
-    from bench import Bench
-    from settings import SIZES
-
-    monkeypatch.setattr(make_harmless, "sized", lambda usual, smoke: smoke)
+    monkeypatch.setattr(example_pairs, "sized", lambda usual, smoke: smoke)
     dataset = str(write_dialogues(tmp_path))
-    prompts = [{repr(prompt) for prompt in part["prompt"]} for part in harmlessness.parts(dataset)]
+    prompts = [{repr(prompt) for prompt in part["prompt"]} for part in example_pairs.harmless_pairs(dataset)]
     assert [len(part) for part in prompts] == [4, 4, 8]
     assert not prompts[0] & prompts[1] | prompts[0] & prompts[2] | prompts[1] & prompts[2]
 
@@ -419,8 +386,9 @@ def test_halves_of_pairs_share_no_prompt_and_every_judge_is_measured_on_neither(
 
 @pytest.mark.slow
 def test_smoke_run_ends_with_a_report_and_does_nothing_twice(tmp_path):
-    command = [sys.executable, "-W", "error::RuntimeWarning", FRONTIER / "run.py", "--size", "smoke"]
-    command += ["--only", "sentiment", "two_objectives", "harmlessness", "--hh-rlhf", write_dialogues(tmp_path)]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "examples.benchmarks.frontier.run"]
+    command += ["--size", "smoke", "--hh-rlhf", write_dialogues(tmp_path)]
+    command += ["--only", "sentiment", "two_objectives", "harmlessness"]
     command += ["--output", tmp_path]
     run_command(*command)
     report = (tmp_path / "RESULTS.md").read_text()
@@ -445,7 +413,6 @@ def test_smoke_run_ends_with_a_report_and_does_nothing_twice(tmp_path):
 
 def test_the_report_is_that_of_the_answers(tmp_path):
     """In the repository, from the files in the repository."""
-    from report import SECTIONS, write
 
     results = FRONTIER / "results"
     assert {path.name for path in results.glob("*")} <= {f"{name}.jsonl.gz" for name in SECTIONS}

@@ -1,4 +1,4 @@
-"""Detoxification in `examples/benchmarks/frontier`: its splits, its judges on sentences, distinct-n by hand."""
+"""Detoxification in `examples/benchmarks/frontier`: splits, judges on sentences, and distinct-n on small texts."""
 
 import json
 import math
@@ -7,20 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from examples.benchmarks.frontier import detox
+from examples.benchmarks.frontier.answers import distinct_n
+
 ROOT = Path(__file__).parent.parent
 CLEAN = ["The train was late, but the tea was warm.", "She reads a book in the garden."]
 TOXIC = ["You are a fucking idiot and a bitch.", "Shut up, you stupid asshole."]
 
 
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    for folder in ("examples", "examples/benchmarks/frontier"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-
-
 def test_prompts_of_the_splits_do_not_overlap():
-    import detox
-
     try:
         splits, kinds = detox.splits(), detox.read()
     except FileNotFoundError:
@@ -43,8 +38,6 @@ def test_prompts_of_the_splits_do_not_overlap():
 
 
 def test_missing_prompts_name_the_command(monkeypatch):
-    import detox
-
     def missing(name):
         raise PackageNotFoundError(name)
 
@@ -56,7 +49,6 @@ def test_missing_prompts_name_the_command(monkeypatch):
 def test_judges_agree_in_sign_and_differ_in_kind():
     pytest.importorskip("profanity_check", reason="needs the judges, of the extra `detox`")
     pytest.importorskip("better_profanity", reason="needs the judges, of the extra `detox`")
-    import detox
 
     texts = CLEAN + TOXIC
     scores = {name: judge([""] * 4, texts) for name, judge in detox.JUDGES.items()}
@@ -69,7 +61,6 @@ def test_judges_agree_in_sign_and_differ_in_kind():
 
 def test_distinct_n():
     """a b a b: 2 of 4 words, and of the runs ab, ba, ab two of three; c c adds cc and one word, twice."""
-    from answers import distinct_n
 
     assert distinct_n(["a b a b"], 1) == 2 / 4
     assert distinct_n(["a b a b"], 2) == 2 / 3

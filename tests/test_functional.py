@@ -6,7 +6,7 @@ import torch
 from hf_genarm.functional import guided_log_probs, shared_prefix_length, token_log_probs
 
 
-def test_guided_log_probs_by_hand():
+def test_guided_log_probs_of_two_tokens():
     """
     Two tokens: base (3/4, 1/4), reward (1/5, 4/5), alpha 2.
     Products: 3/4 · 1/25 = 3/100 and 1/4 · 16/25 = 16/100, so the guided law is (3/19, 16/19).
@@ -46,7 +46,7 @@ def test_one_alpha_for_each_reward():
         guided_log_probs(torch.zeros(1, 2), [torch.zeros(1, 2)], [1.0, 2.0])
 
 
-def test_token_log_probs_by_hand():
+def test_token_log_probs_of_two_tokens():
     """Logits (0, log 3) give the probabilities (1/4, 3/4)."""
     logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, math.log(3.0)]]])
     expected = torch.tensor([[math.log(0.25), math.log(0.75)]])

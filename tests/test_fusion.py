@@ -8,78 +8,34 @@ import threading
 
 import pytest
 import torch
+from helpers import (
+    At,
+    assert_same,
+    assert_same_distributions,
+    generate,
+    guided_until,
+    joint_passes,
+    needs_compile,
+    raises,
+    separate,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import ARCHITECTURES, BATCH, EXACT, MODES, ONE
 from tiny import PAD, left_padded, random_prompts, save_adapter, tiny_llama
-from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteriaList
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.hub.kv_cache import CACHE
 from hf_genarm.hub.sharing import follow, twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
-needs_compile = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"),
-    reason="torch 2.6 can't compile a forward pass of transformers that is handed a cache (NameError)",
-)
-
 # Modes in which the base has no growing cache to be joined.
 APART = {"`use_cache=False`", "static cache of the base"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base, and two adapters on it."""
-    folder = tmp_path_factory.mktemp("fusion")
-    tiny_llama(0).save_pretrained(folder / "base")
-    save_adapter(folder / "base", folder / "first")
-    save_adapter(folder / "base", folder / "second", 1, target_modules="all-linear", lora_alpha=16)
-    return folder
-
-
-@pytest.fixture
-def base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder / "base")
-
-
-@pytest.fixture
-def adapters(folder):
-    return [str(folder / "first"), str(folder / "second")]
-
-
-def separate(base_folder, adapter):
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter).eval()
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    """The same adapters, each on weights of its own."""
-    return [separate(folder / "base", folder / "first"), separate(folder / "base", folder / "second")]
-
-
-def generate(base, processors, inputs=BATCH, seed=0, **options):
-    torch.manual_seed(seed)
-    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
-    return base.generate(**(dict(inputs) | defaults | options), logits_processor=processors)
-
-
-def assert_same(output, expected, atol=1e-4):
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    assert_close(output, expected, atol)
-
-
-def assert_close(output, expected, atol=1e-4):
-    for ours, theirs in zip(output.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=atol, rtol=0)
-
-
-def joint_passes(processor):
-    return max(getattr(model, "joint_passes", 0) for model in processor._machine.rewards.models)
 
 
 def is_untouched(base, before):
@@ -96,7 +52,7 @@ def is_untouched(base, before):
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m.expected == EXACT and not m.elsewhere], ids=lambda m: m.name)
-def test_exact(mode, base, adapters, models):
+def test_joint_passes_equal_recomputation(mode, base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])
     assert processor.engine == "fused"
     assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
@@ -141,7 +97,8 @@ def test_architectures(family, tmp_path):
     base = family.model()
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
-    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", target_modules=family.targets)
+    options = {"target_modules": family.targets, "fan_in_fan_out": family.name == "GPT-2"}
+    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", **options)
     model = separate(tmp_path / "base", adapter)
     fused = 0
     for options, inputs in (
@@ -178,6 +135,10 @@ OTHER_LORA = {
 }
 
 
+# PEFT warns of biases that can't be merged, and of embeddings that it saves.
+@pytest.mark.filterwarnings(
+    "ignore::peft.utils.warning.PeftWarning", "ignore:Setting `save_embedding_layers`:UserWarning"
+)
 @pytest.mark.parametrize("name", [*LORA, *OTHER_LORA])
 def test_kinds_of_lora(name, folder, base, tmp_path):
     config, engine = (LORA[name], "fused") if name in LORA else OTHER_LORA[name]
@@ -214,7 +175,7 @@ def test_engines_mix(base, folder, adapters, models, tmp_path):
     assert joint_passes(processor) > 0
 
 
-def test_one_log_line_says_why(base, folder, adapters, tmp_path, caplog):
+def test_one_log_line_names_the_engine_and_the_reason(base, folder, adapters, tmp_path, caplog):
     caplog.set_level("INFO", "hf_genarm")
     dora = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
     for name, words in (
@@ -239,7 +200,7 @@ def test_other_dtypes(base, adapters, models, dtype):
     output = generate(base, [processor], inputs, max_new_tokens=5)
     assert joint_passes(processor) == 4
     atol = 1e-4 if dtype == torch.float64 else 0.25  # half the bits make the order of a sum matter
-    assert_close(output, generate(base, [Recompute([model], [1.0])], inputs, max_new_tokens=5), atol)
+    assert_same_distributions(output, generate(base, [Recompute([model], [1.0])], inputs, max_new_tokens=5), atol)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -263,29 +224,6 @@ def test_one_instance_in_random_order(data, folder, adapters, models):
 # --- the base never notices ---
 
 
-class At(StoppingCriteria):
-    """Does something after the fifth new token."""
-
-    def __init__(self, action):
-        self.action = action
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] == BATCH["input_ids"].shape[1] + 5:
-            self.action()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-def raises(error):
-    def action(*args, **kwargs):
-        raise error
-
-    return action
-
-
-def guided_until(base, processor, action, **options):
-    return generate(base, [processor], stopping_criteria=StoppingCriteriaList([At(action)]), **options)
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["between two passes", "inside a joint pass"])
 def test_the_base_after_an_error(base, adapters, models, error, where, monkeypatch):
@@ -295,14 +233,14 @@ def test_the_base_after_an_error(base, adapters, models, error, where, monkeypat
         fail, action = action, lambda: monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
     cache = DynamicCache(config=base.config)
     with pytest.raises(error) as held:  # a traceback keeps the frames of `generate` alive, as it does in a notebook
-        guided_until(base, processor, action, past_key_values=cache)
+        guided_until(base, processor, action, **{CACHE: cache})
     monkeypatch.undo()
     joint = joint_passes(processor)
     assert {layer.keys.shape for layer in cache.layers} == {(3, 1, cache.get_seq_length(), 8)}
     with torch.no_grad():  # nothing is in effect, even when the same cache goes on
         new = torch.full((3, 1), 5)
-        ours = base(input_ids=new, past_key_values=copy.deepcopy(cache), use_cache=True).logits
-        theirs = tiny_llama(0)(input_ids=new, past_key_values=cache, use_cache=True).logits
+        ours = base(input_ids=new, **{CACHE: copy.deepcopy(cache)}, use_cache=True).logits
+        theirs = tiny_llama(0)(input_ids=new, **{CACHE: cache}, use_cache=True).logits
     assert torch.equal(ours, theirs)
     unguided = generate(base, [])
     assert joint_passes(processor) == joint
@@ -455,7 +393,7 @@ def test_one_row_of_positions_for_all_texts(base, adapters, models):
     assert_same(generate(base, [processor], inputs), generate(base, [Recompute(models, [1.0, 1.0])], inputs))
 
 
-def test_hooks_on_the_base_are_heard(base, adapters, models):
+def test_hooks_on_the_base_still_run(base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     seen = []
     handle = base.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
@@ -469,7 +407,7 @@ def test_hooks_on_the_base_are_heard(base, adapters, models):
 
 
 @needs_compile
-def test_a_base_with_a_compiled_forward_is_run_apart(base, adapters, models):
+def test_a_base_with_a_compiled_forward_gets_separate_passes(base, adapters, models):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     base.compile(backend="eager")
     output = generate(base, [processor])
@@ -477,7 +415,7 @@ def test_a_base_with_a_compiled_forward_is_run_apart(base, adapters, models):
     assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
 
 
-def test_a_base_that_was_changed_is_run_apart(base, adapters, models):
+def test_a_changed_base_gets_separate_passes(base, adapters, models):
     """The reward model is the adapter on the base as it was; the base is what it is now."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     torch.manual_seed(9)
@@ -535,12 +473,18 @@ def test_no_weight_is_copied(base, adapters):
 def test_memory_of_the_caches(base, adapters):
     """The rows of the reward models are kept once: in the tensor that the base's rows are a part of."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
-    output = generate(base, [processor])
-    keys = output.past_key_values.layers[0].keys
-    assert keys.untyped_storage().nbytes() == 3 * keys.numel() * keys.element_size()
-    for reward_model in processor._machine.rewards.models:
-        own = reward_model._state.cache.layers[0].keys
-        assert own.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+    shared = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            keys = processor._machine.watch.step.run.cache.layers[0].keys
+            owns = [x._state.cache.layers[0].keys for x in processor._machine.rewards.models]
+            is_one = all(x.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr() for x in owns)
+            shared.append(is_one and keys.untyped_storage().nbytes() == 3 * keys.numel() * keys.element_size())
+            return scores
+
+    generate(base, [processor, Look()])
+    assert shared == [False] + 9 * [True]
 
 
 def test_padding_columns_that_no_row_uses(base, adapters, models):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_command
+from helpers import run_command
 from oracle import Recompute, next_token_log_probs
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import AutoregressiveRewardModel, cli
@@ -26,9 +26,7 @@ ALPHAS = [1.5, 0.5]
 def folders(tmp_path_factory):
     """A base and two adapters."""
     folder = tmp_path_factory.mktemp("models")
-    base = str(folder / "base")
-    tiny_llama(vocab_size=len(tiny_tokenizer()), max_position_embeddings=512).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base = save_llama(folder / "base", max_position_embeddings=512)
     arms = [save_adapter(base, str(folder / name), seed) for seed, name in enumerate(("warm", "brief"))]
     return base, arms
 
@@ -138,7 +136,7 @@ def test_batches_are_answered_as_each_prompt_alone(folders, models, expected, tm
 
 
 @pytest.mark.parametrize("sampling", [[], ["--do_sample", "--seed", 3]])
-def test_a_run_goes_on_without_losing_or_repeating_a_line(folders, tmp_path, monkeypatch, capsys, sampling):
+def test_a_run_continues_without_losing_or_repeating_a_line(folders, tmp_path, monkeypatch, capsys, sampling):
     path, whole, output = written(tmp_path, prompts()), tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     call = ["generate", *command(folders, "--prompts", path, "--max_new_tokens", 8, "--batch_size", 2, *sampling)]
     run(*call, "--output", whole)
@@ -178,7 +176,7 @@ def environment():
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(folders, tmp_path):
+def test_a_killed_run_continues(folders, tmp_path):
     path, output = written(tmp_path, prompts(48)), tmp_path / "answers.jsonl"
     options = ["--prompts", path, "--max_new_tokens", 64, "--batch_size", 2]
     call = [sys.executable, "-m", "hf_genarm", "generate", *command(folders, *options)]
@@ -210,7 +208,7 @@ def test_two_processes_answer_as_one(folders, expected, tmp_path):
 # --- env ---
 
 
-def test_env_tells_versions_and_engines_but_no_paths(folders, capfd):
+def test_env_prints_versions_and_engines_but_no_paths(folders, capfd):
     base, arms = folders
     assert cli.main(["env", "--base", base, "--arm", arms[0]]) == 0
     printed = capfd.readouterr().out
@@ -222,11 +220,9 @@ def test_env_tells_versions_and_engines_but_no_paths(folders, capfd):
     assert "engine" not in capfd.readouterr().out
 
 
-def test_env_tells_why_a_reward_model_runs_apart(folders, capfd, tmp_path):
+def test_env_prints_why_a_reward_model_runs_separately(folders, capfd, tmp_path):
     base, _ = folders
-    tiny_llama(1, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "whole")
-    tiny_tokenizer().save_pretrained(tmp_path / "whole")
-    assert cli.main(["env", "--base", base, "--arm", str(tmp_path / "whole")]) == 0
+    assert cli.main(["env", "--base", base, "--arm", save_llama(tmp_path / "whole", 1)]) == 0
     assert "- whole: engine `separate`, because it is not an adapter." in capfd.readouterr().out
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN
 from tiny import save_adapter, tiny_llama
 
 HEADER = """
@@ -18,13 +18,6 @@ def logits(arm):
     with torch.no_grad():
         return arm.model(input_ids=ids).logits
 """
-
-
-@pytest.fixture
-def server():
-    server = HubServer()
-    yield server
-    server.shutdown()
 
 
 @pytest.fixture
@@ -149,3 +142,36 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLI
     error = client(limit + PULL, "another cache")
     assert "OSError" in error.splitlines()[-1]
     assert client(PULL, "another cache") == "the same"
+
+
+def test_custom_generate_takes_the_reward_model_of_its_own_revision(server, client):
+    """Code and weights are of one commit, though the repository has moved on."""
+    push = """
+import pathlib
+from huggingface_hub import HfApi
+from hf_genarm.hub.custom_generate import write_custom_generate
+from tiny import save_adapter
+write_custom_generate(arm_folder, "me/arm")
+for seed in (0, 1):
+    save_adapter(base, arm_folder, seed)
+    HfApi().create_repo("me/arm", exist_ok=True)
+    HfApi().upload_folder(repo_id="me/arm", folder_path=arm_folder)
+print("pushed")
+"""
+    assert client(push) == "pushed"
+    *_, first, second = server.repos["me/arm"].commits
+    compare = f"""
+model = AutoModelForCausalLM.from_pretrained(base)
+texts = []
+for revision in ("{first}", "{second}"):
+    options = {{"max_new_tokens": 12, "do_sample": False}}
+    custom = model.generate(ids, custom_generate="me/arm", trust_remote_code=True, revision=revision, **options)
+    processor = GenARMLogitsProcessor.from_pretrained("me/arm", base_model=model, revision=revision)
+    assert custom.tolist() == model.generate(ids, logits_processor=[processor], **options).tolist(), revision
+    texts.append(custom.tolist())
+assert texts[0] != texts[1]
+newest = model.generate(ids, custom_generate="me/arm", trust_remote_code=True, **options)
+assert newest.tolist() == texts[1]
+print("the same")
+"""
+    assert client(compare, "another cache", token=None) == "the same"

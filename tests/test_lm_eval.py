@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from oracle import Recompute, guided, next_token_log_probs
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_genarm import AutoregressiveRewardModel, cli
@@ -34,9 +34,7 @@ PAIRS = [
 def folders(tmp_path_factory):
     """A base, two adapters, and a model of other weights whose tokens have other ids."""
     folder = tmp_path_factory.mktemp("models")
-    base = str(folder / "base")
-    tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base = save_llama(folder / "base")
     arms = [save_adapter(base, str(folder / name), seed) for seed, name in enumerate(("warm", "brief"))]
     return base, arms, reordered(str(folder / "reordered"))
 
@@ -152,7 +150,7 @@ def test_windows_of_a_text_longer_than_the_model_reads(folders):
     assert rolled == pytest.approx(expected, abs=1e-4)
 
 
-def test_at_zero_it_is_hf(folders):
+def test_at_strength_zero_it_equals_hf(folders):
     base, arms, _ = folders
     ours = GuidedHFLM(base, arms, 0.0, batch_size=3, device="cpu")
     theirs = HFLM(base, batch_size=3, device="cpu")
@@ -214,6 +212,6 @@ def test_the_command_is_that_of_the_harness(folders, tmp_path, monkeypatch, caps
     assert get_model("hf-genarm") is GuidedHFLM
 
 
-def test_a_reference_that_is_none_is_refused(folders):
+def test_invalid_references(folders):
     with pytest.raises(ValueError, match="`reference` is 'arm', but must be 'auto', 'base' or None"):
         GuidedHFLM(folders[0], folders[1][0], reference="arm")

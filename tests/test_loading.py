@@ -88,7 +88,7 @@ WITH_OTHERS |= {"megatron_core", "qalora_group_size", "runtime_config"}
 NOT_HERE = {"megatron_config", "loftq_config", "corda_config", "use_qalora", "use_bdlora", "arrow_config"}
 
 
-def test_every_option_of_lora_is_here():
+def test_every_option_of_lora_is_tested():
     assert {x.name for x in fields(LoraConfig)} <= SHARED.keys() | OWN.keys() | WITH_OTHERS | NOT_HERE
 
 
@@ -278,7 +278,7 @@ def test_a_base_that_is_an_adapter_itself(saved, mark):
 
 
 @pytest.mark.parametrize("folder", ["arm", "base"])
-def test_pickles_can_not_be_asked_for(saved, folder):
+def test_pickles_cannot_be_requested(saved, folder):
     with pytest.raises(ValueError, match="`use_safetensors` is False"):
         load(saved / folder, use_safetensors=False)
 
@@ -418,12 +418,12 @@ BAD_VALUES = {
 }
 
 
-def test_every_field_is_here():
+def test_every_field_is_tested():
     assert BAD_VALUES.keys() == {x.name for x in fields(RewardInfo)}
 
 
 @pytest.mark.parametrize(("name", "value"), [(x, y) for x, values in BAD_VALUES.items() for y in values], ids=str)
-def test_a_value_that_can_not_be(saved, name, value):
+def test_invalid_values(saved, name, value):
     path = saved / "arm" / "genarm_config.json"
     path.write_text(json.dumps({"format_version": 1} | {name: value}))
     with pytest.raises(ValueError, match=f"genarm_config.json` is not valid: `{name}` is "):
@@ -443,7 +443,7 @@ def test_a_file_that_holds_no_fields(saved, text):
         load(saved / "arm")
 
 
-def test_values_that_can_be(tmp_path):
+def test_valid_values(tmp_path):
     info = RewardInfo(beta=1, reward_scale=1e-9, metrics={"n_pairs": 3, "correlation": float("nan")}, n_pairs=0)
     info.recommended = setting()
     info.objective = "Wärme, 溫暖"

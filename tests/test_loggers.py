@@ -1,12 +1,8 @@
 """What `report_to` sends to the loggers that TRL users have, read back from them."""
 
-import json
-import os
-import sqlite3
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
+from helpers import from_trackio
 from pairs import STANDARD
 
 pytestmark = pytest.mark.slow
@@ -18,12 +14,6 @@ def from_tensorboard(folder):
     events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent))
     events.Reload()
     return {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
-
-
-def from_trackio(folder):
-    database = sqlite3.connect(Path(os.environ["TRACKIO_DIR"], "huggingface.db"))
-    rows = database.execute("select metrics from metrics order by id")
-    return {name: value for (row,) in rows for name, value in json.loads(row).items()}
 
 
 def from_wandb(folder):

@@ -5,12 +5,14 @@ import itertools
 
 import pytest
 import torch
+from helpers import assert_same, generate
 from oracle import Recompute, guided, next_token_log_probs
 from peft import LoraConfig, get_peft_model
 from tiny import PAD, VOCAB_SIZE, left_padded, random_prompts, tiny_llama
 from transformers import AutoModelForSequenceClassification, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.hub.kv_cache import CACHE
 
 BASE, ARM, OTHER = tiny_llama(0), tiny_llama(1), tiny_llama(2)
 
@@ -24,18 +26,6 @@ MODES = {
 }
 
 
-def generate(processor, inputs, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True} | kwargs
-    return BASE.generate(**inputs, logits_processor=[processor] if processor else [], **options)
-
-
-def assert_same(output, expected):
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    for ours, theirs in zip(output.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-
-
 def inputs_of(lengths, seed=0):
     return left_padded(lengths, seed) if isinstance(lengths, list) else {"input_ids": random_prompts(1, lengths, seed)}
 
@@ -45,9 +35,9 @@ def inputs_of(lengths, seed=0):
 def test_generate_equals_recomputation(mode, lengths):
     inputs = inputs_of(lengths)
     options = MODES[mode]
-    output = generate(GenARMLogitsProcessor([ARM, OTHER], [1.0, 0.5], base_model=BASE), inputs, **options)
-    expected = generate(Recompute([ARM, OTHER], [1.0, 0.5], inputs.get("attention_mask")), inputs, **options)
-    unguided = generate(None, inputs, **options)
+    output = generate(BASE, [GenARMLogitsProcessor([ARM, OTHER], [1.0, 0.5], base_model=BASE)], inputs, **options)
+    expected = generate(BASE, [Recompute([ARM, OTHER], [1.0, 0.5], inputs.get("attention_mask"))], inputs, **options)
+    unguided = generate(BASE, [], inputs, **options)
     assert output.sequences.tolist() != unguided.sequences.tolist()
     assert_same(output, expected)
 
@@ -56,38 +46,38 @@ def test_one_instance_serves_many_calls():
     processor = GenARMLogitsProcessor(ARM, 1.5, base_model=BASE)
     for lengths, seed in [(6, 0), ([4, 8], 1), (6, 0), (11, 2), ([3, 2, 9], 3), (6, 4), ([4, 8], 1)]:
         inputs = inputs_of(lengths, seed)
-        output = generate(processor, inputs, **SAMPLING)
-        assert_same(output, generate(Recompute([ARM], [1.5], inputs.get("attention_mask")), inputs, **SAMPLING))
+        output = generate(BASE, [processor], inputs, **SAMPLING)
+        assert_same(output, generate(BASE, [Recompute([ARM], [1.5], inputs.get("attention_mask"))], inputs, **SAMPLING))
 
 
-def test_a_conversation_that_goes_on():
+def test_a_conversation_of_several_turns():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     ids = random_prompts(1, 5)
     for turn in range(3):
-        output = generate(processor, {"input_ids": ids}, **SAMPLING, max_new_tokens=4)
-        assert_same(output, generate(Recompute([ARM], [1.0]), {"input_ids": ids}, **SAMPLING, max_new_tokens=4))
+        output = generate(BASE, [processor], {"input_ids": ids}, **SAMPLING, max_new_tokens=4)
+        assert_same(output, generate(BASE, [Recompute([ARM], [1.0])], {"input_ids": ids}, **SAMPLING, max_new_tokens=4))
         ids = torch.cat([output.sequences, random_prompts(1, 3, seed=turn)], dim=1)
 
 
-def test_alpha_zero_is_no_processor_bit_for_bit_and_runs_no_reward_model(monkeypatch):
+def test_alpha_zero_equals_no_processor_and_runs_no_reward_model(monkeypatch):
     arm = copy.deepcopy(ARM)
     processor = GenARMLogitsProcessor(arm, 0.0, base_model=BASE)
     monkeypatch.setattr(arm, "forward", None)
     inputs = left_padded([4, 6])
     for options in MODES.values():
-        output = generate(processor, inputs, **options)
-        expected = generate(None, inputs, **options)
+        output = generate(BASE, [processor], inputs, **options)
+        expected = generate(BASE, [], inputs, **options)
         assert torch.equal(output.sequences, expected.sequences)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(output.scores, expected.scores, strict=True))
 
 
 def test_a_reward_of_zero_strength_is_not_run(monkeypatch):
     inputs = left_padded([4, 6])
-    expected = generate(GenARMLogitsProcessor(OTHER, 0.7, base_model=BASE), inputs)
+    expected = generate(BASE, [GenARMLogitsProcessor(OTHER, 0.7, base_model=BASE)], inputs)
     arm = copy.deepcopy(ARM)
     processor = GenARMLogitsProcessor([arm, OTHER], [0.0, 0.7], base_model=BASE)
     monkeypatch.setattr(arm, "forward", None)
-    assert_same(generate(processor, inputs), expected)
+    assert_same(generate(BASE, [processor], inputs), expected)
 
 
 def test_scores_are_fp32_and_out_of_place():
@@ -98,7 +88,7 @@ def test_scores_are_fp32_and_out_of_place():
     assert result.dtype == torch.float32
     # `output_logits` keeps the tensor that processors are given.
     inputs = {"input_ids": random_prompts(1, 5)}
-    output = generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs, output_logits=True)
+    output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], inputs, output_logits=True)
     with torch.no_grad():
         logits = BASE(input_ids=inputs["input_ids"]).logits[:, -1]
     torch.testing.assert_close(output.logits[0], logits, atol=1e-5, rtol=0)
@@ -134,7 +124,7 @@ def test_two_rewards_add_up():
     torch.testing.assert_close(both, GenARMLogitsProcessor(OTHER, 1.3, base_model=BASE)(ids, first), atol=1e-4, rtol=0)
 
 
-def test_the_sampled_law_is_the_enumerated_one():
+def test_sampled_texts_follow_the_enumerated_distribution():
     """All continuations of two tokens over a vocabulary of 5: frequencies of 20,000 samples against Eq. 7."""
     sizes = {"vocab_size": 5, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     base, arm = tiny_llama(0, **sizes), tiny_llama(1, **sizes)
@@ -181,8 +171,8 @@ def test_an_adapter_on_the_base_is_a_reward_model():
     with arm.disable_adapter():
         without = next_token_log_probs(arm, inputs["input_ids"][1])
     assert (without - next_token_log_probs(arm, inputs["input_ids"][1])).abs().max() > 0.1
-    expected = generate(Recompute([arm], [1.0], inputs["attention_mask"]), inputs)
-    assert_same(generate(GenARMLogitsProcessor(arm, base_model=BASE), inputs), expected)
+    expected = generate(BASE, [Recompute([arm], [1.0], inputs["attention_mask"])], inputs)
+    assert_same(generate(BASE, [GenARMLogitsProcessor(arm, base_model=BASE)], inputs), expected)
 
 
 # --- bad input ---
@@ -218,7 +208,7 @@ def test_models_that_are_no_causal_lm():
 def test_another_vocabulary():
     other = tiny_llama(1, vocab_size=VOCAB_SIZE + 1)
     with pytest.raises(ValueError, match=rf"Reward model 1.*{VOCAB_SIZE + 1} tokens.*{VOCAB_SIZE}"):
-        generate(GenARMLogitsProcessor([ARM, other], base_model=BASE), inputs_of(4))
+        generate(BASE, [GenARMLogitsProcessor([ARM, other], base_model=BASE)], inputs_of(4))
 
 
 def test_nan_rewards_are_named():
@@ -226,7 +216,7 @@ def test_nan_rewards_are_named():
     broken.config.name_or_path = "broken-arm"
     broken.lm_head.weight.data[7, 3] = float("nan")
     with pytest.raises(ValueError, match=r"Reward model 1 \(`broken-arm`\) returned NaN"):
-        generate(GenARMLogitsProcessor([ARM, broken], base_model=BASE), inputs_of(4))
+        generate(BASE, [GenARMLogitsProcessor([ARM, broken], base_model=BASE)], inputs_of(4))
 
 
 # --- padding ---
@@ -237,8 +227,10 @@ def test_an_explicit_mask_may_have_holes():
     inputs["attention_mask"][0, 3] = 0
     inputs["attention_mask"][1, :2] = 0
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=inputs["attention_mask"])
-    output = generate(processor, inputs, **SAMPLING, num_return_sequences=2)
-    expected = generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs, **SAMPLING, num_return_sequences=2)
+    output = generate(BASE, [processor], inputs, **SAMPLING, num_return_sequences=2)
+    expected = generate(
+        BASE, [Recompute([ARM], [1.0], inputs["attention_mask"])], inputs, **SAMPLING, num_return_sequences=2
+    )
     assert_same(output, expected)
 
 
@@ -246,24 +238,28 @@ def test_a_mask_serves_its_prompts_only():
     first, second = left_padded([5, 3], seed=0), left_padded([5, 3], seed=1)
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=first["attention_mask"])
     for _ in range(2):
-        generate(processor, first)
+        generate(BASE, [processor], first)
     with pytest.raises(ValueError, match="other prompts"):
-        generate(processor, second)
+        generate(BASE, [processor], second)
     with pytest.raises(ValueError, match="other prompts"):
-        generate(processor, left_padded([5, 3, 4]))
+        generate(BASE, [processor], left_padded([5, 3, 4]))
     processor.attention_mask = second["attention_mask"]
-    assert_same(generate(processor, second), generate(Recompute([ARM], [1.0], second["attention_mask"]), second))
+    assert_same(
+        generate(BASE, [processor], second), generate(BASE, [Recompute([ARM], [1.0], second["attention_mask"])], second)
+    )
 
 
-def test_padding_is_asked_for_where_the_base_is_not_known():
+def test_without_the_base_the_mask_must_be_given():
     prompt = torch.tensor([[PAD, 5, 6]])
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     for case in (inputs, left_padded([3, 5])):
         processor = GenARMLogitsProcessor(ARM)
         with pytest.raises(ValueError, match=r"starts with the pad token.*`base_model`.*processor.attention_mask"):
-            generate(processor, case)
+            generate(BASE, [processor], case)
         processor.attention_mask = case["attention_mask"]
-        assert_same(generate(processor, case), generate(Recompute([ARM], [1.0], case["attention_mask"]), case))
+        assert_same(
+            generate(BASE, [processor], case), generate(BASE, [Recompute([ARM], [1.0], case["attention_mask"])], case)
+        )
 
 
 HOLE = left_padded([8, 8])["attention_mask"].index_fill(1, torch.tensor([3]), 0)
@@ -278,41 +274,41 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_the_mask_of_generate_is_known_whatever_the_tokens_are(name, options):
     inputs = MASKS[name]
-    output = generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs, **options)
-    assert_same(output, generate(Recompute([ARM], [1.0], inputs["attention_mask"]), inputs, **options))
-    other = generate(Recompute([ARM], [1.0], (inputs["input_ids"] != PAD).long()), inputs, **options)
+    output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], inputs, **options)
+    assert_same(output, generate(BASE, [Recompute([ARM], [1.0], inputs["attention_mask"])], inputs, **options))
+    other = generate(BASE, [Recompute([ARM], [1.0], (inputs["input_ids"] != PAD).long())], inputs, **options)
     assert not torch.allclose(other.scores[0], output.scores[0], atol=1e-2)
 
 
 def test_a_mask_that_the_base_does_not_share_is_refused():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=torch.ones(2, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
-        generate(processor, MASKS["a hole"])
+        generate(BASE, [processor], MASKS["a hole"])
 
 
 def test_a_text_that_is_only_in_the_cache_of_the_base_is_refused():
     ids = random_prompts(1, 9)
     cache = DynamicCache(config=BASE.config)
     with torch.no_grad():
-        BASE(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
-    inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones(1, 9, dtype=torch.long), "past_key_values": cache}
+        BASE(input_ids=ids[:, :5], **{CACHE: cache}, use_cache=True)
+    inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones(1, 9, dtype=torch.long), CACHE: cache}
     with pytest.raises(ValueError, match="has read 9 tokens, but `generate` was given 4"):
-        generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs)
+        generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], inputs)
 
 
 def test_right_padding_is_refused():
     prompts = torch.tensor([[5, 6, 7], [5, 6, PAD]])
     inputs = {"input_ids": prompts, "attention_mask": (prompts != PAD).long()}
     with pytest.raises(ValueError, match="The mask of `generate` ends in 0"):
-        generate(GenARMLogitsProcessor(ARM, base_model=BASE), inputs)
+        generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], inputs)
     with pytest.raises(ValueError, match="ends with the pad token"):
-        generate(GenARMLogitsProcessor(ARM), inputs)
+        generate(BASE, [GenARMLogitsProcessor(ARM)], inputs)
     with pytest.raises(ValueError, match="`attention_mask` ends in 0"):
         GenARMLogitsProcessor(ARM, attention_mask=inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (3,)])
-def test_masks_that_are_none(shape):
+def test_invalid_masks(shape):
     with pytest.raises(ValueError, match=r"`attention_mask` has shape .*two dimensions"):
         GenARMLogitsProcessor(ARM, attention_mask=torch.ones(shape))
 
@@ -320,7 +316,7 @@ def test_masks_that_are_none(shape):
 def test_prompts_that_are_embeddings_alone_are_refused():
     embeddings = BASE.get_input_embeddings()(random_prompts(1, 4))
     with pytest.raises(ValueError, match="inputs_embeds"):
-        generate(GenARMLogitsProcessor(ARM, base_model=BASE), {"inputs_embeds": embeddings})
+        generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], {"inputs_embeds": embeddings})
 
 
 def test_the_pad_token_can_be_another():

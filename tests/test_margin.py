@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from helpers import LORA, log_prob, loss_of, model_for, pairs_of
 from pairs import STANDARD, conversational
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import LORA, log_prob, loss_of, model_for, pairs_of
-from tiny import tiny_llama
+from tiny import save_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -66,7 +66,7 @@ def test_loss_in_closed_form(make_trainer, started, shares):
     torch.testing.assert_close(loss_of(trainer).double(), expected, atol=1e-4, rtol=0)
 
 
-def test_before_the_first_step_the_loss_is_that_of_a_coin(make_trainer):
+def test_before_the_first_step_the_loss_is_log_2(make_trainer):
     for peft_config in (None, LoraConfig(**LORA)):
         trainer = make_trainer(peft_config=peft_config, reference="base")
         assert loss_of(trainer).item() == pytest.approx(0.693147, abs=1e-5)
@@ -165,7 +165,7 @@ def test_gradients_add_up_over_batches(make_trainer):
         torch.testing.assert_close(value, steps[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_it_has_no_dropout(make_trainer, tokenizer):
+def test_the_reference_has_no_dropout(make_trainer, tokenizer):
     model = tiny_llama(vocab_size=len(tokenizer), attention_dropout=0.5)
     trainer = make_trainer(model=model, reference="base", disable_dropout=False)
     trainer.model.train()
@@ -188,11 +188,9 @@ def test_an_adapter_that_changes_the_base_is_refused(make_trainer):
 @pytest.fixture(params=KINDS)
 def published(request, make_trainer, tokenizer, tmp_path):
     """A folder, the model that training started from, and what was trained."""
-    model_for(tokenizer).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     trainer = make_trainer(
         conversational(True),
-        model=str(tmp_path / "base"),
+        model=save_llama(tmp_path / "base"),
         peft_config=LoraConfig(**LORA) if request.param == "LoRA" else None,
         reference="base",
         beta=0.3,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama
 
 from hf_genarm import demo
 
@@ -16,9 +16,7 @@ CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_typ
 
 @pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    base, tokenizer = str(tmp_path / "base"), tiny_tokenizer()
-    tiny_llama(3, vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    base = save_llama(tmp_path / "base", 3, max_position_embeddings=4096)
     for seed, name in enumerate(("sentiment", "brevity")):
         save_adapter(base, str(tmp_path / "model_cards" / f"arm-smollm2-135m-{name}"), seed)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

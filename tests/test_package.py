@@ -1,9 +1,10 @@
-"""What is released: the files of the wheel and of the source, one version, and how to cite it."""
+"""Tests of what is released: the files of wheel and source, the version, the authors and the links."""
 
 import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,26 @@ def test_one_version_everywhere():
         "Unreleased",
         hf_genarm.__version__,
     )
+
+
+def test_authors_and_links_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["authors"] == citation["authors"]
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"site_url: {project['urls']['Documentation']}\n" in site
+    assert f"repo_url: {project['urls']['Repository']}\n" in site
+
+
+def test_forms_workflows_and_updates_are_valid_yaml():
+    github = ROOT / ".github"
+    forms = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in github.rglob("*.yml")}
+    assert [forms[name]["name"] for name in ("bug.yml", "feature.yml")] == ["Bug report", "Feature request"]
+    for name in ("bug.yml", "feature.yml"):
+        assert all(field["attributes"]["label"] for field in forms[name]["body"])
+    assert {update["package-ecosystem"] for update in forms["dependabot.yml"]["updates"]} == {"github-actions", "pip"}
+    for name in ("ci.yml", "docs.yml", "nightly.yml", "release.yml"):
+        assert all(job["steps"] for job in forms[name]["jobs"].values()), name
 
 
 def test_importing_the_package_warns_of_nothing():

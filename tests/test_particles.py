@@ -1,27 +1,24 @@
 """Sequential Monte Carlo: the law of its texts against the optimum over whole texts, on languages written out."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import generate, joint_passes
 from support import ARCHITECTURES, ARM, BASE, BATCH, FILTERS, ONE, SAMPLING, Ban, chat_continues, embeddings
-from test_fusion import adapters, base, folder, joint_passes
 from tiny import EOS, PAD, VOCAB_SIZE, tiny_llama
 from transformers import T5Config, T5ForConditionalGeneration, TemperatureLogitsWarper
 
 from hf_genarm import GenARMLogitsProcessor, SMCOutput, smc_sample
 from hf_genarm.decoding.particles import systematic_resampling
 
-__all__ = ["adapters", "base", "folder"]
-
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
-def generate(base, processor, inputs=BATCH, seed=0, **options):
-    torch.manual_seed(seed)
-    options = SAMPLING | {"custom_generate": smc_sample, "return_dict_in_generate": True, "max_new_tokens": 8} | options
-    return base.generate(**(inputs | options), logits_processor=[processor])
+def sample(base, processor, inputs=BATCH, seed=0, **options):
+    """Sequential Monte Carlo, unless `custom_generate` says otherwise."""
+    options = SAMPLING | {"custom_generate": smc_sample, "output_scores": False, "max_new_tokens": 8} | options
+    return generate(base, [processor], inputs, seed, **options)
 
 
 # --- the law ---
@@ -30,9 +27,7 @@ def generate(base, processor, inputs=BATCH, seed=0, **options):
 @pytest.fixture(scope="module")
 def law():
     """What the benchmark writes out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent.parent / "examples" / "benchmarks"))
-        yield importlib.import_module("sequence_law")
+    return importlib.import_module("examples.benchmarks.sequence_law")
 
 
 def language(law, alpha=0.7, seed=30, **options):
@@ -66,7 +61,7 @@ def check(law, tiny, measured):
         assert error < 0.02
 
 
-def test_the_law_goes_to_the_optimum_over_whole_texts(law):
+def test_the_distribution_approaches_the_optimum_over_whole_texts(law):
     """And the estimate of Z has no bias, with any number of particles."""
     tiny = language(law)
     check(law, tiny, measure(law, tiny))
@@ -94,17 +89,17 @@ def test_the_target_with_temperature_and_filters(law):
     assert law.total_variation(others, tiny.target - tiny.log_z) > 0.1
 
 
-def test_weights_alone_without_drawing_anew(law):
+def test_weights_without_resampling(law):
     tiny = language(law)
     torch.manual_seed(0)
     output = tiny.sample(500, 16, ess_threshold=0.0)
     ratio, error = law.mean((output.log_z.double() - tiny.log_z).exp())
     assert ratio == pytest.approx(1.0, abs=3.5 * error)
-    centre, error = law.distance(tiny.laws(output), tiny.target - tiny.log_z)
+    centre, error = law.distance(tiny.distributions(output), tiny.target - tiny.log_z)
     assert centre < 0.3 * law.total_variation(tiny.token_law, tiny.target - tiny.log_z)
 
 
-def test_the_text_that_is_returned_is_drawn_by_the_weights(law):
+def test_the_returned_text_is_drawn_by_weight(law):
     tiny = language(law, alpha=2.0)
     torch.manual_seed(0)
     output = tiny.sample(4000, 3, ess_threshold=0.0)
@@ -117,7 +112,7 @@ def test_the_text_that_is_returned_is_drawn_by_the_weights(law):
     assert abs(difference) < 3.5 * error
 
 
-def test_best_of_n_is_that_of_texts_drawn_and_compared(law):
+def test_best_of_n_equals_drawing_and_comparing(law):
     tiny = language(law)
     torch.manual_seed(0)
     drawn = torch.multinomial(tiny.base_law.exp(), 3 * 20_000, replacement=True).view(-1, 3)
@@ -142,19 +137,19 @@ def test_systematic_resampling_rounds_up_or_down_and_has_no_bias():
 @pytest.mark.parametrize("options", [{}, FILTERS, {"num_return_sequences": 2}, {"renormalize_logits": True}])
 def test_one_particle_is_guided_sampling(options):
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    plain = generate(BASE, processor, custom_generate=None, **options).sequences
+    plain = sample(BASE, processor, custom_generate=None, **options).sequences
     after = torch.rand(1)
-    output = generate(BASE, processor, n_particles=1, **options)
+    output = sample(BASE, processor, n_particles=1, **options)
     assert output.sequences.tolist() == output.particles[:, 0].tolist() == plain.tolist()
     assert torch.rand(1) == after
-    assert generate(BASE, processor, n_particles=1, return_dict_in_generate=False, **options).equal(plain)
+    assert sample(BASE, processor, n_particles=1, return_dict_in_generate=False, **options).equal(plain)
     assert output.log_weights.tolist() == [[0.0]] * len(plain)
-    assert generate(BASE, processor, seed=1, n_particles=1, **options).sequences.tolist() != plain.tolist()
+    assert sample(BASE, processor, seed=1, n_particles=1, **options).sequences.tolist() != plain.tolist()
 
 
 def test_what_is_returned():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    output = generate(BASE, processor, n_particles=6, num_return_sequences=2)
+    output = sample(BASE, processor, n_particles=6, num_return_sequences=2)
     assert type(output) is SMCOutput
     prompts = BATCH["input_ids"].repeat_interleave(2, dim=0)
     n_texts = len(prompts)
@@ -173,20 +168,20 @@ def test_what_is_returned():
 
 def test_it_stops_when_all_have_ended():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    output = generate(BASE, processor, n_particles=4, sequence_bias=[[[EOS], 100.0]], max_new_tokens=20)
+    output = sample(BASE, processor, n_particles=4, sequence_bias=[[[EOS], 100.0]], max_new_tokens=20)
     assert output.particles.shape[-1] == BATCH["input_ids"].shape[1] + 1
     torch.testing.assert_close(output.log_weights, torch.full_like(output.log_weights, -torch.tensor(4.0).log()))
 
 
-def test_requests_have_particles_and_strengths_of_their_own():
+def test_each_request_has_its_own_particles_and_strengths():
     """The estimate for each prompt is that of the prompt alone."""
     strengths = torch.tensor([[0.0], [0.7], [1.4]])
-    together = generate(BASE, GenARMLogitsProcessor(ARM, strengths, base_model=BASE), n_particles=400, max_new_tokens=2)
+    together = sample(BASE, GenARMLogitsProcessor(ARM, strengths, base_model=BASE), n_particles=400, max_new_tokens=2)
     assert together.log_z[0].item() == pytest.approx(0.0, abs=1e-4)
     for index in (1, 2):
         alone = {name: value[index : index + 1] for name, value in BATCH.items()}
         processor = GenARMLogitsProcessor(ARM, float(strengths[index]), base_model=BASE)
-        of_one = generate(BASE, processor, alone, n_particles=400, max_new_tokens=2)
+        of_one = sample(BASE, processor, alone, n_particles=400, max_new_tokens=2)
         assert together.log_z[index].item() == pytest.approx(of_one.log_z.item(), abs=0.15)
     assert (together.log_z[1] - together.log_z[2]).abs() > 1.0
 
@@ -198,11 +193,11 @@ def test_particles_are_exchanged_in_all_caches(base, adapters):
     unaware = GenARMLogitsProcessor(tiny_llama(1), attention_mask=BATCH["attention_mask"])
     for processor in (fused, separate, unaware):
         options = {"n_particles": 5, "ess_threshold": 1.0}
-        output = generate(base, processor, **options)
-        expected = generate(base, processor, use_cache=False, **options)
+        output = sample(base, processor, **options)
+        expected = sample(base, processor, use_cache=False, **options)
         assert output.particles.tolist() == expected.particles.tolist()
         torch.testing.assert_close(output.log_z, expected.log_z, atol=1e-3, rtol=0)
-        assert output.particles.tolist() != generate(base, processor, ess_threshold=0, n_particles=5).particles.tolist()
+        assert output.particles.tolist() != sample(base, processor, ess_threshold=0, n_particles=5).particles.tolist()
     assert joint_passes(fused) > 0
 
 
@@ -213,11 +208,11 @@ def test_every_cache_of_the_base(family):
     options = {"n_particles": 4, "ess_threshold": 1.0, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 1}
     if family.name == "RecurrentGemma":
         with pytest.raises(ValueError, match="keeps what it has read in its modules"):
-            generate(base, processor, one, **options)
-        assert generate(base, processor, one, **options | {"ess_threshold": 0.0}).log_z.isfinite().all()
+            sample(base, processor, one, **options)
+        assert sample(base, processor, one, **options | {"ess_threshold": 0.0}).log_z.isfinite().all()
         return
-    output = generate(base, processor, one, **options)
-    expected = generate(base, processor, one, use_cache=False, **options)
+    output = sample(base, processor, one, **options)
+    expected = sample(base, processor, one, use_cache=False, **options)
     assert output.particles.tolist() == expected.particles.tolist()
     torch.testing.assert_close(output.log_z, expected.log_z, atol=1e-3, rtol=0)
 
@@ -236,12 +231,12 @@ def test_every_cache_of_the_base(family):
 def test_other_options_of_generate(options):
     """With one particle they are as in plain sampling, and with several as without a cache."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    plain = generate(BASE, processor, ONE, custom_generate=None, **options)
-    assert generate(BASE, processor, ONE, n_particles=1, **options).sequences.tolist() == plain.sequences.tolist()
+    plain = sample(BASE, processor, ONE, custom_generate=None, **options)
+    assert sample(BASE, processor, ONE, n_particles=1, **options).sequences.tolist() == plain.sequences.tolist()
     of_cache = ("cache_implementation", "prefill_chunk_size", "inputs_embeds")  # embeddings of the prompt need one
     others = {name: value for name, value in options.items() if name not in of_cache}
-    output = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, **options)
-    expected = generate(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, use_cache=False, **others)
+    output = sample(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, **options)
+    expected = sample(BASE, processor, ONE, n_particles=5, ess_threshold=1.0, use_cache=False, **others)
     assert output.particles.tolist() == expected.particles.tolist()
 
 
@@ -250,7 +245,7 @@ def test_a_reference_and_several_rewards():
     models = [ARM, tiny_llama(3)]
     processor = GenARMLogitsProcessor(models, [0.8, -0.3], base_model=BASE, reference="base")
     processor.keeps_statistics = True
-    output = generate(BASE, processor, n_particles=3, ess_threshold=0.0)
+    output = sample(BASE, processor, n_particles=3, ess_threshold=0.0)
     table = processor.statistics(output.particles.flatten(0, 1))
     log_z = torch.zeros(output.particles.shape[0] * 3)
     start = BATCH["input_ids"].shape[1]
@@ -267,10 +262,10 @@ def test_a_reference_and_several_rewards():
 def test_the_full_contrast_with_the_base_is_sampled_exactly_by_tokens(base, adapters):
     """π_base (π_r / π_base) is π_r, which is normalised at each token."""
     contrast = GenARMLogitsProcessor.from_pretrained(adapters[0], base_model=base, reference="base")
-    output = generate(base, contrast, n_particles=5)
+    output = sample(base, contrast, n_particles=5)
     torch.testing.assert_close(output.log_z, torch.zeros(len(output.log_z)), atol=1e-4, rtol=0)
     contrast.alpha = 0.5
-    assert (generate(base, contrast, n_particles=5).log_z.abs() > 0.1).all()
+    assert (sample(base, contrast, n_particles=5).log_z.abs() > 0.1).all()
 
 
 class Twice(Ban):
@@ -302,7 +297,7 @@ ANOTHER = GenARMLogitsProcessor(ARM, base_model=BASE)
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_is_not_defined_is_refused(message):
+def test_combinations_without_a_distribution_are_refused(message):
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     options = REFUSED[message](processor)
     with pytest.raises(ValueError, match=message):
@@ -322,7 +317,7 @@ def test_an_encoder_decoder_is_refused():
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB_SIZE}
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=PAD)).eval()
     with pytest.raises(ValueError, match="whose encoder reads the prompt"):
-        generate(base, GenARMLogitsProcessor(ARM), ONE)
+        sample(base, GenARMLogitsProcessor(ARM), ONE)
 
 
 def test_a_repetition_penalty_of_several_prompts():

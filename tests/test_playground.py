@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import RepoCard
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 
 from hf_genarm import GenARMLogitsProcessor, cli
 from hf_genarm.demo import DEMO_MODEL_ID
+from hf_genarm.hub.base_model import load_base
 from hf_genarm.playground.answers import Answer, Settings
-from hf_genarm.playground.chart import chart
 from hf_genarm.playground.models import MAX_PROMPT_TOKENS, Models
 from hf_genarm.playground.script import script_of
 from hf_genarm.playground.space import write_space
@@ -39,16 +39,13 @@ def folders(tmp_path_factory):
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     adapters = [save_adapter(base, str(root / f"arm-{seed}"), seed) for seed in (1, 2)]
-    other = str(root / "other")
-    tiny_llama(5, vocab_size=len(tokenizer)).save_pretrained(other)
-    tokenizer.save_pretrained(other)
-    return base, adapters, other
+    return base, adapters, save_llama(root / "other", 5)
 
 
 @pytest.fixture(scope="module")
 def models(folders):
     base, adapters, _ = folders
-    return Models(base, adapters)
+    return Models(load_base(base), adapters)
 
 
 def settings_of(models, *strengths, **kwargs):
@@ -140,7 +137,7 @@ def test_the_script_writes_the_same(models, capsys):
     assert capsys.readouterr().out.rstrip("\n") == models.tokenizer.decode(frame.ids[1], skip_special_tokens=True)
 
 
-def test_stop_and_nobody_looking(models):
+def test_stop_and_a_visitor_who_leaves(models):
     def stop(n, answer):
         if n == 2:
             answer.stop()
@@ -180,7 +177,7 @@ def test_scores_are_what_the_adapters_have_learned(models):
 
 def test_adapters_of_visitors(folders, tmp_path):
     base, adapters, other = folders
-    models = Models(base, adapters[:1])
+    models = Models(load_base(base), adapters[:1])
     assert models.reward_model(adapters[1]) is models.reward_model(adapters[1])
     with pytest.raises(ValueError, match="is no adapter: it has no"):
         models.reward_model(other)
@@ -195,7 +192,7 @@ def test_adapters_of_visitors(folders, tmp_path):
     biased = save_adapter(base, str(tmp_path / "biased"), init_lora_weights="pissa")
     with pytest.raises(ValueError, match="because it does more than add to them"):
         models.reward_model(biased)
-    closed = Models(base, adapters[:1], takes_folders=False)
+    closed = Models(load_base(base), adapters[:1], takes_folders=False)
     for name in (adapters[1], "/no/such/folder"):
         with pytest.raises(ValueError, match="no folder of the machine"):
             closed.reward_model(name)
@@ -209,7 +206,10 @@ def test_nothing_is_left_behind(models):
     assert "prepare_inputs_for_generation" not in vars(models.model)
 
 
+@needs_gradio
 def test_chart():
+    from hf_genarm.playground.page import chart
+
     assert chart([], "divergence") == ""
     drawn = chart([0.5, 0.0, float("nan"), 1.5], "<b>")
     assert drawn.count("<rect") == 4
@@ -224,9 +224,10 @@ def test_chart():
 def test_a_space_is_written(folders, tmp_path):
     _, adapters, _ = folders
     target = tmp_path / "space"
-    write_space(str(target), None, [adapters[0], "user/my-arm"])
+    write_space(str(target), DEMO_MODEL_ID, [adapters[0], "user/my-arm"])
     assert sorted(path.name for path in target.iterdir()) == ["README.md", "adapters", "app.py", "requirements.txt"]
-    assert "serve(None, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\")" in (target / "app.py").read_text()
+    called = f"serve({DEMO_MODEL_ID!r}, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\")"
+    assert called in (target / "app.py").read_text()
     compile((target / "app.py").read_text(), "app.py", "exec")
     assert (target / "adapters" / "arm-1" / "adapter_model.safetensors").exists()
     card = RepoCard.load(target / "README.md", repo_type="space")
@@ -243,10 +244,13 @@ def test_a_space_that_can_not_be_written(folders, tmp_path):
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(ValueError, match="not empty"):
         write_space(str(tmp_path / "full"), None, adapters)
-    with pytest.raises(ValueError, match="is a folder, but a Space loads its base"):
-        write_space(str(tmp_path / "space"), base, adapters)
+    for given in (base, None):  # which the adapters name
+        with pytest.raises(ValueError, match="is a folder, but a Space loads its base"):
+            write_space(str(tmp_path / "space"), given, adapters)
     with pytest.raises(ValueError, match="have the same name"):
-        write_space(str(tmp_path / "space"), None, [adapters[0], str(shutil.copytree(adapters[0], tmp_path / "arm-1"))])
+        write_space(
+            str(tmp_path / "space"), "me/base", [adapters[0], str(shutil.copytree(adapters[0], tmp_path / "arm-1"))]
+        )
 
 
 # --- the command ---
@@ -256,7 +260,7 @@ def test_a_space_that_can_not_be_written(folders, tmp_path):
 def test_the_command(folders, tmp_path, monkeypatch, capsys):
     _, adapters, _ = folders
     target = str(tmp_path / "space")
-    assert cli.main(["demo", "--arm", adapters[0], "--arm", adapters[1], "--export", target]) == 0
+    assert cli.main(["demo", "--arm", *adapters, "--base", DEMO_MODEL_ID, "--export", target]) == 0
     assert "hf upload USER/NAME" in capsys.readouterr().out
     assert "['adapters/arm-1', 'adapters/arm-2']" in Path(target, "app.py").read_text()
     monkeypatch.chdir(tmp_path)

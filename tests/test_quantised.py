@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from helpers import assert_same, generate, oracle
 from pairs import STANDARD
 from peft import LoraConfig, PeftModel
 from support import ARM, BASE, BATCH
-from test_support import assert_same, generate, oracle
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -47,8 +47,8 @@ def test_quantised_weights(quantised, options):
         GenARMLogitsProcessor(arm, base_model=base),
         GenARMLogitsProcessor.from_pretrained(folder, base_model=base, quantization_config=config),
     ):
-        output = generate([processor], BATCH, base=base, **options)
-        assert_same(output, generate([oracle(BATCH, [arm])], BATCH, base=base, **options))
+        output = generate(base, [processor], BATCH, **options)
+        assert_same(output, generate(base, [oracle(BATCH, [arm])], BATCH, **options))
 
 
 def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_path):
@@ -74,8 +74,8 @@ def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_pa
 def test_a_quantised_cache_of_the_base():
     cache = {"backend": "quanto", "q_group_size": 8, "residual_length": 4, "nbits": 4}
     options = {"cache_implementation": "quantized", "cache_config": cache}
-    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, **options)
-    assert_same(output, generate([oracle(BATCH)], BATCH, **options))
+    output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, **options)
+    assert_same(output, generate(BASE, [oracle(BATCH)], BATCH, **options))
 
 
 def test_qlora(tmp_path, tokenizer):

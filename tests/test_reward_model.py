@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import Recompute
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
-from tiny import VOCAB_SIZE, random_prompts, save_adapter, tiny_llama
+from tiny import VOCAB_SIZE, random_prompts, save_adapter, save_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
@@ -174,9 +174,7 @@ def test_a_subfolder_that_is_not_there(saved):
 @pytest.mark.parametrize("what", ["nothing", "the tokens", "the template"])
 def test_what_the_reward_model_was_trained_with(tokenizer, tmp_path, what):
     """Compared with the base by fingerprint, and told once if it differs."""
-    tiny_llama(0, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "base"))
     adapter = save_adapter(tmp_path / "base", tmp_path / "arm")
     other = copy.deepcopy(tokenizer)
     if what == "the tokens":

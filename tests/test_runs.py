@@ -1,32 +1,29 @@
 """Which run a text belongs to: `generate` inside of `generate`, loops after it, other dtypes, copies."""
 
 import copy
+import gc
 
 import pytest
 import torch
+from helpers import assert_same, generate
 from oracle import Recompute
 from peft import PeftModel
 from tiny import PAD, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.hub.kv_cache import CACHE
 
 BASE, ARM = tiny_llama(0), tiny_llama(1)
 PROMPTS = torch.tensor([[PAD, PAD, 5, 6, 7], [4, 8, 9, 5, 3]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-LONG = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True}
+LONG = {"max_new_tokens": 6, "min_new_tokens": 6}
 
 
-def generate(processors, input_ids=PROMPTS, mask=MASK, base=BASE, **options):
-    torch.manual_seed(0)
-    options = LONG | options
-    return base.generate(input_ids=input_ids, attention_mask=mask, logits_processor=list(processors), **options)
-
-
-def assert_same(output, expected):
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    for ours, theirs in zip(output.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+def six_tokens(processors, input_ids=PROMPTS, mask=MASK, base=BASE, **options):
+    """Calls `generate` for six new tokens."""
+    return generate(base, list(processors), {"input_ids": input_ids, "attention_mask": mask}, **LONG | options)
 
 
 class Rollout(LogitsProcessor):
@@ -48,11 +45,11 @@ class Rollout(LogitsProcessor):
 @pytest.mark.parametrize("n_rows", [None, 1])
 def test_another_processor_may_generate_in_between(n_rows, n_tokens):
     processor = GenARMLogitsProcessor(ARM, lambda step: 0.2 + 0.2 * step, base_model=BASE)
-    plain = generate([processor])
+    plain = six_tokens([processor])
     assert len({tuple(x.flatten().tolist()) for x in plain.scores}) == len(plain.scores)
     processor.keeps_statistics = True
     rollout = Rollout(n_rows, n_tokens)
-    output = generate([rollout, processor])
+    output = six_tokens([rollout, processor])
     assert rollout.n_calls == 6
     assert_same(output, plain)
     table = processor.statistics(output.sequences)
@@ -62,15 +59,15 @@ def test_another_processor_may_generate_in_between(n_rows, n_tokens):
 
 def test_a_guided_rollout_is_a_run_of_its_own():
     processor = GenARMLogitsProcessor(ARM, lambda step: 1.0 + step, base_model=BASE)
-    plain = generate([processor])
-    assert_same(generate([Rollout(inner=[processor]), processor]), plain)
+    plain = six_tokens([processor])
+    assert_same(six_tokens([Rollout(inner=[processor]), processor]), plain)
 
 
 def test_a_custom_loop_after_generate():
     """It is a run of its own: nothing of the finished call is taken over."""
     processor = GenARMLogitsProcessor(ARM, lambda step: 1.0 + step, base_model=BASE)
     one = {"input_ids": PROMPTS[1:], "mask": MASK[1:]}
-    written = generate([processor], **one).sequences
+    written = six_tokens([processor], **one).sequences
     expected = GenARMLogitsProcessor(ARM, lambda step: 1.0 + step)
     for length in range(written.shape[1], written.shape[1] + 3):
         text = torch.cat([written, torch.full((1, length - written.shape[1]), 5)], dim=1)
@@ -84,9 +81,9 @@ def test_a_custom_loop_after_generate():
 def test_ids_of_another_dtype():
     processor = GenARMLogitsProcessor(ARM, target_kl=0.05, base_model=BASE)
     processor.keeps_statistics = True
-    output = generate([processor])
+    output = six_tokens([processor])
     table = processor.statistics(output.sequences)
-    short = generate([processor], input_ids=PROMPTS.int())
+    short = six_tokens([processor], input_ids=PROMPTS.int())
     assert_same(short, output)
     assert processor.statistics(short.sequences.int())["kl"] == table["kl"]
     assert len(table["kl"]) == 12
@@ -110,10 +107,10 @@ def test_a_cache_that_is_not_of_the_prompt_is_refused(n_more):
     """With `n_more` at 0 `generate` reads the whole prompt after itself."""
     cache = DynamicCache(config=BASE.config)
     longer = torch.cat([PROMPTS[1:], torch.full((1, n_more), 5)], dim=1)
-    BASE(input_ids=longer, use_cache=True, past_key_values=cache)
+    BASE(input_ids=longer, use_cache=True, **{CACHE: cache})
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     with pytest.raises(ValueError, match=r"The base model has read \d+ tokens, but `generate` was given 5"):
-        generate([processor], PROMPTS[1:], MASK[1:], past_key_values=cache)
+        six_tokens([processor], PROMPTS[1:], MASK[1:], **{CACHE: cache})
 
 
 def test_the_base_drafts_for_itself_over_generated_pad_tokens():
@@ -122,9 +119,9 @@ def test_the_base_drafts_for_itself_over_generated_pad_tokens():
     prompt = {"input_ids": PROMPTS[1:], "mask": MASK[1:], "base": base}
     likely_pad = {"sequence_bias": {(PAD,): 6.0}, "do_sample": True, "top_k": 0, "max_new_tokens": 12}
     processor = GenARMLogitsProcessor(ARM, base_model=base)
-    output = generate([processor], **prompt, **likely_pad, assistant_early_exit=2)
+    output = six_tokens([processor], **prompt, **likely_pad, assistant_early_exit=2)
     assert PAD in output.sequences[0, 5:].tolist()[:-1]
-    expected = generate([Recompute([ARM], [1.0], MASK[1:])], **prompt, **likely_pad, assistant_early_exit=2)
+    expected = six_tokens([Recompute([ARM], [1.0], MASK[1:])], **prompt, **likely_pad, assistant_early_exit=2)
     assert_same(output, expected)
 
 
@@ -138,28 +135,55 @@ def test_buffers_of_the_base_that_differ_are_not_used_for_a_reward_model(tmp_pat
     rotary.inv_freq = rotary.inv_freq * 1.5
     assert processor.engine == "shared"
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
-    assert_same(generate([processor], base=base), generate([Recompute([expected], [1.0], MASK)], base=base))
+    assert_same(six_tokens([processor], base=base), six_tokens([Recompute([expected], [1.0], MASK)], base=base))
 
 
 def test_inputs_that_change_how_tokens_are_read_are_refused():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     usual = BASE.get_input_embeddings()(PROMPTS)
-    output = generate([processor])
-    same = generate([processor], inputs_embeds=usual)
+    output = six_tokens([processor])
+    same = six_tokens([processor], inputs_embeds=usual)
     assert same.sequences.tolist() == output.sequences.tolist()
     with pytest.raises(ValueError, match="The base model reads `inputs_embeds` in addition to tokens"):
-        generate([processor], inputs_embeds=usual + 0.5)
+        six_tokens([processor], inputs_embeds=usual + 0.5)
     positions = (MASK.cumsum(-1) - 1).clamp(min=0)
-    assert_same(generate([processor], position_ids=positions), output)
+    assert_same(six_tokens([processor], position_ids=positions), output)
     with pytest.raises(ValueError, match="The base model reads `position_ids` in addition to tokens"):
-        generate([processor], position_ids=positions * 2)
+        six_tokens([processor], position_ids=positions * 2)
 
 
 def test_strengths_for_each_beam_are_refused():
     """Beams change places, so that a row of strengths would not stay with its beam."""
     processor = GenARMLogitsProcessor(ARM, torch.tensor([[0.5], [1.0]]), base_model=BASE)
-    generate([processor], num_beams=2, do_sample=False)
+    six_tokens([processor], num_beams=2, do_sample=False)
     for options in ({"num_beams": 2, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
         processor.alpha = torch.tensor([[0.5], [1.0], [0.5], [2.0]])
         with pytest.raises(ValueError, match=r"`alpha` has 4 rows.*was given 2 prompts"):
-            generate([processor], **options)
+            six_tokens([processor], **options)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["text alone", "with its cache"])
+@pytest.mark.parametrize("reference", [None, "base", ARM], ids=["no reference", "base", "a model"])
+def test_memory_is_given_back(tmp_path, kept, reference):
+    """Keys and values of reward models and reference, and what a returned cache holds beside its own rows."""
+    BASE.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fused = AutoregressiveRewardModel.from_pretrained(adapter, base)
+    processor = GenARMLogitsProcessor([fused, tiny_llama(2)], base_model=base, reference=reference)
+    gc.collect()
+    before = n_keys_and_values()
+    output = six_tokens([processor], base=base, return_dict_in_generate=kept)
+    assert max(getattr(x, "joint_passes", 0) for x in processor._machine.rewards.models) > 3
+    gc.collect()
+    cache = output.past_key_values if kept else None
+    own = 0 if cache is None else sum(x.keys.numel() + x.values.numel() for x in cache.layers)
+    assert n_keys_and_values() - before == own
+
+
+def n_keys_and_values():
+    """Numbers in the storage of all keys and values that are alive."""
+    layers = [x for x in gc.get_objects() if isinstance(x, DynamicLayer)]
+    tensors = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
+    storages = {x.untyped_storage().data_ptr(): x for x in tensors}
+    return sum(x.untyped_storage().nbytes() // x.element_size() for x in storages.values())

@@ -1,44 +1,21 @@
 """The commands, on a tiny model and every kind of file; and what they read from the columns of a dataset."""
 
-import gzip
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset
+from helpers import ROOT, run, write
 from huggingface_hub import ModelCard
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational
-from tiny import tiny_llama, tiny_tokenizer
 from trl import TrlParser
 
-from hf_genarm import AutoregressiveRewardModel, RewardInfo, cli
+from hf_genarm import AutoregressiveRewardModel, RewardInfo
 from hf_genarm.scripts import train
 from hf_genarm.scripts.pairs import PairArguments, hold_out, load_pairs, messages_of
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*_[lhf]*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write(folder, suffix, columns):
-    path = Path(folder, f"pairs.{suffix}")
-    dataset = Dataset.from_dict(columns)
-    if suffix == "parquet":
-        dataset.to_parquet(path)
-    elif suffix in ("csv", "tsv"):
-        dataset.to_csv(path, sep="," if suffix == "csv" else "\t")
-    else:
-        text = "\n".join(json.dumps(row) for row in dataset)
-        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
-    return str(path)
 
 
 # --- reading pairs ---
@@ -124,11 +101,7 @@ def test_no_prompt_is_in_both_parts():
 # --- the commands ---
 
 
-def run(*arguments):
-    assert cli.main([str(x) for x in arguments]) == 0
-
-
-def test_train_then_evaluate(base, tmp_path, capsys):
+def test_train_then_evaluate(base_folder, tmp_path, capsys):
     """The report of the finished folder is what the trainer measured on the same held-out pairs."""
     columns = {name: column * 4 for name, column in STANDARD.items()}
     columns["prompt"] = [f"{index}. {prompt}" for index, prompt in enumerate(columns["prompt"])]
@@ -138,7 +111,7 @@ def test_train_then_evaluate(base, tmp_path, capsys):
     folder = tmp_path / "arm"
     options = ["--report_to", "none", "--max_steps", 3, "--per_device_train_batch_size", 2, "--logging_steps", 1]
     options += ["--test_size", 4, "--objective", "warm weather", "--beta", 0.2, "--config", recipe]
-    run("train", "--model", base, "--dataset", path, "--output_dir", folder, *options)
+    run("train", "--model", base_folder, "--dataset", path, "--output_dir", folder, *options)
 
     info = RewardInfo.load(folder / "genarm_config.json")
     assert (info.beta, info.n_pairs, info.metrics["n_pairs"]) == (0.2, 8, 4)
@@ -156,13 +129,13 @@ def test_train_then_evaluate(base, tmp_path, capsys):
     assert f"{info.metrics['pair_accuracy']:.3f}" in capsys.readouterr().out
 
 
-def test_full_training_and_a_test_split(base, tmp_path):
+def test_full_training_and_a_test_split(base_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "test"):
         Path(write(tmp_path, "jsonl", STANDARD)).rename(folder / f"{split}.jsonl")
     options = ["--report_to", "none", "--max_steps", 1, "--no_use_peft", "--dataset_test_split", "test"]
-    run("train", "--model", base, "--dataset", folder, "--output_dir", tmp_path / "arm", *options)
+    run("train", "--model", base_folder, "--dataset", folder, "--output_dir", tmp_path / "arm", *options)
     assert (tmp_path / "arm" / "model.safetensors").exists()
     assert RewardInfo.load(tmp_path / "arm" / "genarm_config.json").metrics["n_pairs"] == 3
 

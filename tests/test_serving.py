@@ -1,12 +1,7 @@
 """What a server does with requests, without an engine: what is refused, and the batch that is guided, by the oracle."""
 
-import json
 import math
-import multiprocessing
-import os
 import random
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -18,24 +13,24 @@ from transformers import AutoModelForCausalLM
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.hub.info import RewardInfo
-from hf_genarm.vllm import notice
-from hf_genarm.vllm.guidance import Guidance, Reading
-from hf_genarm.vllm.loading import ServedLM, load
-from hf_genarm.vllm.requests import Offer, ServerConfig, Wish, wish_of
+from hf_genarm.vllm.batch_guidance import BatchGuidance, GuidedRequest
+from hf_genarm.vllm.request_settings import RequestSettings, ServerDefaults, request_settings
+from hf_genarm.vllm.reward_lms import RewardLM, load_reward_lms
+from hf_genarm.vllm.server_config import ServerConfig
 from hf_genarm.vllm.slots import SlotLM
 
-TWO = Offer(reward_models=("kind", "brief"), alpha=(1.0, 0.0), target_kl=None, refuses_bias=False)
+TWO = ServerDefaults(reward_models=("kind", "brief"), alpha=(1.0, 0.0), target_kl=None)
 
 
 # --- what may be asked for ---
 
 
-def test_wishes():
-    assert wish_of(None, TWO).alpha == (1.0, 0.0)
-    assert wish_of({"genarm_alpha": 0.5, "session_id": "x"}, TWO).alpha == (0.5, 0.5)
-    assert wish_of({"genarm_alpha": [0, -2]}, TWO).alpha == (0.0, -2.0)
-    assert not wish_of({"genarm_alpha": 0}, TWO).is_guided
-    assert wish_of({"genarm_target_kl": 0.1}, TWO).target_kl == pytest.approx(0.1)
+def test_settings():
+    assert request_settings(None, TWO).alpha == (1.0, 0.0)
+    assert request_settings({"genarm_alpha": 0.5, "session_id": "x"}, TWO).alpha == (0.5, 0.5)
+    assert request_settings({"genarm_alpha": [0, -2]}, TWO).alpha == (0.0, -2.0)
+    assert not request_settings({"genarm_alpha": 0}, TWO).is_guided
+    assert request_settings({"genarm_target_kl": 0.1}, TWO).target_kl == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +39,9 @@ def test_wishes():
         ("genarm_alpah", 1, "no such key. Known are genarm_alpha, genarm_target_kl"),
         ("GenARM_alpha", 1, "no such key"),
         ("genarm-alpha", 1, "no such key"),
+        ("gen_arm_alpha", 1, "no such key"),
+        ("alpha", 1, "no such key"),
+        ("target_kl", 1, "no such key"),
         ("genarm_alpha", math.nan, "a finite number"),
         ("genarm_alpha", math.inf, "a finite number"),
         ("genarm_alpha", 1e7, "none larger than 1e6"),
@@ -64,14 +62,29 @@ def test_wishes():
 )
 def test_what_can_not_be_done_is_refused_with_key_value_and_rule(key, value, rule):
     with pytest.raises(ValueError, match=rule) as error:
-        wish_of({key: value}, TWO)
+        request_settings({key: value}, TWO)
     assert str(error.value).startswith(f"`{key}` is {value!r}, but ")
 
 
+def test_what_is_repeated_of_a_value_is_cut():
+    with pytest.raises(ValueError, match="a finite number") as error:
+        request_settings({"genarm_alpha": "x" * 10_000}, TWO)
+    assert str(error.value).startswith("`genarm_alpha` is 'xxx")
+    assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="no such key") as error:
+        request_settings({"genarm" * 1000: 1}, TWO)
+    assert len(str(error.value)) < 400
+
+
+def test_reward_models_are_named_by_their_ids(tmp_path):
+    config = ServerConfig(reward_models=["org/kind", str(tmp_path / "models" / "arm-brief")], alpha=1, reference=None)
+    assert config.server_defaults().reward_models == ("org/kind", "arm-brief")
+
+
 def test_configurations():
-    config = ServerConfig.of({"genarm": {"reward_models": "a", "alpha": 2}})
+    config = ServerConfig.from_additional_config({"genarm": {"reward_models": "a", "alpha": 2}})
     assert (config.reward_models, config.alpha, config.target_kl) == (["a"], [2.0], None)
-    both = ServerConfig.of({"genarm": {"reward_models": ["a", "b"]}})
+    both = ServerConfig.from_additional_config({"genarm": {"reward_models": ["a", "b"]}})
     plain, margin = RewardInfo(), RewardInfo(loss={"reference": "base"})
     tuned = RewardInfo(recommended={"alpha": 0.5, "reference": "base", "temperature": 1.0, "measured": {}})
     settled = both.with_recommended([plain, plain])
@@ -80,7 +93,9 @@ def test_configurations():
     assert (settled.alpha, settled.reference) == ([1.0, 0.5], "base")
     with pytest.raises(ValueError, match=r"different references .* Choose it"):
         both.with_recommended([plain, margin])
-    chosen = ServerConfig.of({"genarm": {"reward_models": ["a", "b"], "alpha": 2, "reference": None}})
+    chosen = ServerConfig.from_additional_config(
+        {"genarm": {"reward_models": ["a", "b"], "alpha": 2, "reference": None}}
+    )
     settled = chosen.with_recommended([plain, margin])
     assert (settled.alpha, settled.reference) == ([2.0, 2.0], None)
 
@@ -88,10 +103,10 @@ def test_configurations():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "has no object `genarm`. Say which reward models to load"),
+        (None, "has no object `genarm`. Name the reward models to load"),
         ({}, "has no object `genarm`"),
         ({"genarm": "a"}, "has no object `genarm`"),
-        ({"genarm": {"reward_model": "a"}}, "has the key `reward_model`, but knows"),
+        ({"genarm": {"reward_model": "a"}}, "has the key `reward_model`, but the known ones are"),
         ({"genarm": {"reward_models": []}}, r"`reward_models` .* is \[\]"),
         ({"genarm": {"reward_models": "a", "alpha": [1, 2]}}, r"`alpha` .* is \[1, 2\]"),
         ({"genarm": {"reward_models": "a", "target_kl": -1}}, "`target_kl` .* is -1"),
@@ -104,56 +119,10 @@ def test_configurations():
 )
 def test_configurations_that_are_refused(given, message):
     if message is None:
-        ServerConfig.of(given)
+        ServerConfig.from_additional_config(given)
         return
     with pytest.raises(ValueError, match=message):
-        ServerConfig.of(given)
-
-
-# --- how the front end comes to know ---
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(notice.tempfile, "gettempdir", lambda: str(tmp_path))
-    return tmp_path
-
-
-def _post_and_wait(alpha, folder, posted, done):
-    notice.tempfile.gettempdir = lambda: folder
-    notice.post(Offer(("a",), (alpha,), None, False))
-    posted.set()
-    done.wait(60)
-
-
-def test_a_front_end_finds_the_notice_of_its_own_engine(folder):
-    assert notice.find() is None
-    context = multiprocessing.get_context("fork")
-    posted, done = context.Event(), context.Event()
-    engine = context.Process(target=_post_and_wait, args=(0.25, str(folder), posted, done))
-    engine.start()
-    assert posted.wait(60)
-    assert notice.find() == Offer(("a",), (0.25,), None, False)
-    # Nor does a process find it that has nothing to do with it.
-    code = "import sys; from hf_genarm.vllm import notice; print(notice.find())"
-    stranger = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True
-    )
-    assert stranger.stdout.strip() == "None", stranger.stderr
-    done.set()
-    engine.join()
-    assert notice.find() is None
-
-
-def test_a_notice_of_a_process_that_is_gone_is_no_notice(folder):
-    notice.post(TWO)
-    assert notice.find() == TWO
-    path = folder / f"hf_genarm-{os.getuid()}" / f"{os.getpid()}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": 1.0}))
-    assert notice.find() is None
-    notice.post(TWO)
-    notice.post(TWO)
-    assert notice.find() == TWO
+        ServerConfig.from_additional_config(given)
 
 
 # --- the batch ---
@@ -165,15 +134,17 @@ class Batch:
     def __init__(self, guidance, base):
         self.guidance, self.base, self.texts = guidance, base, {}
 
-    def step(self, wishes, n_rows=1):
+    def step(self, settings_of_requests, n_rows=1):
         """One step for these requests, whose texts are given; checks nothing."""
-        rows = torch.cat([self.base(input_ids=torch.tensor([self.texts[x][0]])).logits[0, -n_rows:] for x in wishes])
-        readings = [
-            Reading(x, *self.texts[x], range(index * n_rows, (index + 1) * n_rows))
-            for index, x in enumerate(wishes)
+        rows = torch.cat(
+            [self.base(input_ids=torch.tensor([self.texts[x][0]])).logits[0, -n_rows:] for x in settings_of_requests]
+        )
+        requests = [
+            GuidedRequest(x, *self.texts[x], range(index * n_rows, (index + 1) * n_rows))
+            for index, x in enumerate(settings_of_requests)
             if x.is_guided
         ]
-        return rows, self.guidance(rows.clone(), readings)
+        return rows, self.guidance(rows.clone(), requests)
 
 
 @pytest.fixture
@@ -182,53 +153,54 @@ def models():
 
 
 def served(models):
-    return [ServedLM(SlotLM(tiny_llama(seed), n_slots=4, length=128, chunk=16), VOCAB_SIZE) for seed in (1, 2)]
+    return [RewardLM(SlotLM(tiny_llama(seed), n_slots=4, length=128, chunk=16), VOCAB_SIZE) for seed in (1, 2)]
 
 
 @torch.no_grad()
 def test_requests_with_strengths_of_their_own(models):
     base, generator = tiny_llama(0), random.Random(0)
-    batch = Batch(Guidance(served(models)), base)
-    wishes = [Wish((1.0, 0.0), None), Wish((0.0, 0.0), None), Wish((0.5, -0.5), None), Wish((0.0, 2.0), None)]
-    for wish in wishes:
+    batch = Batch(BatchGuidance(served(models)), base)
+    strengths = [(1.0, 0.0), (0.0, 0.0), (0.5, -0.5), (0.0, 2.0)]
+    settings_of_requests = [RequestSettings(alpha, None) for alpha in strengths]
+    for settings in settings_of_requests:
         prompt = [generator.randrange(3, VOCAB_SIZE) for _ in range(1 + generator.randrange(20))]
-        batch.texts[wish] = (prompt, len(prompt))
+        batch.texts[settings] = (prompt, len(prompt))
     for _ in range(8):
-        wanted = generator.sample(wishes, 3)
+        wanted = generator.sample(settings_of_requests, 3)
         logits, result = batch.step(wanted)
-        for wish, row, ours in zip(wanted, logits, result, strict=True):
-            text = batch.texts[wish][0]
-            if wish.is_guided:
+        for settings, row, ours in zip(wanted, logits, result, strict=True):
+            text = batch.texts[settings][0]
+            if settings.is_guided:
                 rewards = [next_token_log_probs(model, torch.tensor(text)) for model in models]
                 assert not torch.allclose(row.log_softmax(-1), ours, atol=1e-2)
-                expected = guided(row.double().log_softmax(-1), rewards, wish.alpha)
+                expected = guided(row.double().log_softmax(-1), rewards, settings.alpha)
                 torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=0)
             else:
                 assert torch.equal(ours, row)
-            batch.texts[wish] = ([*text, int(ours.argmax())], batch.texts[wish][1])
-        batch.guidance.release(generator.choice(wishes))
+            batch.texts[settings] = ([*text, int(ours.argmax())], batch.texts[settings][1])
+        batch.guidance.release(generator.choice(settings_of_requests))
 
 
 def test_a_reward_model_is_not_run_where_its_strength_is_0(models):
     lms = served(models)
-    guidance = Guidance(lms)
+    guidance = BatchGuidance(lms)
     for lm in lms:
         lm.log_probs = None
     logits = torch.randn(2, VOCAB_SIZE)
     assert guidance(logits, []) is logits
     lms[0].log_probs = lambda texts, n_last: torch.zeros(1, VOCAB_SIZE)
-    guidance(logits, [Reading(Wish((1.0, 0.0), None), [1, 2], 2, [0])])
+    guidance(logits, [GuidedRequest(RequestSettings((1.0, 0.0), None), [1, 2], 2, [0])])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("reference", ["base", "model"])
 def test_a_reference(models, reference):
     base, other = tiny_llama(0), tiny_llama(3)
-    own = "base" if reference == "base" else ServedLM(SlotLM(tiny_llama(3), n_slots=2, length=64), VOCAB_SIZE)
-    batch = Batch(Guidance(served(models)[:1], own), base)
-    wish, text = Wish((0.7,), None), [5, 6, 7, 8]
-    batch.texts[wish] = (text, 4)
-    logits, result = batch.step([wish])
+    own = "base" if reference == "base" else RewardLM(SlotLM(tiny_llama(3), n_slots=2, length=64), VOCAB_SIZE)
+    batch = Batch(BatchGuidance(served(models)[:1], own), base)
+    settings, text = RequestSettings((0.7,), None), [5, 6, 7, 8]
+    batch.texts[settings] = (text, 4)
+    logits, result = batch.step([settings])
     row = torch.tensor(text)
     scores = logits[0].double().log_softmax(-1)
     contrasted = next_token_log_probs(models[0], row) - (
@@ -252,20 +224,126 @@ def test_a_set_divergence_is_that_of_generate_also_after_an_interruption_and_wit
     unscaled = unheld(expected.sequences[:, :-1], base(expected.sequences[:, :-1]).logits[:, -1])
     assert not torch.allclose(unscaled[0], scores[-1], atol=1e-2)
 
-    batch = Batch(Guidance(served(models)[:1]), base)
-    wish = Wish((1.0,), 0.3)
+    batch = Batch(BatchGuidance(served(models)[:1]), base)
+    settings = RequestSettings((1.0,), 0.3)
     for index in range(n_new):
         if index == 10:
-            batch.guidance.release(wish)
-            wish = Wish((1.0,), 0.3)
+            batch.guidance.release(settings)
+            settings = RequestSettings((1.0,), 0.3)
         # Every third step ends in two drafts, of which one is wrong.
         n_rows = 3 if index % 3 == 1 and index < n_new - 2 else 1
         text = tokens[: len(prompt) + index]
         drafts = [tokens[len(text)], 4] if n_rows == 3 else []
-        batch.texts[wish] = (text + drafts, len(prompt))
-        _, result = batch.step([wish], n_rows)
+        batch.texts[settings] = (text + drafts, len(prompt))
+        _, result = batch.step([settings], n_rows)
         for row in range(min(n_rows, 2)):
             torch.testing.assert_close(result[row], scores[index + row], atol=1e-3, rtol=0)
+
+
+# --- one request does not fail the others ---
+
+
+@pytest.fixture
+def bystander(models):
+    """A request with its text, and the row that it has to get."""
+    settings, text = RequestSettings((1.0, 0.0), None), [5, 6, 7, 8]
+    rewards = [next_token_log_probs(model, torch.tensor(text)) for model in models]
+    with torch.no_grad():
+        logits = tiny_llama(0)(torch.tensor([text])).logits[0, -1]
+    return GuidedRequest(settings, text, 4, [0]), logits, guided(logits.double().log_softmax(-1), rewards, (1.0, 0.0))
+
+
+def errors_of(caplog):
+    return [x.getMessage() for x in caplog.records if x.levelname == "ERROR"]
+
+
+def check_bystander(guidance, bystander, request, logits):
+    """The other request keeps the logits of the engine, and the bystander gets its own."""
+    expected = logits.clone()
+    result = guidance(torch.stack([bystander[1], logits]), [bystander[0], request])
+    torch.testing.assert_close(result[0].double(), bystander[2], atol=1e-4, rtol=0)
+    assert torch.equal(result[1].nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ([5] * 129, "its 129 tokens are more than the 128 that can be read"),
+        ([5, VOCAB_SIZE], "it has the token 48, but only those below 48 are known"),
+        ([5, 6, -1], "the engine hides tokens that it has sampled"),
+    ],
+)
+def test_a_text_that_can_not_be_read_keeps_the_logits_of_the_engine(models, bystander, caplog, text, reason):
+    guidance = BatchGuidance(served(models))
+    request = GuidedRequest(RequestSettings((1.0, 1.0), None), text, 1, [1])
+    for _ in range(2):
+        check_bystander(guidance, bystander, request, torch.randn(VOCAB_SIZE))
+    assert len(errors_of(caplog)) == 1  # once, however often it is read
+    assert errors_of(caplog)[0].startswith(f"A request is answered without guidance, because {reason}")
+
+
+def test_a_request_beyond_the_slots_keeps_the_logits_of_the_engine(models, bystander, caplog):
+    guidance = BatchGuidance(served(models))
+    requests = [GuidedRequest(RequestSettings((1.0, 1.0), None), [5, 6, i], 1, [i]) for i in range(5)]
+    logits = torch.randn(5, VOCAB_SIZE)
+    result = guidance(logits.clone(), requests)
+    assert [not torch.equal(x, y) for x, y in zip(result, logits, strict=True)] == [True] * 4 + [False]
+    assert len(errors_of(caplog)) == 1
+    assert "all 4 slots are held" in errors_of(caplog)[0]
+    guidance.release(requests[0].settings)
+    assert not torch.equal(guidance(logits.clone(), requests[1:])[4], logits[4])  # there is room now
+
+
+@pytest.mark.parametrize("reference", [None, "base"])
+@pytest.mark.parametrize("target_kl", [None, 0.2])
+def test_a_row_without_a_token_to_choose_from_keeps_the_logits_of_the_engine(
+    models, bystander, caplog, reference, target_kl
+):
+    """As `min_tokens` and `allowed_token_ids` may leave it."""
+    guidance = BatchGuidance(served(models))
+    settings = RequestSettings((1.0, 0.0), target_kl)
+    empty = torch.full((VOCAB_SIZE,), -torch.inf)
+    check_bystander(guidance, bystander, GuidedRequest(settings, [5, 6], 2, [1]), empty)
+    assert not errors_of(caplog)  # it is what was asked for
+    # The text continues with tokens to choose from, at the divergence that it is held at.
+    logits = torch.randn(VOCAB_SIZE)
+    result = guidance(logits[None].clone(), [GuidedRequest(settings, [5, 6, 7], 2, [0])])
+    assert result.isfinite().all()
+    assert not torch.allclose(result[0], logits.log_softmax(-1), atol=1e-2)
+
+
+def test_a_reward_model_that_returns_nan_fails_neither_the_batch_nor_the_next_text(models, bystander, caplog):
+    broken = tiny_llama(1)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[40] = torch.nan
+    guidance = BatchGuidance([RewardLM(SlotLM(broken, n_slots=2, length=128, chunk=16), VOCAB_SIZE), served(models)[1]])
+    request = GuidedRequest(RequestSettings((1.0, 0.0), None), [5, 40, 9, 40], 4, [1])
+    check_bystander(guidance, bystander, request, torch.randn(VOCAB_SIZE))
+    assert len(errors_of(caplog)) == 1
+    assert "returned NaN" in errors_of(caplog)[0]
+    guidance.release(request.settings)
+    # The next text in its slot is shorter, so that it would see what is left of the old one as 0 times NaN.
+    again = GuidedRequest(RequestSettings((1.0, 0.0), None), [5, 6], 2, [1])
+    logits = torch.randn(VOCAB_SIZE)
+    result = guidance(torch.stack([bystander[1], logits]), [bystander[0], again])
+    expected = guided(logits.double().log_softmax(-1), [next_token_log_probs(models[0], torch.tensor([5, 6]))], (1.0,))
+    torch.testing.assert_close(result[1].double(), expected, atol=1e-4, rtol=0)
+
+
+def test_tokens_that_are_unknown_to_an_aligned_reward_model_are_its_own_fault(tmp_path, tokenizer, caplog):
+    size = len(tokenizer)
+    base = folder_of(tmp_path / "base", tiny_llama(vocab_size=size + 6), tokenizer)
+    larger = tiny_tokenizer()
+    larger.add_tokens(["<more>"])
+    reward = folder_of(tmp_path / "reward", tiny_llama(1, vocab_size=size + 1), larger)
+    (model,) = load_reward_lms([reward], base, base, size + 6, make_slots, torch.float32)
+    logits = torch.randn(2, size + 6)
+    texts = [[5, 6, size + 50], [5, 6, 7]]
+    requests = [GuidedRequest(RequestSettings((1.0,), None), x, 3, [i]) for i, x in enumerate(texts)]
+    result = BatchGuidance([model])(logits.clone(), requests)
+    assert torch.equal(result[0], logits[0])
+    assert not torch.equal(result[1], logits[1])
+    assert "it has the token" in errors_of(caplog)[0]
 
 
 # --- loading ---
@@ -283,11 +361,11 @@ def make_slots(network, name):
 
 @torch.no_grad()
 def test_adapters_are_merged_into_a_copy_of_the_served_weights(tmp_path, tokenizer):
-    """Of the served model, although the adapter says that its own is elsewhere, since the weights are the same."""
+    """Of the served model, although the adapter names another folder, since the weights are the same."""
     base = folder_of(tmp_path / "tiny", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     adapter = save_adapter(base, tmp_path / "adapter")
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    (model,) = load([adapter], base, base, len(tokenizer), make_slots, torch.float32)
+    (model,) = load_reward_lms([adapter], base, base, len(tokenizer), make_slots, torch.float32)
     text = [5, 6, 7, 8, 9]
     ours = model.log_probs({0: text}, [1])[0]
     theirs = next_token_log_probs(expected, torch.tensor(text))
@@ -305,9 +383,9 @@ def test_vocabularies_of_other_sizes_are_aligned_and_logits_without_a_token_are_
     larger.add_tokens(["<more>"])
     arm = tiny_llama(1, vocab_size=size + 1)
     reward = folder_of(tmp_path / "reward", arm, larger)
-    (model,) = load([reward], base, base, size + 6, make_slots, torch.float32)
+    (model,) = load_reward_lms([reward], base, base, size + 6, make_slots, torch.float32)
     logits = AutoModelForCausalLM.from_pretrained(base)(torch.tensor([[5, 6, 7]])).logits[:, -1]
-    result = Guidance([model])(logits.clone(), [Reading(Wish((1.0,), None), [5, 6, 7], 3, [0])])
+    result = BatchGuidance([model])(logits.clone(), [GuidedRequest(RequestSettings((1.0,), None), [5, 6, 7], 3, [0])])
     assert (result[0, size:] == -torch.inf).all()
     reward_log_probs = next_token_log_probs(arm, torch.tensor([5, 6, 7]))[:size]
     expected = guided(logits[0, :size].double().log_softmax(-1), [reward_log_probs], [1.0])
@@ -320,10 +398,10 @@ def test_a_reward_model_that_lacks_tokens_is_refused(tmp_path, tokenizer):
     base = folder_of(tmp_path / "base", tiny_llama(vocab_size=len(larger)), larger)
     reward = folder_of(tmp_path / "reward", tiny_llama(1, vocab_size=len(tokenizer)), tokenizer)
     with pytest.raises(ValueError, match=r"lacks tokens of the served model, such as \['<more>'\]"):
-        load([reward], base, base, len(larger), make_slots, torch.float32)
+        load_reward_lms([reward], base, base, len(larger), make_slots, torch.float32)
 
 
-def test_without_vllm_the_name_says_what_is_missing():
+def test_without_vllm_the_error_names_what_is_missing():
     import hf_genarm.vllm
 
     if find_spec("vllm"):

@@ -1,4 +1,4 @@
-"""Texts in slots: what is read in parts, at positions of their own, against forward passes from scratch."""
+"""Texts in slots: what is read in parts, each at its position, against forward passes from scratch."""
 
 import random
 
@@ -78,7 +78,7 @@ def test_all_texts_take_one_pass_and_only_new_tokens_are_read():
 
 
 def test_a_long_text_does_not_hold_up_the_others():
-    """Those that go on by a token are in the first pass; the long one takes what room is left."""
+    """Those that grow by a token are in the first pass; the long one takes what room is left."""
     network, generator = tiny_llama(), random.Random(0)
     seen = []
     lm = SlotLM(network, n_slots=3, length=64, chunk=8)

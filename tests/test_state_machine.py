@@ -64,6 +64,8 @@ SINGLE: dict[str, dict[str, Any]] = {
     "sampled drafts of the reward model": SAMPLING,
 }
 
+CHANGES = ["reward", "reference", "base", "part of the base", "off"]
+
 
 def rising(step: int) -> float:
     return 0.2 + 0.2 * step
@@ -308,7 +310,7 @@ class Fuzzer(RuleBasedStateMachine):
     @rule(
         guide=guides,
         seed=st.integers(0, 9),
-        what=st.sampled_from(["reward", "reference", "base", "part of the base", "off"]),
+        what=st.sampled_from(CHANGES),
     )
     def change_weights(self, guide, seed, what):
         """Of a reward model or the base, in place or not; or switches adapters off and on."""

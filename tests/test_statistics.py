@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers import FOUR, generate
 from oracle import guided, next_token_log_probs
 from support import ARM, ASSISTANT, BASE, ONE
-from test_fusion import adapters, base, folder, generate, models
-from test_strength import FOUR
 from tiny import VOCAB_SIZE
 
 from hf_genarm import GenARMLogitsProcessor
-
-__all__ = ["adapters", "base", "folder", "models"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -50,7 +47,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_token(name):
+def test_statistics_of_every_token(name):
     inputs = ONE if name in ("assistant", "prompt lookup") else FOUR
     processor = GenARMLogitsProcessor([ARM, ASSISTANT], [0.8, -0.3], base_model=BASE)
     processor.keeps_statistics = True
@@ -71,7 +68,7 @@ def test_every_token(name):
     assert 0.3 * n_tokens < n_rows <= n_tokens
 
 
-def test_strengths_of_each_request_and_in_force(base, adapters, models):
+def test_statistics_report_the_strengths_in_force(base, adapters, models):
     """Those that hold a divergence, too; a reward that is off has the strength 0 and no log-probability."""
     alpha = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [2.0, 0.0]])
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=alpha)
@@ -91,7 +88,7 @@ def test_strengths_of_each_request_and_in_force(base, adapters, models):
     assert len({round(value, 4) for value in columns["alpha_0"]}) > 5
 
 
-def test_off_unless_asked_for():
+def test_no_statistics_by_default():
     processor = GenARMLogitsProcessor(ARM)
     with pytest.raises(ValueError, match="keeps_statistics = True"):
         processor.statistics(ONE["input_ids"])

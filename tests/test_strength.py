@@ -5,20 +5,17 @@ import threading
 
 import pytest
 import torch
+from helpers import FOUR, assert_same, generate, joint_passes, row_of
 from oracle import Recompute
 from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
-from test_fusion import adapters, assert_same, base, folder, generate, joint_passes, models
 from tiny import VOCAB_SIZE, left_padded, tiny_llama
 from transformers import LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.decoding.strength import by_reward, check_alpha
 
-__all__ = ["adapters", "base", "folder", "models"]
-
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
-FOUR = left_padded([4, 8, 6, 7])
 # Both rewards, one of them, none, and away from one
 WEIGHTS = torch.tensor([[1.0, 0.5], [0.0, 1.5], [0.0, 0.0], [-0.7, 0.3]])
 
@@ -31,14 +28,9 @@ def listed(inputs=None):
     ]
 
 
-def row_of(inputs, index):
-    kept = inputs["attention_mask"][index].bool()
-    return {name: value[index, kept][None] for name, value in inputs.items()}
-
-
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
 @pytest.mark.parametrize("mode", listed(FOUR), ids=lambda mode: mode.name)
-def test_four_requests_with_strengths_of_their_own(mode, fused, base, adapters, models):
+def test_each_request_has_its_own_strengths(mode, fused, base, adapters, models):
     if fused:
         processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=WEIGHTS)
     else:
@@ -113,10 +105,7 @@ class RecomputeSchedule(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         step = input_ids.shape[1] - self.inputs["input_ids"].shape[1]
-        alphas = self.schedule(step)
-        if not any(alphas):
-            return scores.log_softmax(-1)
-        return Recompute(self.models, alphas, self.inputs.get("attention_mask"))(input_ids, scores)
+        return Recompute(self.models, self.schedule(step), self.inputs.get("attention_mask"))(input_ids, scores)
 
 
 def schedule(step):
@@ -142,7 +131,7 @@ def test_a_schedule(mode, fused, base, adapters, models):
     assert output.sequences.tolist() != unguided.sequences.tolist()
 
 
-def test_a_schedule_in_a_loop_of_ones_own():
+def test_a_schedule_in_a_custom_loop():
     steps = []
     processor = GenARMLogitsProcessor(ARM, lambda step: steps.append(step) or 1.0)
     for _ in range(2):
@@ -168,7 +157,7 @@ def test_a_schedule_of_each_request():
 # --- setting it ---
 
 
-def test_set_from_another_thread_each_token_has_one_setting():
+def test_each_token_has_one_setting_when_another_thread_sets_it():
     """Every row of scores is that of one of the two settings, never of a mixture."""
     settings = [[0.5, 0.5], [1.5, -0.5]]
     processor = GenARMLogitsProcessor([ARM, ASSISTANT], settings[0])
@@ -197,7 +186,7 @@ def test_set_from_another_thread_each_token_has_one_setting():
     assert set(seen) == {0, 1}
 
 
-def test_what_is_refused():
+def test_invalid_strengths():
     for alpha, message in (
         (torch.zeros(4, 3), r"shape \(4, 3\), but there are 2 reward models"),
         (torch.zeros(0, 2), r"shape \(0, 2\)"),

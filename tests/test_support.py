@@ -1,12 +1,15 @@
 """Every line of the support table: guided `generate` against recomputation from scratch."""
 
 import copy
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from helpers import assert_same, generate, oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
@@ -30,40 +33,31 @@ from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
-def generate(processors, inputs, seed=0, base=BASE, **options):
-    torch.manual_seed(seed)
-    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
-    return base.generate(**(dict(inputs) | defaults | options), logits_processor=processors)
-
-
-def assert_same(output, expected, atol=1e-4):
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    assert len(output.scores) == len(expected.scores) > 0
-    for ours, theirs in zip(output.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 
 
 def listed(expected):
     return [mode for mode in MODES if mode.expected == expected and not mode.elsewhere]
 
 
-def oracle(inputs, models=(ARM,), alphas=(1.0,)):
-    return Recompute(list(models), list(alphas), inputs.get("attention_mask"))
-
-
 @pytest.mark.parametrize("mode", listed(EXACT), ids=lambda mode: mode.name)
-def test_exact(mode):
-    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
-    expected = generate([oracle(mode.inputs)], mode.inputs, **mode.kwargs())
-    unguided = generate([], mode.inputs, **mode.kwargs())
+def test_guided_text_equals_recomputation(mode):
+    output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
+    expected = generate(BASE, [oracle(mode.inputs)], mode.inputs, **mode.kwargs())
+    unguided = generate(BASE, [], mode.inputs, **mode.kwargs())
     assert output.sequences.tolist() != unguided.sequences.tolist()
     assert_same(output, expected)
 
 
 @pytest.mark.parametrize("mode", listed(REFUSED), ids=lambda mode: mode.name)
-def test_refused(mode):
+def test_unsupported_modes_are_refused(mode):
     with pytest.raises((ValueError, NotImplementedError), match=mode.error):
-        generate([GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
+        generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], mode.inputs, **mode.kwargs())
+
+
+def test_every_other_mode_names_its_test():
+    tests = {name for path in Path(__file__).parent.glob("test_*.py") for name in TEST.findall(path.read_text("utf-8"))}
+    assert {mode.elsewhere for mode in MODES if mode.elsewhere} <= tests
 
 
 def test_the_table_on_the_page_is_this_list():
@@ -91,21 +85,23 @@ def test_one_instance_in_random_order(data):
             processor.reset()
         if event == "other weights":
             torch.nn.init.normal_(arm.model.layers[0].self_attn.q_proj.weight, std=0.4)
-        output = generate([processor], inputs, seed, max_new_tokens=5, **mode.kwargs())
-        expected = generate([oracle(inputs, [arm], processor.alpha)], inputs, seed, max_new_tokens=5, **mode.kwargs())
+        output = generate(BASE, [processor], inputs, seed=seed, max_new_tokens=5, **mode.kwargs())
+        expected = generate(
+            BASE, [oracle(inputs, [arm], processor.alpha)], inputs, seed=seed, max_new_tokens=5, **mode.kwargs()
+        )
         assert_same(output, expected)
 
 
 @pytest.mark.parametrize("reference", [None, "base"])
 def test_many_threads_each_with_its_own_instance(reference):
     alone = oracle(BATCH) if reference is None else GenARMLogitsProcessor(ARM, base_model=BASE, reference=reference)
-    expected = [generate([alone], BATCH, **{"num_beams": beams}) for beams in (1, 2, 3)]
+    expected = [generate(BASE, [alone], BATCH, **{"num_beams": beams}) for beams in (1, 2, 3)]
     outputs = [None] * 3
 
     def work(index):
         processor = GenARMLogitsProcessor(ARM, base_model=BASE, reference=reference)
         for _ in range(5):
-            outputs[index] = generate([processor], BATCH, **{"num_beams": index + 1})
+            outputs[index] = generate(BASE, [processor], BATCH, **{"num_beams": index + 1})
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
     for thread in threads:
@@ -153,7 +149,7 @@ def test_each_token_is_forwarded_once(options):
     if options.get("assistant_model") is BASE:
         options = {"assistant_model": base}
     processor = Recording(arm, base_model=base)
-    output = generate([processor], inputs, base=base, **options)
+    output = generate(base, [processor], inputs, **options)
     rows = len(inputs["input_ids"]) * options.get("num_beams", 1)
     prompt = rows * inputs["input_ids"].shape[1]
     if "assistant_model" in options:
@@ -169,16 +165,16 @@ def test_each_token_is_forwarded_once(options):
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_forbidden_tokens_stay_forbidden(first):
     guided = [GenARMLogitsProcessor(ARM, base_model=BASE)], [oracle(BATCH)]
-    output, expected = (generate([Ban(), *it] if first else [*it, Ban()], BATCH) for it in guided)
+    output, expected = (generate(BASE, [Ban(), *it] if first else [*it, Ban()], BATCH) for it in guided)
     assert_same(output, expected)
     assert all((scores[:, Ban.tokens] == -torch.inf).all() for scores in output.scores)
-    free = generate(guided[0], BATCH)
+    free = generate(BASE, guided[0], BATCH)
     assert output.sequences.tolist() != free.sequences.tolist()
 
 
 def test_raw_logits_are_those_of_the_base():
-    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, output_logits=True)
-    again = generate([oracle(BATCH)], BATCH, output_logits=True)
+    output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, output_logits=True)
+    again = generate(BASE, [oracle(BATCH)], BATCH, output_logits=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(output.logits, again.logits, strict=True))
 
 
@@ -189,27 +185,27 @@ class LongEnough(StoppingCriteria):
 
 def test_stopping_criteria_and_stop_strings(tokenizer):
     stop = {"stopping_criteria": StoppingCriteriaList([LongEnough()])}
-    output = generate([GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, **stop)
+    output = generate(BASE, [GenARMLogitsProcessor(ARM, base_model=BASE)], BATCH, **stop)
     assert output.sequences.shape[1] == 13
-    assert_same(output, generate([oracle(BATCH)], BATCH, **stop))
+    assert_same(output, generate(BASE, [oracle(BATCH)], BATCH, **stop))
 
     base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
     inputs = tokenizer("How was the train ride?", return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    free = generate([GenARMLogitsProcessor(arm, base_model=base)], inputs, base=base)
+    free = generate(base, [GenARMLogitsProcessor(arm, base_model=base)], inputs)
     text = tokenizer.decode(free.sequences[0, inputs["input_ids"].shape[1] :][2:4])
     stop = {"stop_strings": [text], "tokenizer": tokenizer}
-    output = generate([GenARMLogitsProcessor(arm, base_model=base)], inputs, base=base, **stop)
+    output = generate(base, [GenARMLogitsProcessor(arm, base_model=base)], inputs, **stop)
     assert output.sequences.shape[1] < free.sequences.shape[1]
-    assert_same(output, generate([oracle(inputs, [arm])], inputs, base=base, **stop))
+    assert_same(output, generate(base, [oracle(inputs, [arm])], inputs, **stop))
 
 
 def test_streaming(tokenizer, capsys):
     base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
     inputs = {"input_ids": tokenizer("How was the train ride?", return_tensors="pt").input_ids}
-    expected = generate([oracle(inputs, [arm])], inputs, base=base)
+    expected = generate(base, [oracle(inputs, [arm])], inputs)
     text = tokenizer.decode(expected.sequences[0])
-    generate([GenARMLogitsProcessor(arm, base_model=base)], inputs, base=base, streamer=TextStreamer(tokenizer))
+    generate(base, [GenARMLogitsProcessor(arm, base_model=base)], inputs, streamer=TextStreamer(tokenizer))
     assert capsys.readouterr().out.strip() == text.strip()
 
     streamer = TextIteratorStreamer(tokenizer, timeout=60)
@@ -257,8 +253,8 @@ def test_reward_models(family):
         ({"assistant_model": tiny_llama(3)}, ONE),
     ):
         processor = GenARMLogitsProcessor(arm, base_model=BASE, attention_mask=inputs["attention_mask"])
-        output = generate([processor], inputs, max_new_tokens=12, **options)
-        assert_same(output, generate([oracle(inputs, [arm])], inputs, max_new_tokens=12, **options))
+        output = generate(BASE, [processor], inputs, max_new_tokens=12, **options)
+        assert_same(output, generate(BASE, [oracle(inputs, [arm])], inputs, max_new_tokens=12, **options))
 
 
 def test_a_reward_model_whose_weights_are_offloaded():
@@ -267,8 +263,8 @@ def test_a_reward_model_whose_weights_are_offloaded():
     assert arm.device.type == "meta"
     for options in ({}, {"num_beams": 2}):
         assert_same(
-            generate([GenARMLogitsProcessor(arm, base_model=BASE)], BATCH, **options),
-            generate([oracle(BATCH)], BATCH, **options),
+            generate(BASE, [GenARMLogitsProcessor(arm, base_model=BASE)], BATCH, **options),
+            generate(BASE, [oracle(BATCH)], BATCH, **options),
         )
 
 
@@ -280,10 +276,10 @@ def test_half_precision(dtype):
     """
     arm = copy.deepcopy(ARM).to(dtype)
     inputs = left_padded([8, 8])
-    output = generate([GenARMLogitsProcessor(arm, base_model=BASE)], inputs)
+    output = generate(BASE, [GenARMLogitsProcessor(arm, base_model=BASE)], inputs)
     assert output.scores[0].dtype == torch.float32
-    expected = generate([oracle(inputs, [arm])], inputs)
-    own = [generate([], inputs, base=arm, use_cache=cache, output_logits=True).logits for cache in (True, False)]
+    expected = generate(BASE, [oracle(inputs, [arm])], inputs)
+    own = [generate(arm, [], inputs, use_cache=cache, output_logits=True).logits for cache in (True, False)]
     noise = max((one.float() - other.float()).abs().max() for one, other in zip(*own, strict=True))
     assert_same(output, expected, atol=max(4 * noise.item(), 0.1))
 
@@ -294,8 +290,8 @@ def test_half_precision(dtype):
 @pytest.mark.filterwarnings("error::hf_genarm.GuidanceWarning")
 def test_correct_use_is_silent():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
-    generate([processor], BATCH, do_sample=True, top_k=0)
-    generate([processor], BATCH, num_beams=2)
+    generate(BASE, [processor], BATCH, do_sample=True, top_k=0)
+    generate(BASE, [processor], BATCH, num_beams=2)
 
 
 @pytest.mark.filterwarnings("always::hf_genarm.GuidanceWarning")
@@ -313,10 +309,10 @@ def test_likely_mistakes_are_warned_about_once(mistake, message):
     mistake(base, arm)
     processor = GenARMLogitsProcessor(arm, base_model=base)
     with pytest.warns(GuidanceWarning, match=message):
-        generate([processor], BATCH, base=base)
+        generate(base, [processor], BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("error", GuidanceWarning)
-        generate([processor], BATCH, base=base)
+        generate(base, [processor], BATCH)
 
 
 def test_continuous_batching_is_refused_where_it_is_called():
@@ -341,8 +337,8 @@ def test_a_vision_language_base_is_guided_on_text():
     )
     torch.manual_seed(4)
     base = LlavaForConditionalGeneration(config).eval()
-    output = generate([GenARMLogitsProcessor(ARM, base_model=base)], BATCH, base=base)
-    assert_same(output, generate([oracle(BATCH)], BATCH, base=base))
+    output = generate(base, [GenARMLogitsProcessor(ARM, base_model=base)], BATCH)
+    assert_same(output, generate(base, [oracle(BATCH)], BATCH))
     inputs = {"input_ids": torch.tensor([[5, *[VOCAB_SIZE - 1] * 4, 7]]), "pixel_values": torch.randn(1, 3, 4, 4)}
-    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* besides tokens"):
-        generate([GenARMLogitsProcessor(ARM, base_model=base)], inputs, base=base)
+    with pytest.raises(ValueError, match=r"reads .*(pixel_values|mm_encoder_outputs).* in addition to tokens"):
+        generate(base, [GenARMLogitsProcessor(ARM, base_model=base)], inputs)

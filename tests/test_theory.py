@@ -71,7 +71,7 @@ def guided_log_probs_of_texts(base, processor):
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, -0.7])
-def test_the_law_of_texts_is_the_product_of_the_token_laws(alpha):
+def test_the_distribution_of_texts_is_the_product_over_tokens(alpha):
     """Eq. 7 over whole texts: π(y) = π_base(y) π_r(y)^α / Π Z_t."""
     base, arm = TableLM.random(0), TableLM.random(1)
     processor = GenARMLogitsProcessor(arm, alpha, pad_token_id=99)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers import LORA, log_prob, loss_of, model_for, pairs_of
 from huggingface_hub import ModelCard
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit
 from peft import (
@@ -26,21 +27,9 @@ from trl import RewardConfig
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.hub.info import tokenizer_fingerprint
-from hf_genarm.training.metrics import accuracy_interval, calibration_error, preference_metrics
-
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-
-
-def model_for(tokenizer, seed=0, **config):
-    return tiny_llama(seed, vocab_size=len(tokenizer), **config)
-
-
-def log_prob(model, ids, start):
-    """`log π(ids[start:] | ids[:start])` of one unpadded row, in float64."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
-    return sum(logits[at - 1, ids[at]] for at in range(start, len(ids)))
+from hf_genarm.training.metrics import calibration_error, preference_metrics
 
 
 def naive_loss(model, pairs, beta, margins=None):
@@ -50,14 +39,6 @@ def naive_loss(model, pairs, beta, margins=None):
         difference = beta * (log_prob(model, chosen, 1) - log_prob(model, rejected, 1))
         losses.append(-torch.nn.functional.logsigmoid(difference - (margins[index] if margins else 0)))
     return torch.stack(losses).mean()
-
-
-def pairs_of(dataset):
-    return [(row["chosen_ids"], row["rejected_ids"]) for row in dataset]
-
-
-def loss_of(trainer):
-    return trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
 
 
 # --- the loss ---
@@ -132,27 +113,6 @@ def test_loss_and_gradients_equal_those_of_cpo(make_trainer, tokenizer, tmp_path
     for name, parameter in trainer.model.named_parameters():
         largest = float(gradients[name].grad.abs().max())
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5 * largest)
-
-
-def test_the_decode_aware_loss(make_trainer, tokenizer):
-    """It is Eq. 5 with beta = beta_r / alpha for the product of base and reward model, as Eq. 7 multiplies them."""
-    base = model_for(tokenizer)
-    options = {"beta": 0.3, "peft_config": LoraConfig(**LORA, init_lora_weights=False)}
-    trainer = make_trainer(model=copy.deepcopy(base), decode_alpha=1.5, **options)
-    pairs = pairs_of(trainer.train_dataset)
-    losses = []
-    for pair in pairs:
-        sums = [log_prob(base, ids, 1) + 1.5 * log_prob(trainer.model.eval(), ids, 1) for ids in pair]
-        losses.append(-torch.nn.functional.logsigmoid(0.3 / 1.5 * (sums[0] - sums[1])))
-    expected = torch.stack(losses).mean()
-    assert abs(expected - naive_loss(trainer.model, pairs, 0.3)) > 1e-2
-    loss = loss_of(trainer)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=0)
-    loss.backward()
-    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
-    with pytest.raises(ValueError, match=r"`decode_alpha` is 1.5.*`peft_config=LoraConfig"):
-        make_trainer(decode_alpha=1.5)
 
 
 def test_a_response_that_begins_the_other_one(make_trainer, tokenizer):
@@ -333,7 +293,7 @@ def test_a_model_id_is_loaded_as_a_causal_lm(make_trainer, tokenizer, tmp_path):
     assert trainer.args.model_init_kwargs == init_kwargs
 
 
-def test_the_saved_folder_says_everything(make_trainer, tokenizer):
+def test_the_saved_folder_describes_the_training(make_trainer, tokenizer):
     words = {"objective": "warm weather", "description": "It likes the sun.", "dataset_name": "me/my-pairs"}
     trainer = make_trainer(peft_config=LoraConfig(**LORA), eval_dataset=Dataset.from_dict(STANDARD), **words)
     metrics = trainer.evaluate()
@@ -434,8 +394,8 @@ def test_the_interval_of_an_accuracy():
     """Against the normal approximation, and with ties."""
     is_right = np.array([1.0] * 600 + [0.5] * 100 + [0.0] * 300)
     half = 1.96 * is_right.std() / math.sqrt(len(is_right))
-    assert accuracy_interval(is_right) == pytest.approx((0.65 - half, 0.65 + half), abs=0.002)
-    assert accuracy_interval(np.ones(5)) == (1.0, 1.0)
+    assert mean_with_interval(is_right) == pytest.approx((0.65, 0.65 - half, 0.65 + half), abs=0.002)
+    assert mean_with_interval(np.ones(5)) == (1.0, 1.0, 1.0)
 
 
 def test_gain_over_the_length_rule_is_paired():
@@ -489,6 +449,7 @@ PROMPTS_OF_PEFT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that PEFT uses
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", PROMPTS_OF_PEFT)
 def test_adapters_before_the_text(make_trainer, tokenizer, kind, checkpointing):
@@ -525,7 +486,7 @@ def test_the_config_is_parsed_from_the_command_line():
 # --- bad input ---
 
 
-def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
+def test_invalid_arguments(make_trainer, tokenizer):
     with pytest.raises(ValueError, match=r"`center_rewards_coefficient` is 0.01.*never centred"):
         make_trainer(center_rewards_coefficient=0.01)
     for name, value, message in (
@@ -534,7 +495,6 @@ def test_what_makes_no_sense_is_refused(make_trainer, tokenizer):
         ("truncation_mode", "middle", "must be one of drop, keep_start, keep_end"),
         ("label_smoothing", 0.5, "below 0.5"),
         ("sft_coefficient", -1.0, "must not be negative"),
-        ("decode_alpha", 0.0, "must be positive"),
     ):
         with pytest.raises(ValueError, match=f"`{name}` is .{{0,2}}{value}.*{message}"):
             make_trainer(**{name: value})

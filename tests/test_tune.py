@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, run_command
+from helpers import ROOT, run_command
 from huggingface_hub import ModelCard
 from pairs import PROMPTS, conversational, message
-from tiny import save_adapter, tiny_llama, tiny_tokenizer
+from tiny import save_adapter, save_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -46,10 +46,7 @@ not_a_function = 5
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A base, an adapter on it, prompts and a scorer."""
-    tokenizer = tiny_tokenizer()
-    tiny_llama(0, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    save_adapter(str(tmp_path / "base"), str(tmp_path / "arm"))
+    save_adapter(save_llama(tmp_path / "base"), str(tmp_path / "arm"))
     RewardInfo(beta=0.1, objective="length").save(tmp_path / "arm")
     rows = [{"prompt": message("user", prompt)} for prompt in [*PROMPTS, PROMPTS[0]]]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -154,7 +151,7 @@ def test_what_is_measured_is_what_was_sampled_from(folder):
         assert answers.base_log_prob[row] == pytest.approx(taken.item(), rel=1e-3)
 
 
-def test_the_rule():
+def test_the_rule_of_choice():
     def row(alpha, reward, kl):
         return {"alpha": alpha, "reward": [reward], "kl": [kl]}
 
@@ -194,7 +191,7 @@ WRONG = [
     (["--prompts", "bare.jsonl"], 1, r"`bare.jsonl` has the columns \['question'\], but not `prompt`"),
     (["--prompts", "one.jsonl"], 1, "`one.jsonl` has 1 prompt.*at least 2"),
     (["--base", "no/model"], 1, "`no/model` can't be loaded.*`--base`"),
-    (["--arm", "no/arm"], 1, "`no/arm` is no adapter.*`--base`"),
+    (["--arm", "no/arm"], 1, "`no/arm` can't be loaded.*Hub id or folder of a reward model"),
     (["--output_dir", "prompts.jsonl"], 1, "`prompts.jsonl` can't be the folder"),
     (["--alpha", "0"], 2, r"`alpha` is \[0.0\].*positive"),
     (["--temperature", "-1"], 2, r"`temperature` is \[-1.0\].*positive"),
@@ -270,13 +267,13 @@ def test_a_recommended_setting_is_taken_where_no_other_is_given(folder, said):
     assert len(said) == 2
 
 
-def test_nothing_is_said_where_nothing_is_recommended(folder, said):
+def test_no_message_without_a_recommendation(folder, said):
     base = AutoModelForCausalLM.from_pretrained("base")
     processor = GenARMLogitsProcessor.from_pretrained("arm", base_model=base)
     assert (processor.alpha, processor.reference, said) == ([1.0], None, [])
 
 
-def test_one_reference_serves_all(folder, said):
+def test_recommended_references_that_differ_are_refused(folder, said):
     save_adapter("base", "other", seed=1)
     base = AutoModelForCausalLM.from_pretrained("base")
     recommend(folder, alpha=0.4)

@@ -7,20 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN
 from huggingface_hub import ModelCard
 
 from hf_genarm import RewardInfo
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = sorted(path.parent.name for path in CARDS.glob("*/genarm_config.json"))
-
-
-@pytest.fixture
-def server():
-    server = HubServer()
-    yield server
-    server.shutdown()
 
 
 def upload(server, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
@@ -87,7 +80,7 @@ def test_without_a_token_nothing_is_published(server, tmp_path):
     assert not server.requests
 
 
-def test_a_token_that_is_refused_is_told(server, tmp_path):
+def test_a_refused_token_is_reported(server, tmp_path):
     done = upload(server, tmp_path, token="hf_wrong")
     assert done.returncode == 1
     assert done.stderr.startswith("upload: ")

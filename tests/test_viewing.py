@@ -14,8 +14,8 @@ import matplotlib
 import pandas
 import pytest
 import torch
-from support import ONE
-from test_statistics import ARM, ASSISTANT, BASE, generate
+from helpers import generate
+from support import ARM, ASSISTANT, BASE, ONE
 from tiny import tiny_llama
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
@@ -231,7 +231,7 @@ def test_plot(guided, tmp_path):
 
 @pytest.mark.slow
 def test_the_picture_of_the_readme(tmp_path):
-    command = [sys.executable, "examples/tokens.py", "--output", str(tmp_path / "tokens.png")]
+    command = [sys.executable, "-m", "examples.tokens", "--output", str(tmp_path / "tokens.png")]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "48;2;" in printed
     assert (tmp_path / "tokens.png").read_bytes()[:4] == b"\x89PNG"

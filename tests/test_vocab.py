@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import generate
 from oracle import Recompute, guided, next_token_log_probs
 from tiny import CORPUS, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -47,12 +48,6 @@ def setup():
     return tokenizer, tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
 
 
-def generate(base, processor, inputs, **options):
-    torch.manual_seed(0)
-    defaults = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_scores": True}
-    return base.generate(**inputs, logits_processor=[processor], **(defaults | options))
-
-
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
 def test_permuted_ids_are_aligned_by_string(setup, options):
     tokenizer, base, arm = setup
@@ -60,10 +55,10 @@ def test_permuted_ids_are_aligned_by_string(setup, options):
     twin = renumbered(arm, order, len(tokenizer))
     inputs = tokenizer([*CORPUS[:2], "It is"], return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    expected = generate(base, Recompute([arm], [1.0], inputs["attention_mask"]), inputs, **options)
+    expected = generate(base, [Recompute([arm], [1.0], inputs["attention_mask"])], inputs, **options)
     processor = GenARMLogitsProcessor(twin, base_model=base, tokenizer=tokenizer, reward_tokenizer=other)
-    output = generate(base, processor, inputs, **options)
-    unaligned = generate(base, GenARMLogitsProcessor(twin, base_model=base), inputs, **options)
+    output = generate(base, [processor], inputs, **options)
+    unaligned = generate(base, [GenARMLogitsProcessor(twin, base_model=base)], inputs, **options)
     assert unaligned.sequences.tolist() != expected.sequences.tolist()
     assert output.sequences.tolist() == expected.sequences.tolist()
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
@@ -104,9 +99,9 @@ def test_an_added_token(setup):
     assert batch.input_ids[0, 0] == len(tokenizer)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     processor = GenARMLogitsProcessor(arm, base_model=base, tokenizer=with_pad, reward_tokenizer=tokenizer)
-    output = generate(base, processor, inputs, suppress_tokens=[len(tokenizer)])
+    output = generate(base, [processor], inputs, suppress_tokens=[len(tokenizer)])
     alone = inputs["input_ids"][0][inputs["attention_mask"][0] == 1][None]
-    expected = generate(base, processor, {"input_ids": alone}, suppress_tokens=[len(tokenizer)])
+    expected = generate(base, [processor], {"input_ids": alone}, suppress_tokens=[len(tokenizer)])
     torch.testing.assert_close(output.scores[0][0], expected.scores[0][0], atol=1e-4, rtol=0)
     # The other way round, the reward model knows one token more.
     result = GenARMLogitsProcessor(base, tokenizer=tokenizer, reward_tokenizer=with_pad)(
@@ -133,8 +128,8 @@ def test_added_tokens_without_logits(setup, side):
         "reward_tokenizer": tokenizer if side == "base" else with_pad,
     }
     processor = GenARMLogitsProcessor(arm, base_model=base, **tokenizers)
-    output = generate(base, processor, inputs)
-    expected = generate(base, Recompute([arm], [1.0], inputs["attention_mask"]), inputs)
+    output = generate(base, [processor], inputs)
+    expected = generate(base, [Recompute([arm], [1.0], inputs["attention_mask"])], inputs)
     assert output.sequences.tolist() == expected.sequences.tolist()
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -191,14 +186,14 @@ def test_a_prompt_without_the_chat_template_is_warned_about(setup, tmp_path):
     text = {"input_ids": tokenizer("How was the food?", return_tensors="pt").input_ids}
 
     RewardInfo().save(tmp_path / "arm")
-    generate(base, GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base), text)
+    generate(base, [GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base)], text)
     RewardInfo(chat_template=chat_template_fingerprint(tokenizer)).save(tmp_path / "arm")
     processor = GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base)
-    generate(base, processor, chat)
-    generate(base, processor, chat, num_beams=2)
+    generate(base, [processor], chat)
+    generate(base, [processor], chat, num_beams=2)
     with pytest.warns(GuidanceWarning, match="not in the chat template"):
-        generate(base, processor, text)
-    generate(base, processor, text)
+        generate(base, [processor], text)
+    generate(base, [processor], text)
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
@@ -212,12 +207,12 @@ def test_universal_assisted_decoding(setup, do_sample):
     options["assistant_model"] = tiny_llama(3, vocab_size=len(other))
     if not do_sample:
         with pytest.raises(ValueError, match="An assistant model must have the tokenizer of the base model"):
-            generate(base, GenARMLogitsProcessor(arm), {"input_ids": ids}, **options)
+            generate(base, [GenARMLogitsProcessor(arm)], {"input_ids": ids}, **options)
         return
     # The number of drafts depends on earlier calls, and with it the random numbers: compare along the text.
     compared = 0
     for _ in range(5):
-        output = generate(base, GenARMLogitsProcessor(arm), {"input_ids": ids}, **options)
+        output = generate(base, [GenARMLogitsProcessor(arm)], {"input_ids": ids}, **options)
         for step, scores in enumerate(output.scores):
             text = output.sequences[0, : ids.shape[1] + step]
             expected = guided(next_token_log_probs(base, text), [next_token_log_probs(arm, text)], [1.0])
@@ -253,7 +248,7 @@ def test_log_z_where_tokens_can_not_be_scored(setup):
     processor = GenARMLogitsProcessor(twin, base_model=base, tokenizer=tokenizer, reward_tokenizer=other)
     processor.keeps_statistics = True
     inputs = tokenizer(CORPUS[0], return_tensors="pt", return_token_type_ids=False)
-    output = generate(base, processor, inputs, max_new_tokens=1)
+    output = generate(base, [processor], inputs, max_new_tokens=1)
     with torch.no_grad():
         scores = base(**inputs).logits[0, -1, :-4].log_softmax(-1)
         reward = arm(**inputs).logits[0, -1].log_softmax(-1)

@@ -35,7 +35,7 @@ SIZES = {
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
 LATENT = ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"]
 LATENT += ["sarvam_mla", "youtu", "diffllama", "dots3_note_text"]
-HYBRID = ["bailing_hybrid", "jamba", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
+HYBRID = ["jamba", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
 HYBRID += ["qwen4_exp_text", "recurrent_gemma"]
 
 # Bidirectional unless their configuration says otherwise, as users must set it; all others have their own default.
@@ -47,6 +47,7 @@ AS_DECODERS += ["xlm-roberta-xl", "xmod"]
 MORE = {
     **{name: {"num_key_value_heads": 2} for name in LATENT},
     **{name: {"num_hidden_layers": 4} for name in HYBRID},
+    "bailing_hybrid": {"num_hidden_layers": 4, "num_key_value_heads": 2},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "codegen": {"n_head": 4, "rotary_dim": 4},

@@ -25,7 +25,7 @@ INKS = {
         "reward": "#e69f00",
         "both": "#2fc79a",
     },
-}  # colours that colour-blind people can tell apart (Okabe and Ito)
+}  # colours for colour-blind readers, too (Okabe and Ito)
 TOKENS = ["lovely", "quiet", "loud", "dirty"]
 BASE = [0.20, 0.35, 0.30, 0.15]
 REWARD = [1.2, 0.5, -0.9, -1.2]  # log π_r - log π_ref
@@ -96,7 +96,7 @@ def draw(ink: dict[str, str]) -> str:
             place = f"translate({x + 13 + 30 * index} {y}) rotate(35)"
             parts.append(f'<text transform="{place}" font-size="11" fill="{ink["text"]}">{token}</text>')
     arrow("M740 262V316H98V186", "both")
-    text(290, 306, "“lovely” is drawn, and both models read it: in lockstep", 13)
+    text(290, 306, "“lovely” is sampled, and both models read it: in lockstep", 13)
     marker = (
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0L8 4L0 8z" fill="{ink["line"]}"/></marker></defs>'

@@ -1,20 +1,14 @@
-"""Docstrings in the style of Hugging Face, as those that mkdocstrings reads."""
+"""Translates docstrings in the style of Hugging Face to the Google style that mkdocstrings reads."""
 
 import re
+from pathlib import Path
 
 from griffe import Extension, Object
 
-PUBLIC = {
-    "AutoregressiveRewardConfig": "hf_genarm.training.config.AutoregressiveRewardConfig",
-    "AutoregressiveRewardModel": "hf_genarm.hub.reward_model.AutoregressiveRewardModel",
-    "AutoregressiveRewardTrainer": "hf_genarm.training.trainer.AutoregressiveRewardTrainer",
-    "DraftingAssistant": "hf_genarm.decoding.assistant.DraftingAssistant",
-    "GenARMLogitsProcessor": "hf_genarm.decoding.processor.GenARMLogitsProcessor",
-    "LogitsProcessor": "transformers.LogitsProcessor",
-    "SMCOutput": "hf_genarm.decoding.particles.SMCOutput",
-    "RewardInfo": "hf_genarm.hub.info.RewardInfo",
-    "TokenRewards": "hf_genarm.hub.scoring.TokenRewards",
-}
+PAGE = (Path(__file__).parent.parent / "reference.md").read_text(encoding="utf-8")
+# The names that docstrings can link to: those of the reference page, and one of transformers
+PUBLIC = {path.rsplit(".", 1)[-1]: path for path in re.findall(r"^::: (\S+)", PAGE, re.MULTILINE)}
+PUBLIC["LogitsProcessor"] = "transformers.LogitsProcessor"
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
 TYPE = re.compile(r"^(\s+\*{0,2}\w+) \((.*)\):$", re.MULTILINE)
 
@@ -26,7 +20,7 @@ class HuggingFaceStyle(Extension):
 
 
 def _plain_type(match: re.Match) -> str:
-    """``name ([`~peft.PeftModel`], *optional*):``, without marks: types are shown as code."""
+    """Removes the marks from ``name ([`~peft.PeftModel`], *optional*):``, because types are shown as code."""
     of_type = REFERENCE.sub(lambda found: found[2].split(".")[-1], match[2])
     return f"{match[1]} ({re.sub('[`*]', '', of_type)}):"
 

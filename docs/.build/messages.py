@@ -1,5 +1,5 @@
 """
-Lists all errors, warnings and log lines of the package with their places, so that they can be read in one go.
+Lists all errors, warnings and log lines of the package with their places, to read them together.
 
     python docs/.build/messages.py
 """
@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-SPOKEN = {"warn", "warning", "warning_once", "info", "print", "exit", "error"}  # of `warnings`, a logger, or a program
+# Functions and methods that show their arguments to users
+SHOWING = {"warn", "warning", "warning_once", "info", "print", "exit", "error"}
 
 
 def text_of(node: ast.expr) -> str:
-    """A string with the code of what is filled in, or nothing."""
+    """The text of a string expression, with the code of what is filled in; empty for other expressions."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):
@@ -27,13 +28,13 @@ def text_of(node: ast.expr) -> str:
 
 
 def messages(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line, kind and text of each."""
+    """Yields line, kind and text of each message in a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             call, kind = node.exc, ast.unparse(node.exc.func)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             call, kind = node, node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-            if kind not in SPOKEN:
+            if kind not in SHOWING:
                 continue
         else:
             continue

@@ -1,5 +1,5 @@
 """
-Writes the tables of measured numbers in README.md and `docs/`, from the files that the measurements left.
+Writes the tables of measured numbers in README.md and `docs/`, from the result files of the benchmarks.
 
     python docs/.build/numbers.py
 """
@@ -32,13 +32,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def report_on(section: str) -> str:
-    """A section of the report on reward against divergence, and what follows it."""
+    """The report on reward against divergence, from the heading of a section to the end."""
     text = (BENCHMARKS / "frontier" / "RESULTS.md").read_text(encoding="utf-8")
     return text[text.index(f"\n## {section}\n") :]
 
 
 def of_report(section: str, after: str) -> str:
-    """The first table of a section after some words."""
+    """The first table of a section that follows the words `after`."""
     text = report_on(section)
     text = text[text.index(after) :]
     return text[text.index("\n|") + 1 :].split("\n\n")[0]
@@ -55,7 +55,7 @@ def matched_kl_and_base(section: str) -> str:
 
 def at_same_kl(section: str, kl: float) -> str:
     head, _, *rows = [line.strip("| ").split(" | ") for line in matched_kl(section).splitlines()]
-    # The head has no name for the names of methods.
+    # The first column, the names of methods, has no heading.
     values = {row[0]: row[head.index(f"KL {kl:g}") + 1] for row in rows}
     ours, dpo, eq7 = (values[name] for name in AT_SAME_KL)
     return f'one adapter, trained and used with `reference="base"` {ours}; DPO, trained for it {dpo}; Eq. 7 {eq7}'
@@ -70,10 +70,19 @@ def runs(name: str) -> list[dict]:
 
 
 def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
-    """Times per token of each engine, by whether adapters are on all linear layers, batch size and their number."""
+    """
+    The times per token of each engine.
+
+    The keys are: whether adapters are on all linear layers, the batch size, and the number of adapters. Times over the
+    unguided base with the matrix products of joint passes are named `same …`; old runs have none.
+    """
     return {  # later runs had more rounds
         ("--targets all" in run["command"], result["batch_size"], result["adapters"]): {
-            engine: spread(time) for engine, time in result["time"].items()
+            engine: spread(time)
+            for engine, time in (
+                *result["time"].items(),
+                *((f"same {engine}", time) for engine, time in result.get("time_over_same_products", {}).items()),
+            )
         }
         for run in runs("decode_cost")
         for result in run["results"]
@@ -81,23 +90,37 @@ def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
 
 
 def decode_cost() -> str:
-    engines = ("fused", "shared", "separate", "rows")
+    times = decode_times()
+    columns = {
+        "same fused": "fused, same products",
+        "same rows": "unguided, with as many rows, same products",
+        "fused": "fused",
+        "shared": "shared",
+        "separate": "separate",
+        "rows": "unguided, with as many rows",
+    }
+    columns = {name: head for name, head in columns.items() if any(name in cells for cells in times.values())}
     return table(
-        ["batch", "reward models", "fused", "shared", "separate", "unguided, with as many rows"],
+        ["batch", "reward models", *columns.values()],
         [
-            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(times.get(x, "") for x in engines)]
-            for (of_all, batch_size, adapters), times in sorted(decode_times().items())
+            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(cells.get(x, "") for x in columns)]
+            for (of_all, batch_size, adapters), cells in sorted(times.items())
         ],
     )
 
 
+def fused(times: dict[str, str]) -> str:
+    """The time per token of an adapter over the unguided base with the same products, or over the base as it is."""
+    return times.get("same fused", times["fused"])
+
+
 def cost() -> str:
-    """The answer to the question what guidance costs, in a few rows."""
+    """The few rows of `decode_cost` that answer what guidance costs."""
     times = decode_times()
     rows = [
-        ["a LoRA adapter on the base, one text at a time", times[False, 1, 1]["fused"]],
-        ["the same, 16 texts at a time", times[False, 16, 1]["fused"]],
-        ["four of them, one text at a time", times[False, 1, 4]["fused"]],
+        ["a LoRA adapter on the base, one text at a time", fused(times[False, 1, 1])],
+        ["the same, 16 texts at a time", fused(times[False, 16, 1])],
+        ["four of them, one text at a time", fused(times[False, 1, 4])],
         ["a separate model as large as the base", times[False, 1, 1]["separate"]],
     ]
     return table(["reward model, on 2 CPU cores", "time per token, over unguided"], rows)
@@ -119,7 +142,7 @@ def train_cost() -> str:
 
 
 def effects(card: str) -> dict[str, str]:
-    """What an adapter does to generated text, by the strength, as its card says."""
+    """The effect of an adapter on generated text at each strength, read from its card."""
     return dict(re.findall(r"^\| (unguided|α = [\d.]+) \| (\S+ \[.*?\]) \|", card, re.MULTILINE))
 
 
@@ -129,15 +152,20 @@ def headline() -> str:
     pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
     times = decode_times()[False, 1, 1]
+    other_baseline = (
+        f"over torch's own, slower matrix products {times['fused']} ([why](docs/speed.md#what-it-costs))"
+        if "same fused" in times
+        else f"two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))"
+    )
     train = runs("train_cost")[0]["results"][0]
-    make = f"`python model_cards/make_sentiment.py` ([card](model_cards/{SENTIMENT}/README.md))"
+    make = f"`python -m model_cards.make_sentiment` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
         ["", "", "command"],
         [
             [
                 "reward (sentiment) at the same KL from the base, 8 nats per answer",
                 f"{at_same_kl('Sentiment', 8)} ([results](docs/results.md))",
-                "`python examples/benchmarks/frontier/run.py`",
+                "`python -m examples.benchmarks.frontier.run`",
             ],
             [
                 "detoxification (probability of no toxicity) at the same KL, 1.5 nats",
@@ -151,20 +179,20 @@ def headline() -> str:
                 make,
             ],
             [
-                "held-out pairs told apart by what was learned",
-                f"{learned}; by length alone {pairs['shorter_accuracy']:.2f}",
+                "accuracy on held-out pairs of what was learned (adapter minus base)",
+                f"{learned}; of length alone {pairs['shorter_accuracy']:.2f}",
                 "the same",
             ],
             [
                 "time per token over unguided, batch 1, LoRA reward model",
-                f"{times['fused']}; two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))",
-                "`python examples/benchmarks/decode_cost.py`",
+                f"{fused(times)}; {other_baseline}",
+                "`python -m examples.benchmarks.decode_cost`",
             ],
             [
                 f"training step, over TRL's `CPOTrainer` ({train['shape'].replace('+', ' + ')} tokens)",
                 f"{spread(train['speed']['one row'])} times as fast, "
                 f"{train['memory_mb']['one row'] / train['memory_mb']['naive']:.2f} of the memory",
-                "`python examples/benchmarks/train_cost.py`",
+                "`python -m examples.benchmarks.train_cost`",
             ],
         ],
     )
@@ -178,7 +206,7 @@ def capability() -> str:
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])
         form = "ratio to the base" if row["reference"] else "Eq. 7"
         rows.append([f"{row['alpha']:g}", form if row["alpha"] else "unguided", accuracy, change])
-    return table(["α", "steered by", "accuracy", "less unguided, paired"], rows)
+    return table(["α", "steered by", "accuracy", "minus unguided, paired"], rows)
 
 
 def sequence_law() -> str:
@@ -188,7 +216,7 @@ def sequence_law() -> str:
         for row in rows
     ]
     return table(
-        ["N", "distance of N particles", "of the best of N"],
+        ["N", "distance of N particles", "distance of the best of N"],
         [["token by token", f"{first['token_law']:.2f}", ""], *cells],
     )
 
@@ -242,7 +270,7 @@ def pages() -> list[Path]:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the files have them."""
+    """The text of a page, with the tables that the result files give."""
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 

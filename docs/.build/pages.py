@@ -1,4 +1,4 @@
-"""What this site asks of mkdocs: formulas as MathML, which needs no script; links to the repository and libraries."""
+"""Hooks of mkdocs: they draw formulas as MathML, which needs no script, and resolve links out of the site."""
 
 import html
 import re
@@ -37,13 +37,15 @@ TO_REPOSITORY = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_pre_build(config) -> None:
+    """Registers where the documentation of other libraries explains the types in our signatures."""
     for name, url in TYPES.items():
         config.plugins["autorefs"].register_url(name, f"{url}#{name}")
 
 
 def on_files(files, config):
+    """Adds README and CONTRIBUTING as pages, and the pictures of `examples` and `model_cards`."""
     for source, name in (("README.md", "index.md"), ("CONTRIBUTING.md", "contributing.md")):
-        text = re.sub(r'(\]\(|src="|srcset=")(?!\w+:)', r"\1../", (ROOT / source).read_text(encoding="utf-8"))
+        text = re.sub(r'(\]\(|src="|srcset=")(?!\w+:|#)', r"\1../", (ROOT / source).read_text(encoding="utf-8"))
         text = text.replace("../docs/", "").replace("../CONTRIBUTING.md", "contributing.md")
         files.append(File.generated(config, name, content=text))
     for folder in ("examples", "model_cards"):
@@ -54,11 +56,11 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown: str, page, **kwargs) -> str:
-    """Links out of `docs/`, which work as they are on GitHub: pictures are copied, the rest is linked where it is."""
+    """Resolves links out of `docs/`, which work unchanged on GitHub: to copied pictures, or to the repository."""
 
     def link(match: re.Match) -> str:
         if not (ROOT / match[1]).exists():
-            raise PluginError(f"{page.file.src_path} links to `../{match[1]}`, which isn't there.")
+            raise PluginError(f"{page.file.src_path} links to `../{match[1]}`, which doesn't exist.")
         return (
             f"](repository/{match[1]})" if match[1].endswith(".png") else f"]({REPOSITORY}/{match[1]}{match[2] or ''})"
         )
@@ -67,6 +69,8 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
 
 
 def on_page_content(content: str, **kwargs) -> str:
+    """Replaces formulas by MathML."""
+
     def draw(match: re.Match) -> str:
         return convert(html.unescape(match[3]), display="inline" if match[2] == "(" else "block")
 

@@ -1,17 +1,16 @@
 """
 What guidance costs in knowledge: SmolLM2-135M-Instruct on 239 questions of common knowledge and grammar, by strength.
 
-    python examples/benchmarks/capability.py         # some minutes
+    python -m examples.benchmarks.capability         # some minutes
 
-The task is `examples/data/common_knowledge`, scored by the Language Model Evaluation Harness (`pip install
-hf_genarm[eval]`): an answer is right if the guided distribution gives it the most probability. The sentiment adapter
-knows nothing of the questions; what changes is its side effect. Accuracy with 95 % bootstrap intervals over questions,
-and its change from the unguided model, paired.
+The task is `examples/data/common_knowledge`, scored by the Language Model Evaluation Harness, which is installed by
+`pip install -e ".[eval]"`. An answer is right if the guided distribution gives it the most probability. The sentiment
+adapter has not learned from such questions, so what changes is a side effect. Printed are the accuracy and its paired
+change from the unguided model, with 95 % bootstrap intervals over questions.
 """
 
 import argparse
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,16 @@ from typing import Any
 import numpy as np
 import yaml
 
+from examples.small import fitting_adapter, output_file, sized
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from quickstart import bootstrap  # noqa: E402
-from small import fitting_adapter, output_file, sized  # noqa: E402
-
 TASK = ROOT / "examples" / "data" / "common_knowledge" / "common_knowledge.yaml"
 
 
 def load_task() -> dict[str, Any]:
-    """The task, with its file by its whole path."""
+    """Reads the task, and makes the path of its file absolute."""
     task = yaml.safe_load(TASK.read_text(encoding="utf-8"))
     files = task["dataset_kwargs"]["data_files"]
     task["dataset_kwargs"]["data_files"] = {split: str(ROOT / path) for split, path in files.items()}
@@ -39,7 +35,7 @@ def load_task() -> dict[str, Any]:
 
 
 def score(arm: str, alpha: float, reference: str | None, n_questions: int | None) -> list[dict[str, Any]]:
-    """The questions, each with `acc`, which is 1 if it was answered right."""
+    """Returns the questions, each with `acc`, which is 1 if its answer was right."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -62,8 +58,8 @@ def score(arm: str, alpha: float, reference: str | None, n_questions: int | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", default="model_cards/arm-smollm2-135m-sentiment", help="Hub id or folder")
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0], help="besides 0")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0], help="strengths, in addition to 0")
+    parser.add_argument("--seed", type=int, default=0, help="for the bootstrap")
     parser.add_argument(
         "--output",
         type=output_file,
@@ -87,8 +83,8 @@ def main() -> None:
             {
                 "alpha": alpha,
                 "reference": reference,
-                "accuracy": bootstrap(right, args.seed),
-                "change": bootstrap(right - right_before, args.seed),
+                "accuracy": mean_with_interval(right, seed=args.seed),
+                "change": mean_with_interval(right - right_before, seed=args.seed),
                 "by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items()},
             }
         )
@@ -101,7 +97,7 @@ def main() -> None:
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"{report['n_questions']} questions, of which {report['chance']:.3f} are right by chance")
-    print("reference      α   accuracy               less unguided, paired")
+    print("reference      α   accuracy               minus unguided, paired")
     for row in rows:
         cells = "{:.3f} [{:.3f}, {:.3f}]   {:+.3f} [{:+.3f}, {:+.3f}]".format(*row["accuracy"], *row["change"])
         print(f"{row['reference'] or 'none':<10} {row['alpha']:5g}   {cells}")

@@ -1,29 +1,40 @@
 """
 What guidance costs: time per new token, guided over unguided, and peak memory, for each engine.
 
-    python examples/benchmarks/decode_cost.py
-    python examples/benchmarks/decode_cost.py --profile
+    python -m examples.benchmarks.decode_cost
+    python -m examples.benchmarks.decode_cost --profile
 
-All ways of decoding take turns within a round, each with prompts of its own. The time per token of a run is the median
-over its steps after the prompt. Ratios are taken within a round; their median and range over the rounds are printed
-and added to a JSON file. Peak memory is that of a process of its own, from the first token to the last.
+All ways of decoding take turns within a round, each with its own prompts. The time per token of a run is the median
+over its steps after the prompt. Ratios are taken within a round; their median and range over the rounds are printed and
+added to a JSON file. Peak memory is that of a separate process, from the first token to the last.
+
+There are two baselines. For few rows on a CPU, a joint pass of base and adapters computes its linear layers as `W x`,
+which can be much faster than torch's own `x W`; that is no gain from guidance. *Same products* is the ratio to an
+unguided base that computes its linear layers as joint passes do: what guidance costs. The other ratios are to the base
+as it is.
 """
 
 import argparse
 import cProfile
+import functools
+import inspect
 import pstats
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from measuring import add_record, cell, forget_peak_memory, memory_mb, output_file, run_for_memory, sized, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LogitsProcessor, PreTrainedModel
 
+from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.decoding.fusion import joint_cache, joint_network
 from hf_genarm.demo import demo_model
 
 ENGINES = ("fused", "shared", "separate")
@@ -31,7 +42,7 @@ TARGETS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
 
 
 class Clock(LogitsProcessor):
-    """Notes the time of each step, after guidance."""
+    """Records the time of each step, after guidance."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -42,7 +53,7 @@ class Clock(LogitsProcessor):
 
 
 def time_per_token(model: PreTrainedModel, processors: list[LogitsProcessor], batch_size: int, args) -> float:
-    """Seconds; the reward models have never seen the prompts."""
+    """Returns seconds. The prompts are new ones, which the reward models have not read before."""
     prompts = torch.randint(10, model.config.vocab_size, (batch_size, args.prompt_tokens))
     clock = Clock()
     model.generate(
@@ -58,7 +69,7 @@ def time_per_token(model: PreTrainedModel, processors: list[LogitsProcessor], ba
 
 
 def save_adapters(path: str, folder: Path, args) -> list[str]:
-    """Random adapters: time doesn't depend on what they have learned."""
+    """Saves random adapters: time doesn't depend on what they have learned."""
     names = []
     for index in range(max(args.adapters)):
         config = LoraConfig(r=args.rank, target_modules=TARGETS[args.targets], init_lora_weights=False)
@@ -75,7 +86,7 @@ def make_processor(engine: str, model: PreTrainedModel, names: list[str]) -> Gen
 def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProcessor], batch_size: int, args) -> float:
     if engine != "shared":
         return time_per_token(model, processors, batch_size, args)
-    # A hook on the base must be heard, so that its passes are its own; the weights are still shared.
+    # A joint pass would skip this hook, so base and reward model run separately. They still share their weights.
     handle = model.register_forward_hook(lambda *_: None)
     try:
         return time_per_token(model, processors, batch_size, args)
@@ -83,36 +94,72 @@ def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProce
         handle.remove()
 
 
+@contextmanager
+def products_of_joint_passes(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a model compute its linear layers by the function that computes those of joint passes."""
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    for layer in layers:
+        vars(layer)["forward"] = functools.partial(joint_network._linear, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def measure_round(
+    model: PreTrainedModel,
+    arm: PreTrainedModel,
+    processors: dict[str, GenARMLogitsProcessor],
+    n_adapters: int,
+    batch_size: int,
+    args: argparse.Namespace,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the ratios of one round: over the base as it is, and over the base with the products of joint passes."""
+    n_rows = batch_size * (1 + n_adapters)
+    seconds = {engine: run_engine(engine, model, [x], batch_size, args) for engine, x in processors.items()}
+    seconds["rows"] = time_per_token(model, [], n_rows, args)
+    unguided = time_per_token(model, [], batch_size, args)
+    alone = unguided + n_adapters * time_per_token(arm, [], batch_size, args)
+    with products_of_joint_passes(model):
+        same = {"rows": time_per_token(model, [], n_rows, args)}
+        unguided_same = time_per_token(model, [], batch_size, args)
+    same["unguided"] = unguided
+    ratios = {name: time_of_it / unguided for name, time_of_it in seconds.items()}
+    if "fused" in seconds:
+        same["fused"] = seconds["fused"]
+        ratios["over_rows"] = seconds["fused"] / seconds["rows"]
+    if "separate" in seconds:
+        ratios["over_alone"] = seconds["separate"] / alone
+    return ratios, {name: time_of_it / unguided_same for name, time_of_it in same.items()}
+
+
 def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
+    """
+    Measures all batch sizes and numbers of adapters.
+
+    Returns:
+        list of `dict`: `time` holds ratios to the time of the base as it is, `time_over_same_products` to that of the
+        base with the products of joint passes, `unguided` in it being the base as it is; each with its range.
+    """
     results = []
-    rounds = tqdm(total=len(args.batch_sizes) * len(args.adapters) * args.rounds, desc="rounds")
+    bar = tqdm(total=len(args.batch_sizes) * len(args.adapters) * args.rounds, desc="rounds")
     arm = AutoregressiveRewardModel.from_pretrained(names[0]).model
     for n_adapters in args.adapters:
         processors = {engine: make_processor(engine, model, names[:n_adapters]) for engine in args.engines}
         for batch_size in args.batch_sizes:
-            ratios: dict[str, list[float]] = {}
+            rounds = []
             for _ in range(args.rounds):
-                seconds = {
-                    engine: run_engine(engine, model, [processor], batch_size, args)
-                    for engine, processor in processors.items()
-                }
-                seconds["rows"] = time_per_token(model, [], batch_size * (1 + n_adapters), args)
-                unguided = time_per_token(model, [], batch_size, args)
-                alone = unguided + n_adapters * time_per_token(arm, [], batch_size, args)
-                for name, time_of_it in seconds.items():
-                    ratios.setdefault(name, []).append(time_of_it / unguided)
-                for name, time_of_it in (("over_rows", seconds.get("fused")), ("over_alone", seconds.get("separate"))):
-                    if time_of_it is not None:
-                        reference = seconds["rows"] if name == "over_rows" else alone
-                        ratios.setdefault(name, []).append(time_of_it / reference)
-                rounds.update()
-            times = {name: spread(x) for name, x in ratios.items()}
-            results.append({"batch_size": batch_size, "adapters": n_adapters, "time": times, "memory_mb": {}})
+                rounds.append(measure_round(model, arm, processors, n_adapters, batch_size, args))
+                bar.update()
+            time_, same = ({name: spread([x[name] for x in of]) for name in of[0]} for of in zip(*rounds, strict=True))
+            result = {"batch_size": batch_size, "adapters": n_adapters, "memory_mb": {}}
+            results.append(result | {"time": time_, "time_over_same_products": same})
     return results
 
 
 def peak_memory(engine: str, names: list[str], batch_size: int, args) -> float:
-    """In megabytes, of a process that does nothing else."""
+    """Returns megabytes, measured in a process that does nothing else."""
     options = ["--peak-memory-of", engine, *names, "--batch-sizes", str(batch_size)]
     options += ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
     return run_for_memory(__file__, options)
@@ -128,30 +175,35 @@ def print_peak_memory(engine: str, names: list[str], args) -> None:
 
 
 def profile(model: PreTrainedModel, names: list[str], args) -> None:
-    """Where the time of guided steps goes. The profiler itself slows Python code down."""
+    """Prints where the time of guided steps goes. The profiler itself slows Python code down."""
     processor = make_processor("fused", model, names[:1])
     for batch_size in args.batch_sizes:
         profiler = cProfile.Profile()
         time_per_token(model, [processor], batch_size, args)
         profiler.runcall(time_per_token, model, [processor], batch_size, args)
-        spent: dict[str, float] = {}
-        for (_, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items():
-            spent[name] = max(spent.get(name, 0.0), cumulative)
-        total = spent["generate"]
-        processor_time = spent["join_next_pass"] + spent["guided_log_probs"] + spent["of"]
+        spent = functools.partial(seconds_in, pstats.Stats(profiler))
         parts = {
-            "joint forward passes: products with the weights of the base": spent["_linear"],
-            "joint forward passes: low-rank products of the adapter": spent["add"],
-            "joint forward passes: joining and splitting the caches": spent["join"] + spent["split"],
-            "prefill of base and reward model": spent["_prefill"] + processor_time - spent["join_next_pass"],
+            "joint passes: products with the weights of the base": spent(joint_network._linear),
+            "joint passes: low-rank products of the adapter": spent(joint_network.LowRankProduct.add),
+            "joint passes: joining and splitting the caches": spent(joint_cache.join) + spent(joint_cache.split),
+            "the prompt, read by the base": spent(GenerationMixin._prefill),
+            "the processor, which reads the prompt with the reward model": spent(GenARMLogitsProcessor.__call__),
         }
+        total = spent(GenerationMixin.generate)
         print(f"\nbatch {batch_size}, 1 adapter: share of the time of `generate`")
         for name, seconds in parts.items():
             print(f"  {seconds / total:6.1%}  {name}")
 
 
+def seconds_in(stats: pstats.Stats, function: Callable) -> float:
+    """Returns the time spent in a function and in what it calls. Other functions of the same name don't count."""
+    code = inspect.unwrap(function).__code__
+    _, _, _, cumulative, _ = stats.stats[code.co_filename, code.co_firstlineno, code.co_name]  # type: ignore[attr-defined]
+    return cumulative
+
+
 def compare_products(model: PreTrainedModel) -> None:
-    """The linear layers of the model for a few rows, as torch computes them and as a joint pass does."""
+    """Times the linear layers of the model for few rows, as torch computes them and as `W x`, as in joint passes."""
     weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     ways = {
         "x W": lambda x, weight: torch.nn.functional.linear(x, weight),
@@ -172,17 +224,17 @@ def compare_products(model: PreTrainedModel) -> None:
 
 
 def table(results: list[dict], engines: list[str]) -> str:
-    columns = [*engines, "rows", "over_rows", "over_alone"]
-    head = {"rows": "unguided, as many rows", "over_rows": "fused / as many rows"}
-    head |= {"over_alone": "separate / models alone"}
-    names = ["batch", "adapters", *(head.get(x, x) for x in columns), "peak memory over unguided, MB"]
-    lines = ["| " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
+    same = {"fused": "fused, same products", "rows": "unguided, as many rows, same products"}
+    same |= {"unguided": "unguided, torch's products over the same"}
+    plain = {engine: engine for engine in engines} | {"rows": "unguided, as many rows"}
+    plain |= {"over_rows": "fused / as many rows", "over_alone": "separate / models alone"}
+    names = ["batch", "adapters", *same.values(), *plain.values(), "peak memory over unguided, MB"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in results:
         memory = row["memory_mb"]
         extra = ", ".join(f"{x} {memory[x] - memory['unguided']:+.0f}" for x in engines) if memory else ""
-        cells = " | ".join(cell(row["time"].get(x)) for x in columns)
-        lines.append(f"| {row['batch_size']} | {row['adapters']} | {cells} | {extra} |")
+        cells = [cell(row["time_over_same_products"].get(x)) for x in same] + [cell(row["time"].get(x)) for x in plain]
+        lines.append("| " + " | ".join([str(row["batch_size"]), str(row["adapters"]), *cells, extra]) + " |")
     return "\n".join(lines)
 
 

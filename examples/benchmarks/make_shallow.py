@@ -1,22 +1,20 @@
 """
-Makes a shallow reward model of SmolLM2-135M-Instruct: its first layers and its head, as good a small model of it as can
-be had without the Hub.
+Makes a shallow reward model of SmolLM2-135M-Instruct from its first layers and its head, since no smaller model of its
+family can be had without the Hub.
 
-    python examples/benchmarks/make_shallow.py       # about 35 minutes on one core
+    python -m examples.benchmarks.make_shallow       # about 35 minutes on one core
 
-The whole model answers the prompts of `examples/data/sentiment/train.jsonl`, and its likeliest next tokens are kept
-beside each token that it writes. Its first layers are distilled on these, and then trained as a reward model on the
-preference pairs. All of it is kept in `~/.cache/hf_genarm`; what is there is not made again.
+The whole model answers the prompts of `examples/data/sentiment/train.jsonl`, and the likeliest next tokens at each step
+are kept. The first layers are distilled on these, and then trained as a reward model on the preference pairs.
+Everything is kept in `~/.cache/hf_genarm`, and is not made twice.
 """
 
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
-from measuring import sized
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -30,11 +28,9 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from quickstart import DATA, train, training_pairs
-from small import output_folder
-
+from examples.pairs import DATA, training_pairs
+from examples.quickstart import train
+from examples.small import output_folder, sized
 from hf_genarm import AutoregressiveRewardModel
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 
@@ -51,10 +47,10 @@ library_name: transformers
 # A shallow reward model of SmolLM2-135M-Instruct
 
 The first {n_layers} of {n_all_layers} layers of [{base}](https://huggingface.co/{base}) with its head, made to measure
-how fast a small reward model drafts for a large base. It is no language model of general use: it was distilled for
+how fast a small reward model drafts for a large base. It is not a language model for general use: it was distilled for
 {n_epochs} epochs on {n_texts} short answers of the whole model to questions about everyday things ({nats:.2f} nats per
 token from it on the last batches), and then trained on {n_pairs} preference pairs that the word list VADER has labelled
-by sentiment. Made by `python examples/benchmarks/make_shallow.py`.
+by sentiment. Made by `python -m examples.benchmarks.make_shallow`.
 """
 
 
@@ -71,6 +67,7 @@ class Likeliest(LogitsProcessor):
 
 
 def chats(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
+    """Returns the inputs of `generate` for chats with one question each."""
     return tokenizer.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         add_generation_prompt=True,
@@ -81,7 +78,7 @@ def chats(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, T
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict]:
-    """Answers of the whole model at temperature 1, and what else it might have said at each token."""
+    """Samples answers of the whole model at temperature 1, with the likeliest tokens at each step."""
     lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = list(dict.fromkeys(json.loads(line)["prompt"][0]["content"] for line in lines))
     prompts = prompts[: args.prompts] * args.answers
@@ -103,6 +100,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: arg
 
 
 def first_layers(n_layers: int) -> PreTrainedModel:
+    """Returns the first layers of the whole model with its head."""
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     model.model.layers = model.model.layers[:n_layers]
     model.config.num_hidden_layers, model.config.layer_types = n_layers, None
@@ -110,7 +108,7 @@ def first_layers(n_layers: int) -> PreTrainedModel:
 
 
 def distil(student: PreTrainedModel, texts: list[dict], pad: int, args: argparse.Namespace) -> float:
-    r"""Minimises $\text{KL}(\pi_\text{whole} \,\|\, \pi_\text{student})$ on the likeliest tokens; returns its last."""
+    r"""Minimises $\text{KL}(\pi_\text{whole} \,\|\, \pi_\text{student})$ on the likeliest tokens; returns the last."""
     # The embedding is also the head, and stays that of the whole model.
     student.train().get_input_embeddings().requires_grad_(False)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -135,8 +133,9 @@ def distil(student: PreTrainedModel, texts: list[dict], pad: int, args: argparse
 
 
 def divergence(student: PreTrainedModel, texts: list[dict], pad: int) -> Tensor:
+    """Returns the mean divergence per token of a batch."""
     ids = torch.nn.utils.rnn.pad_sequence([text["ids"] for text in texts], batch_first=True, padding_value=pad)
-    hidden = student.model(input_ids=ids).last_hidden_state  # padded on the right, which no token sees
+    hidden = student.model(input_ids=ids).last_hidden_state  # padded on the right, where no token sees it
     answers = [x[len(t["ids"]) - len(t["tokens"]) - 1 : len(t["ids"]) - 1] for x, t in zip(hidden, texts, strict=True)]
     log_probs = student.lm_head(torch.cat(answers)).log_softmax(dim=-1)
     wanted = torch.cat([text["log_probs"] for text in texts])
@@ -146,12 +145,13 @@ def divergence(student: PreTrainedModel, texts: list[dict], pad: int) -> Tensor:
 
 
 def shallow_folder() -> Path:
-    """Where the reward model is, or will be."""
+    """Returns the folder of the reward model, which need not exist yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_genarm"
     return Path(sized(str(cache), "outputs")) / "arm-smollm2-135m-shallow"
 
 
 def make(args: argparse.Namespace) -> None:
+    """Makes the reward model, and what it is made from where that is missing."""
     path = demo_model()
     parts, distilled = args.output / "parts", args.output / DISTILLED
     parts.mkdir(parents=True, exist_ok=True)
@@ -189,12 +189,12 @@ def make(args: argparse.Namespace) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=sized(6, 1), help="how many it keeps")
+    parser.add_argument("--layers", type=int, default=sized(6, 1), help="how many layers it keeps")
     parser.add_argument("--prompts", type=int, default=sized(180, 4))
     parser.add_argument("--answers", type=int, default=sized(8, 2), help="to each prompt")
-    parser.add_argument("--new-tokens", type=int, default=sized(48, 6), help="of an answer, at the most")
+    parser.add_argument("--new-tokens", type=int, default=sized(48, 6), help="of an answer, at most")
     parser.add_argument("--sampling-batch", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=1, help="of distilling")
+    parser.add_argument("--epochs", type=int, default=1, help="of distillation")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--pairs", type=int, default=128, help="that the reward model is trained on")
@@ -204,7 +204,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def shallow_reward_model() -> Path:
-    """The folder of the reward model, which is made if it is not there; what it was trained from is in `DISTILLED`."""
+    """Returns the folder of the reward model, made if it is missing. Its distilled starting point is in `DISTILLED`."""
     folder = shallow_folder()
     if not (folder / "model.safetensors").exists():
         print(f"Making the shallow reward model in {folder} (once, about 35 minutes)", flush=True)

@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from small import output_file, sized  # noqa: F401  (for the scripts beside this one)
-
 
 def machine() -> dict[str, str | int]:
+    """Returns what results depend on besides the code: processor, threads and versions."""
     model = [
         line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
     ]
@@ -31,35 +28,42 @@ def machine() -> dict[str, str | int]:
 
 
 def spread(ratios: list[float]) -> list[float]:
-    """Median and range."""
+    """Returns median, minimum and maximum."""
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def cell(values: list[float] | None) -> str:
+    """Returns the cell of a table for a median and its range."""
     return "" if values is None else "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 
 
 def run_for_memory(script: str, options: list[str]) -> float:
-    """The number that a script prints last, from a process that does nothing else."""
-    # Large blocks go back to the system at once, so that memory in use is measured, and not how it is fragmented.
+    """Runs a script in a separate process, and returns the number that it prints last."""
+    # Large blocks go back to the system at once, so that fragmentation is not measured as memory in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, *options]
+    command = [sys.executable, "-m", module_of(script), *options]
     run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return float(run.stdout.split()[-1])
 
 
+def module_of(script: str) -> str:
+    """Returns the name by which `python -m` runs the file of a benchmark."""
+    return f"examples.benchmarks.{Path(script).stem}"
+
+
 def forget_peak_memory() -> None:
+    """Lets the peak memory of this process be that from now on."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def memory_mb(name: str = "VmHWM") -> float:
-    """Peak memory of this process, or with `VmRSS` the memory in use, in megabytes."""
+    """Returns the peak memory of this process in megabytes, or with `VmRSS` the memory in use."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[name].split()[0]) / 1024
 
 
 def save_over_logs(figure: Any, axis: Any, values: Sequence[float], path: Path) -> None:
-    """Labels the values of a logarithmic axis, and them alone, and writes the picture."""
+    """Labels exactly some values of a logarithmic axis, and writes the picture."""
     axis.minorticks_off()
     axis.set_xticks(values, [f"{value:.3g}" for value in values])
     axis.spines[["top", "right"]].set_visible(False)
@@ -69,8 +73,9 @@ def save_over_logs(figure: Any, axis: Any, values: Sequence[float], path: Path) 
 
 
 def add_record(output: Path | None, script: str, results: list[dict]) -> None:
+    """Adds results to a JSON file, if there is one, with the command and the machine."""
     if output:
-        command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *sys.argv[1:]])
+        command = " ".join(["python", "-m", module_of(script), *sys.argv[1:]])
         records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
         records.append({"command": command, "machine": machine(), "results": results})
         output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

@@ -1,23 +1,24 @@
 """
 Sequential Monte Carlo against the optimum over whole texts, on languages that can be written out.
 
-    python examples/benchmarks/sequence_law.py
+    python -m examples.benchmarks.sequence_law
 
-Base and reward model are tiny Llamas with random weights; a language is all texts of at most a few tokens, one of which
-ends a text. Printed over the number of particles N: the total variation distance between the law of the texts and the
-optimum, for SMC and for the best of N texts of the base by the same reward, and the ratio of the estimate of Z to Z;
-means over languages. At N = 1, SMC is guided sampling token by token. The distances of SMC are estimated from below, by
-texts that both halves of the runs agree to be too likely or too rare; those of the best of N are exact.
+Base and reward model are tiny Llamas with random weights. A language is all texts of at most a few tokens, where one
+token ends a text. Printed are, over the number of particles N, the total variation distance between the distribution of
+texts and the optimum, for SMC and for the best of N texts of the base by the same reward, and the ratio of the
+estimate of Z to Z; means over languages. At N = 1, SMC is guided sampling token by token. The distances of SMC are
+lower estimates, since one half of the runs decides which texts are too likely; those of the best of N are exact.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from measuring import add_record, output_file, save_over_logs, sized
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples.benchmarks.measuring import add_record, save_over_logs
+from examples.small import output_file, sized
 from hf_genarm import GenARMLogitsProcessor, SMCOutput, smc_sample
 
 PROMPT, PAD, EOS = [3, 4], 0, 1
@@ -33,7 +34,7 @@ def random_model(seed: int, n_tokens: int) -> LlamaForCausalLM:
 
 class Language:
     """
-    Every text, and what it is worth.
+    All texts of a base and a reward model, with their probabilities and rewards.
 
     Args:
         base, arm ([`~transformers.PreTrainedModel`]):
@@ -43,17 +44,17 @@ class Language:
         length (`int`):
             The longest text.
         temperature (`float`), top_k (`int`):
-            As for `generate`.
+            The options of `generate`.
 
     Attributes:
         texts (list of list of `int`):
             All texts, padded.
         target (`torch.Tensor` of shape `(n_texts,)`):
-            Logarithm of the product of all factors, which `log_z` normalises.
+            Unnormalised log-probabilities of the optimum; `log_z` normalises them.
         token_law, base_law (`torch.Tensor` of shape `(n_texts,)`):
-            Log-probabilities of sampling token by token, and of the base.
+            Log-probabilities of the texts when sampled token by token, and under the base.
         rewards (`torch.Tensor` of shape `(n_texts,)`):
-            Log-probabilities of the reward model.
+            Log-probabilities under the reward model.
     """
 
     def __init__(self, base, arm, alpha: float, length: int, temperature: float = 1.0, top_k: int = 0):
@@ -78,14 +79,14 @@ class Language:
             base, arm = (model(ids).logits[0, -1].double().log_softmax(dim=-1) for model in (self.base, self.arm))
         factors = (base + self.alpha * arm) / self.options["temperature"]
         kept = factors.topk(self.options["top_k"] or len(factors)).indices
-        law = torch.full_like(factors, -torch.inf)
-        law[kept] = factors[kept].log_softmax(dim=-1)
+        guided = torch.full_like(factors, -torch.inf)
+        guided[kept] = factors[kept].log_softmax(dim=-1)
         for token in kept.tolist():
-            new = torch.stack([factors[token], law[token], base[token], arm[token]])
+            new = torch.stack([factors[token], guided[token], base[token], arm[token]])
             self._write([*text, token], sums + new, rows)
 
     def sample(self, n_runs: int, n_particles: int, processor=None, **options) -> SMCOutput:
-        """Runs SMC in a batch of so many prompts, which are all the same."""
+        """Runs SMC for a batch of `n_runs` equal prompts."""
         ids = torch.tensor([PROMPT] * n_runs)
         processor = processor or GenARMLogitsProcessor(self.arm, self.alpha, base_model=self.base)
         options = (
@@ -100,37 +101,40 @@ class Language:
             **options,
         )
 
-    def laws(self, output: SMCOutput) -> Tensor:
-        """What each run says of the law of texts, `(n_runs, n_texts)`: its particles, by their weights."""
+    def distributions(self, output: SMCOutput) -> Tensor:
+        """Returns the distribution of texts in each run, `(n_runs, n_texts)`: its particles with their weights."""
         written = output.particles[:, :, len(PROMPT) :]
         written = torch.nn.functional.pad(written, (0, self.length - written.shape[-1]), value=PAD)
         indices = self._index[tuple(written.unbind(dim=-1))]
-        laws = torch.zeros(len(indices), len(self.texts), dtype=torch.float64)
-        return laws.scatter_add_(1, indices, output.log_weights.double().exp())
+        empty = torch.zeros(len(indices), len(self.texts), dtype=torch.float64)
+        return empty.scatter_add_(1, indices, output.log_weights.double().exp())
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """With its standard error."""
+    """Returns the mean with its standard error."""
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
-def distance(laws: Tensor, log_probs: Tensor) -> tuple[float, float]:
+def distance(distributions: Tensor, log_probs: Tensor) -> tuple[float, float]:
     """
-    Total variation distance from the mean of laws `(n_runs, n_texts)` to a law, with its standard error. Each half of
-    the runs says which texts are too likely, and the other how much, so that noise is not taken for distance.
+    Returns the total variation distance from the mean of distributions `(n_runs, n_texts)` to another one, with its
+    standard error. Each half of the runs decides which texts are too likely, and the other half measures by how much,
+    so that noise does not count as distance.
     """
-    law, halves = log_probs.exp(), laws.chunk(2)
-    parts = [(measured - law) @ (other.mean(dim=0) - law).sign() / 2 for other, measured in (halves, reversed(halves))]
+    target, halves = log_probs.exp(), distributions.chunk(2)
+    parts = [
+        (measured - target) @ (other.mean(dim=0) - target).sign() / 2 for other, measured in (halves, reversed(halves))
+    ]
     return mean(torch.cat(parts))
 
 
 def best_of_n(language: Language, n: int) -> Tensor:
-    """Log-probabilities of the text with the highest reward among n of the base."""
+    """Returns the log-probabilities of the text with the highest reward among n texts of the base."""
     order = language.rewards.argsort()
     below = language.base_law[order].exp().cumsum(dim=0).clamp(max=1.0) ** n
-    law = torch.empty_like(below)
-    law[order] = below.diff(prepend=below.new_zeros(1))
-    return law.log()
+    best = torch.empty_like(below)
+    best[order] = below.diff(prepend=below.new_zeros(1))
+    return best.log()
 
 
 def total_variation(log_probs: Tensor, others: Tensor) -> float:
@@ -138,17 +142,17 @@ def total_variation(log_probs: Tensor, others: Tensor) -> float:
 
 
 def measure(language: Language, n_particles: int, n_runs: int, processor=None) -> dict[str, tuple[float, float]]:
-    laws, ratios = [], []
-    while (n_left := n_runs - sum(map(len, laws))) > 0:
+    distributions, ratios = [], []
+    while (n_left := n_runs - sum(map(len, distributions))) > 0:
         output = language.sample(min(n_left, max(ROWS_AT_ONCE // n_particles, 1)), n_particles, processor)
-        laws.append(language.laws(output))
+        distributions.append(language.distributions(output))
         ratios.append((output.log_z.double() - language.log_z).exp())
     optimum = language.target - language.log_z
-    return {"smc": distance(torch.cat(laws), optimum), "z": mean(torch.cat(ratios))}
+    return {"smc": distance(torch.cat(distributions), optimum), "z": mean(torch.cat(ratios))}
 
 
 def over_languages(values: list[tuple[float, float]]) -> list[float]:
-    """The mean with its interval of 95 %."""
+    """Returns the mean with its 95 % interval."""
     centre = sum(x for x, _ in values) / len(values)
     error = 1.96 * sum(e**2 for _, e in values) ** 0.5 / len(values)
     return [centre, centre - error, centre + error]
@@ -161,9 +165,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--particles", type=int, nargs="+", default=sized([1, 2, 4, 8, 16, 32, 64], [1, 4]))
-    parser.add_argument("--texts", type=int, default=sized(40_000, 400), help="written for each number of particles")
+    parser.add_argument(
+        "--texts", type=int, default=sized(40_000, 400), help="texts that are sampled for each number of particles"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=output_file, help="JSON file, to which the results are added")
+    parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--plot", type=output_file, help="PNG file")
     args = parser.parse_args()
     seeds = range(args.seed, args.seed + 2 * args.languages, 2)

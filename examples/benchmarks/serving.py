@@ -1,7 +1,7 @@
 """
 What guidance costs a server: vLLM with and without it, and the same two costs measured alone.
 
-    python examples/benchmarks/serving.py --output outputs/serving.json  # about 10 minutes on 2 cores
+    python -m examples.benchmarks.serving --output outputs/serving.json  # about 10 minutes on 2 cores
 
 Four engines take turns in each round, each in a process of its own, with 1 request and with 8: the base without
 guidance; the same engine with it; the merged reward model served by vLLM alone; and the forward passes of the reward
@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import add_record, output_file, sized, spread
-from small import fitting_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.benchmarks.measuring import add_record, spread
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import AutoregressiveRewardModel
 from hf_genarm.demo import demo_model
 from hf_genarm.hub.sharing import merged
@@ -65,8 +65,8 @@ def run_engine(connection: Connection, model: str, adapter: str | None, args: ar
 def run_slots(connection: Connection, model: str, adapter: str | None, args: argparse.Namespace) -> None:
     """The forward passes that a guided engine has beside those of its base, and nothing else."""
     torch.set_num_threads(args.threads)
-    from hf_genarm.vllm.fast_linear import use_linear_layers_of_vllm
-    from hf_genarm.vllm.loading import load
+    from hf_genarm.vllm.engine import use_linear_layers_of_vllm
+    from hf_genarm.vllm.reward_lms import load_reward_lms
     from hf_genarm.vllm.slots import SlotLM
 
     def make_slots(network: Any, name: str) -> SlotLM:
@@ -74,7 +74,7 @@ def run_slots(connection: Connection, model: str, adapter: str | None, args: arg
         return SlotLM(network, 8, 512, name=name)
 
     vocab_size = AutoConfig.from_pretrained(model).vocab_size
-    (lm,) = load([str(adapter)], model, model, vocab_size, make_slots, torch.float32)
+    (lm,) = load_reward_lms([str(adapter)], model, model, vocab_size, make_slots, torch.float32)
     connection.send("ready")
     while (task := connection.recv()) is not None:
         n, _, seed = task

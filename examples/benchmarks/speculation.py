@@ -1,26 +1,25 @@
 r"""
 What drafts of the reward model gain: time per token, in greedy decoding and sampling, for one text at a time.
 
-    python examples/benchmarks/speculation.py
-    python examples/benchmarks/speculation.py --simulate
+    python -m examples.benchmarks.speculation
+    python -m examples.benchmarks.speculation --simulate
 
 In each round, and for each prompt, all ways of decoding take turns: unguided; guided; guided, with drafts of the reward
-model; and unguided with transformers' own assisted decoding by the same small model before it became a reward model.
-Time per token is that after the prompt. Ratios are taken within a round; their median and range are printed.
+model; and unguided, with transformers' own assisted decoding by the model that the reward model was trained from. Time
+per token excludes the prompt. Ratios are taken within a round; their median and range are printed.
 
-The base is SmolLM2-135M-Instruct, and the reward model its first layers (`make_shallow.py`). `--simulate` takes larger
-bases of random weights, and lets drafts be accepted as often as `--acceptance` says: times are real, texts are not.
+The base is SmolLM2-135M-Instruct, and the reward model its first layers (`make_shallow.py`). `--simulate` uses larger
+bases with random weights, and accepts drafts at the rate `--acceptance`: times are real, texts are not.
 
-The curves of the plot are arithmetic. Let a pass of the reward model cost $\rho$ passes of the base, a row more in a
-pass of the base $c$, and let drafts be accepted at the rate $a$. Plain guidance costs $1 + \rho$ for each token. With K
-drafts, a cycle costs $(K + 1)\rho + 1 + cK$ and writes $1 + a + \dots + a^K$ tokens, so that drafts are faster by
+The curves of the plot are arithmetic. Let a pass of the reward model cost $\rho$ passes of the base, one more row
+in a pass of the base $c$, and let drafts be accepted at the rate $a$. Plain guidance costs $1 + \rho$ for each token.
+With K drafts, a cycle costs $(K + 1)\rho + 1 + cK$ and writes $1 + a + \dots + a^K$ tokens, so drafts are faster by
 
 $$S(a, \rho) = \max_K \frac{(1 + \rho)(1 + a + \dots + a^K)}{(K + 1)\rho + 1 + cK}$$
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,28 +27,26 @@ from typing import Any
 from unittest import mock
 
 import torch
-from make_shallow import DISTILLED, shallow_reward_model
-from measuring import add_record, cell, output_file, sized, spread
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from quickstart import DATA
-
+from examples.benchmarks.make_shallow import DISTILLED, shallow_reward_model
+from examples.benchmarks.measuring import add_record, cell, spread
+from examples.pairs import DATA
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
-from hf_genarm.decoding.pace import Pace
+from hf_genarm.decoding.draft_length import DraftLength
 from hf_genarm.demo import demo_model
 
 WAYS = ("unguided", "guided", "drafted", "assisted, unguided")
 MODES: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 0}}
-ROW = 0.05  # what a row more costs, for the curves
+ROW = 0.05  # the cost of one more row, for the curves
 
 
 class Clock(BaseStreamer):
-    """Notes when tokens come."""
+    """Records when tokens come."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, int]] = []
@@ -61,26 +58,46 @@ class Clock(BaseStreamer):
         pass
 
     def seconds_per_token(self) -> float:
-        """After the prompt and what came with it."""
+        """Returns seconds per token, without the prompt and the tokens that came with it."""
         (start, _), *later = self.times[1:]
         return (later[-1][0] - start) / sum(n_tokens for _, n_tokens in later)
 
     def tokens_per_pass(self) -> float:
+        """Returns the mean number of tokens that come with a pass of the base."""
         return sum(n_tokens for _, n_tokens in self.times[2:]) / len(self.times[2:])
 
 
-class CountingPace(Pace):
-    """Counts drafts that were taken, and those that were rejected."""
+class CountedDrafts:
+    """Counts the drafts of all calls in a `with` block. Those after the first rejected one of a cycle don't count."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.n_taken = self.n_rejected = 0
-        self.numbers: list[int] = []
+        self.cycles: list[tuple[int, int]] = []  # drafts, and how many of them were accepted
 
-    def note_drafts(self, n_drafts: int, n_accepted: int) -> None:
-        super().note_drafts(n_drafts, n_accepted)
-        self.n_taken, self.n_rejected = self.n_taken + n_accepted, self.n_rejected + (n_accepted < n_drafts)
-        self.numbers.append(n_drafts)
+    def __enter__(self) -> "CountedDrafts":
+        record = DraftLength.record
+
+        def recorded(length: DraftLength, n_drafts: int, n_accepted: int) -> None:
+            self.cycles.append((n_drafts, n_accepted))
+            record(length, n_drafts, n_accepted)
+
+        self._patch = mock.patch.object(DraftLength, "record", recorded)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._patch.stop()
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were accepted."""
+        n_accepted = sum(accepted for _, accepted in self.cycles)
+        n_rejected = sum(accepted < drafts for drafts, accepted in self.cycles)
+        return n_accepted / max(n_accepted + n_rejected, 1)
+
+    @property
+    def mean_number(self) -> float:
+        """The mean number of drafts in a cycle."""
+        return sum(drafts for drafts, _ in self.cycles) / max(len(self.cycles), 1)
 
 
 class Passes:
@@ -95,13 +112,13 @@ class Passes:
 
 
 class Bench:
+    """Runs all ways of decoding with one base and its reward model."""
+
     def __init__(self, base: PreTrainedModel, arm: AutoregressiveRewardModel, small: PreTrainedModel, args) -> None:
         self.base, self.small, self.args = base, small, args
         self.processor = GenARMLogitsProcessor(arm, args.alpha, base_model=base)
         self.passes = Passes(arm.model)
         self.assistants = {mode: self.processor.assistant(args.drafts) for mode in MODES}
-        for assistant in self.assistants.values():
-            assistant.pace = CountingPace()
 
     def run(self, way: str, mode: str, prompt: torch.Tensor, seed: int) -> dict[str, float]:
         clock, options = Clock(), dict(MODES[mode])
@@ -129,17 +146,15 @@ class Bench:
         }
 
     def compare(self, mode: str, prompts: list[torch.Tensor], bar: tqdm) -> dict[str, Any]:
-        """All ways of decoding, as many rounds as prompts."""
+        """Measures all ways of decoding, one round per prompt."""
         rounds: list[dict[str, dict[str, float]]] = []
-        pace = self.assistants[mode].pace
         for way in self.ways:  # to warm up
             self.run(way, mode, prompts[0], 0)
-        pace.n_taken = pace.n_rejected = 0
-        pace.numbers.clear()
-        for seed, prompt in enumerate(prompts):
-            turn = seed % len(self.ways)
-            rounds.append({way: self.run(way, mode, prompt, seed) for way in self.ways[turn:] + self.ways[:turn]})
-            bar.update()
+        with CountedDrafts() as counted:
+            for seed, prompt in enumerate(prompts):
+                turn = seed % len(self.ways)
+                rounds.append({way: self.run(way, mode, prompt, seed) for way in self.ways[turn:] + self.ways[:turn]})
+                bar.update()
 
         def ratio(way: str, to: str) -> list[float]:
             return spread([x[way]["seconds"] / x[to]["seconds"] for x in rounds])
@@ -149,12 +164,11 @@ class Bench:
             "drafted_to_guided": ratio("drafted", "guided"),
             "drafted_to_unguided": ratio("drafted", "unguided"),
             "guided_to_unguided": ratio("guided", "unguided"),
-            "acceptance": pace.n_taken / max(pace.n_taken + pace.n_rejected, 1),
-            "drafts": sum(pace.numbers) / max(len(pace.numbers), 1),
+            "acceptance": counted.acceptance,
+            "drafts": counted.mean_number,
             "tokens_per_base_pass": spread([x["drafted"]["tokens_per_pass"] for x in rounds]),
             "reward_passes_per_token": spread([x["drafted"]["reward_passes"] for x in rounds]),
             "seconds_per_token": {way: spread([x[way]["seconds"] for x in rounds]) for way in self.ways},
-            "measured": pace.measured(),
         }
         if "assisted, unguided" in self.ways:
             result["assisted_to_unguided"] = ratio("assisted, unguided", "unguided")
@@ -167,7 +181,7 @@ class Bench:
 
 
 def conversations(tokenizer, n_tokens: int, n_prompts: int) -> list[torch.Tensor]:
-    """Held-out questions after some that were answered, of about so many tokens."""
+    """Returns conversations of about `n_tokens` tokens, each a held-out question after some that were answered."""
     turns = [json.loads(line) for line in (DATA / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = []
     for index in range(n_prompts):
@@ -185,8 +199,13 @@ def conversations(tokenizer, n_tokens: int, n_prompts: int) -> list[torch.Tensor
 
 
 @torch.no_grad()
-def laws(base, arm, small, texts: list[torch.Tensor], n_prompt: list[int], alpha: float) -> dict[str, dict[str, float]]:
-    """The expected acceptance of each draft law on guided texts: the overlap of the laws, and of their likeliest."""
+def expected_acceptance(
+    base, arm, small, texts: list[torch.Tensor], n_prompt: list[int], alpha: float
+) -> dict[str, dict[str, float]]:
+    """
+    Returns the expected acceptance of several draft distributions on guided texts: for sampling their overlap with the
+    guided distribution, for greedy decoding the share of tokens at which the likeliest one is the same.
+    """
     sums: dict[str, list[float]] = {}
     for text, start in zip(texts, n_prompt, strict=True):
         of = {
@@ -197,7 +216,7 @@ def laws(base, arm, small, texts: list[torch.Tensor], n_prompt: list[int], alpha
         candidates = {
             "the reward model": of["arm"],
             "the reward model, sharpened by 1 + alpha": (1 + alpha) * of["arm"],
-            "with its own shallow base as stand-in for the base": of["small"] + alpha * of["arm"],
+            "with its own shallow base in place of the base": of["small"] + alpha * of["arm"],
             "the shallow base alone": of["small"],
         }
         for name, scores in candidates.items():
@@ -209,7 +228,7 @@ def laws(base, arm, small, texts: list[torch.Tensor], n_prompt: list[int], alpha
 
 
 def replay(acceptance: float) -> Callable:
-    """In place of `generate`'s own rule: takes drafts at random, as often as it was measured."""
+    """Returns a substitute for the rule of `generate`, which accepts drafts at random at a given rate."""
 
     def rule(candidate_input_ids, candidate_logits, candidate_length, new_logits, *args: Any, **kwargs: Any):
         drafts = candidate_input_ids[:, -candidate_length:]
@@ -220,7 +239,7 @@ def replay(acceptance: float) -> Callable:
 
 
 def random_base(times: int, small: PreTrainedModel) -> PreTrainedModel:
-    """A Llama of random weights, with about so many times the parameters."""
+    """Returns a Llama with random weights and about `times` as many parameters as the small model."""
     hidden = sized(1024 if times < 12 else 1536, 32)
     config = LlamaConfig(
         vocab_size=small.config.vocab_size,
@@ -241,6 +260,7 @@ def random_base(times: int, small: PreTrainedModel) -> PreTrainedModel:
 
 
 def plot(results: list[dict], path: Path) -> None:
+    """Plots what was measured over the speed-up that arithmetic gives."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,10 +296,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=sized(64, 6))
     parser.add_argument("--rounds", type=int, default=sized(5, 1))
     parser.add_argument("--alpha", type=float, default=1.0)
-    parser.add_argument("--drafts", type=int, help="a number of drafts; measured as a default")
+    parser.add_argument(
+        "--drafts", type=int, help="a fixed number of drafts; chosen by how many are accepted as a default"
+    )
     parser.add_argument("--simulate", action="store_true", help="larger bases of random weights instead")
     parser.add_argument("--times", type=int, nargs="+", default=[8, 16], help="the sizes of simulated bases")
-    parser.add_argument("--acceptance", type=float, default=0.6, help="of simulated drafts: that of the real pair")
+    parser.add_argument(
+        "--acceptance", type=float, default=0.6, help="the rate for simulated drafts, as measured with the real pair"
+    )
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--plot", type=output_file, help="PNG file, of all results in the JSON file")
     args = parser.parse_args()
@@ -309,11 +333,13 @@ def main() -> None:
         shortest = prompts[min(prompts)]
         options = {"max_new_tokens": args.new_tokens, **MODES["sampling"]}
         guided = [base.generate(x, logits_processor=[bench.processor], **options) for x in shortest]
-        results[0]["laws"] = laws(base, arm.model, small, guided, [x.shape[1] for x in shortest], args.alpha)
+        results[0]["laws"] = expected_acceptance(
+            base, arm.model, small, guided, [x.shape[1] for x in shortest], args.alpha
+        )
         for name, rate in results[0]["laws"].items():
             print(f"{rate:.2f}  {name}")
     for result in results:
-        # What guidance adds to a token is a pass of the reward model, and the product.
+        # Guidance adds a pass of the reward model and the product to each token.
         result["cost"] = result["guided_to_unguided"][0] - 1
     print(table(results))
     add_record(args.output, __file__, results)
@@ -323,6 +349,7 @@ def main() -> None:
 
 
 def table(results: list[dict]) -> str:
+    """Returns the table that is printed."""
     head = ["base", "prompt", "mode", "drafts", "accepted", "tokens per base pass", "reward passes per token"]
     head += ["guided / unguided", "drafted / guided", "drafted / unguided", "assisted unguided / unguided"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

@@ -1,15 +1,15 @@
 """
 Whether `target_kl` holds the divergence from the base, on SmolLM2-135M-Instruct with two shipped reward models.
 
-    python examples/benchmarks/target_kl.py         # about 10 minutes on 2 cores
+    python -m examples.benchmarks.target_kl         # about 10 minutes on 2 cores
 
-The mean divergence per token of guided from unguided distributions over the answers to held-out prompts, sampled at
-temperature 1 under one seed: at strength 1, where it depends on the reward model, and held at several targets. Means
-with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` are left out: little to average.
+Answers to held-out prompts are sampled at temperature 1 under one seed. Printed is the mean divergence per token of the
+guided from the unguided distributions, at strength 1, where it depends on the reward model, and with several targets;
+with 95 % bootstrap intervals over prompts. Answers shorter than `--min-tokens` have too little to average, and are left
+out.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,19 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.pairs import held_out_prompts
+from examples.quickstart import Steering
+from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from quickstart import Steering, bootstrap, held_out_prompts  # noqa: E402
-from small import fitting_adapter, output_file, sized  # noqa: E402
-
 NAMES = ("sentiment", "brevity")
 
 
 def divergences(processor: GenARMLogitsProcessor, steer: Steering, min_tokens: int) -> list[np.ndarray]:
-    """Those of the tokens of each answer, its end included."""
+    """Returns the divergence at each token, including the end, for each answer that is long enough."""
     processor.keeps_statistics = True
     answers = steer.sample([processor])
     sequences = torch.cat([steer.inputs["input_ids"], answers], dim=1)
@@ -46,7 +45,7 @@ def divergences(processor: GenARMLogitsProcessor, steer: Steering, min_tokens: i
 
 
 def plot(runs: dict[str, list[np.ndarray]], path: Path) -> None:
-    """The mean of each text so far, for all texts of a run."""
+    """Plots the running mean of each text, for all texts of a run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,10 +89,8 @@ def main() -> None:
     for name, texts in runs.items():
         means = np.array([values.mean() for values in texts])
         low, high = np.quantile(means, [0.05, 0.95])
-        print(
-            f"{name:<24} {len(texts):5}  " + "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(means, args.seed))
-            + f"     {low:.3f} to {high:.3f}"
-        )  # fmt: skip
+        mean = "{:.3f} [{:.3f}, {:.3f}]".format(*mean_with_interval(means, seed=args.seed))
+        print(f"{name:<24} {len(texts):5}  {mean}     {low:.3f} to {high:.3f}")
     if args.plot:
         shown = [f"{name}, {x}" for name in NAMES for x in ("α = 1", f"target {args.targets[:2][-1]}")]
         plot({name: runs[name] for name in shown}, args.plot)

@@ -1,12 +1,12 @@
 """
 How far sampling token by token is from the optimum over whole texts, on languages that can be written out.
 
-    python examples/benchmarks/token_law.py
+    python -m examples.benchmarks.token_law
 
-Guided decoding normalises at each token. The optimum of `E[r] - β KL(π‖π_base)` normalises once for each text; the two
+Guided decoding normalises at each token. The optimum of `E[r] - β KL(π‖π_base)` normalises once per text; the two
 differ by the weight Π Z_t. Base and reward model are random tables of next-token logits, for all texts of a few tokens.
-Printed over the KL temperature β = β_r / α: the total variation distance of the two laws, and the share of the gain
-of the optimum over the base that the token-level law has; medians with their range over languages.
+Printed are, over the KL temperature β = β_r / α, the total variation distance between the two distributions of texts,
+and which share of the optimum's gain over the base token-level sampling has; medians with their range over languages.
 """
 
 import argparse
@@ -14,20 +14,21 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from measuring import cell, output_file, save_over_logs, sized, spread
 
+from examples.benchmarks.measuring import cell, save_over_logs, spread
+from examples.small import output_file, sized
 from hf_genarm.functional import guided_log_probs
 
 BETA_R = 0.05
 
 
 def random_tables(n_tokens: int, length: int, scale: float, generator: torch.Generator) -> list[torch.Tensor]:
-    """Next-token logits after each prefix, by length of the prefix."""
+    """Returns tables of the next-token logits after each prefix, one table per length of the prefix."""
     return [scale * torch.randn(n_tokens**at, n_tokens, generator=generator) for at in range(length)]
 
 
 def text_log_probs(tables: list[torch.Tensor], n_tokens: int) -> torch.Tensor:
-    """Log-probabilities of all texts."""
+    """Returns the log-probabilities of all texts."""
     total = torch.zeros(1)
     for table in tables:  # texts in the order of `product`: each prefix is followed by every token
         total = (total[:, None] + table.log_softmax(-1)).flatten()
@@ -36,18 +37,19 @@ def text_log_probs(tables: list[torch.Tensor], n_tokens: int) -> torch.Tensor:
 
 
 def compare(alpha: float, base: list[torch.Tensor], arm: list[torch.Tensor], n_tokens: int) -> tuple[float, float]:
+    """Returns the distance from the optimum, and the share of its gain, for one language."""
     guided = [
         guided_log_probs(scores, [logits.log_softmax(-1)], [alpha]) for scores, logits in zip(base, arm, strict=True)
     ]
-    law, base_law, reward = (text_log_probs(x, n_tokens) for x in (guided, base, arm))
-    optimum = (base_law + alpha * reward).log_softmax(0)
+    guided_texts, base_texts, reward = (text_log_probs(x, n_tokens) for x in (guided, base, arm))
+    optimum = (base_texts + alpha * reward).log_softmax(0)
 
     def objective(log_probs: torch.Tensor) -> float:
-        """E[r] - β KL(π‖π_base) with r = β_r log π_r, over β."""
-        return float((log_probs.exp() * (alpha * reward - (log_probs - base_law))).sum())
+        """Returns E[r] - β KL(π‖π_base) with r = β_r log π_r, divided by β."""
+        return float((log_probs.exp() * (alpha * reward - (log_probs - base_texts))).sum())
 
-    distance = 0.5 * float((law.exp() - optimum.exp()).abs().sum())
-    gain = (objective(law) - objective(base_law)) / (objective(optimum) - objective(base_law))
+    distance = 0.5 * float((guided_texts.exp() - optimum.exp()).abs().sum())
+    gain = (objective(guided_texts) - objective(base_texts)) / (objective(optimum) - objective(base_texts))
     return distance, gain
 
 
@@ -75,6 +77,7 @@ def main() -> None:
 
 
 def plot(rows: list, path: Path) -> None:
+    """Plots both numbers over β."""
     import matplotlib
 
     matplotlib.use("Agg")

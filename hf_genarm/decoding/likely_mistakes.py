@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..hub.cache import CACHE, network_of, uncompiled
+from ..hub.kv_cache import CACHE, network_of, uncompiled
 from ..hub.warning import GuidanceWarning
 from .lockstep import LockstepLM
 from .texts import Text

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..hub.cache import CACHE, network_of, new_cache
 from ..hub.causality import refuse_not_causal
+from ..hub.kv_cache import CACHE, network_of, new_cache
 from ..hub.limits import fixed_length, refuse_out_of_range, why_no_cache
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class LockstepLM:
 
     def reset(self) -> None:
         """Forgets what has been read."""
+        self._state = None
+
+    def release(self) -> None:
+        """Gives back the memory of what has been read, when nothing continues it."""
         self._state = None
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
-from ..hub.cache import n_read
+from ..hub.kv_cache import n_read
 from .processor import GenARMLogitsProcessor
 
 

@@ -1,5 +1,6 @@
 """The logits processor that steers `model.generate` with autoregressive reward models."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -10,16 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import guided_product
-from ..hub.cache import network_of, uncompiled
-from ..hub.compatibility import generation_prompt_ids, tokenizers_to_align
+from ..hub.compatibility import generation_prompt_ids
 from ..hub.info import RewardInfo
-from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
+from ..hub.kv_cache import network_of, uncompiled
+from ..hub.reward_model import AutoregressiveRewardModel
+from .assembly import assemble, load_reward_models, names_of
 from .assistant import DraftingAssistant
 from .guided_tokens import GuidedTokens
 from .likely_mistakes import refuse_hidden_text
 from .machine import GuidanceMachine
 from .padding import pad_token_id_of
-from .recommended import recommended_alpha, recommended_reference, say_what_is_recommended
 from .settings import GuidanceSettings
 from .strength import Alpha, strengths_at
 from .vocab import vocab_maps
@@ -125,11 +126,11 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizer = next(iter(own), None) if tokenizer is None else tokenizer  # to show tokens as text
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
         self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
+        self._machine = self._new_machine()
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
         super().__init__(infos, alpha, target_kl, pads, attention_mask)
         self._keeps_statistics = False
-        self._machine = self._new_machine()
 
     def _new_machine(self) -> GuidanceMachine:
         """Returns a machine that has read nothing, for these models."""
@@ -147,7 +148,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Sequence[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         base_model: PreTrainedModel | None = None,
         alpha: Alpha | None = None,
         *,
@@ -165,7 +166,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
             pretrained_model_name_or_path (`str` or list of `str`):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
-                As for the class. An adapter that was trained on it shares its weights.
+                As for the class. An adapter that was trained on it shares its weights; another reward model is put on
+                its device and into its dtype, unless `**kwargs` say otherwise.
             alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
                 As for the class. Defaults to the strength that a reward model recommends (`recommended` in its
                 `genarm_config.json`), which is then logged, or else to 1.
@@ -180,25 +182,13 @@ class GenARMLogitsProcessor(GuidanceSettings):
                 Passed to `from_pretrained` of every reward model: `revision`, `subfolder`, `token`, `dtype`,
                 `device_map`, `quantization_config`, …
         """
-        given, base_model = pretrained_model_name_or_path, uncompiled(base_model)
-        names = [given] if isinstance(given, str) else list(given)
-        arms = [AutoregressiveRewardModel.from_pretrained(name, base_model, **kwargs) for name in names]
-        left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
-        say_what_is_recommended(arms, names, left_open)
-        if tokenizer is None and base_model is not None:
-            access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
-            tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
-        to_align = None if tokenizer is None else tokenizers_to_align(arms, names, base_model, tokenizer)
+        names, base_model = names_of(pretrained_model_name_or_path), uncompiled(base_model)
+        arms, tokenizer = load_reward_models(names, base_model, tokenizer, **kwargs)
         processor = cls(
-            arms,
-            recommended_alpha([x.info for x in arms]) if alpha is None else alpha,
-            base_model=base_model,
+            **vars(assemble(arms, names, base_model, tokenizer, alpha, reference)),
             target_kl=target_kl,
-            reference=recommended_reference(arms, names, base_model, to_align) if reference == "auto" else reference,
             pad_token_id=pad_token_id,
             attention_mask=attention_mask,
-            tokenizer=tokenizer,
-            reward_tokenizer=to_align,
         )
         processor._machine.rewards.log_engines(names)
         return processor

@@ -1,4 +1,4 @@
-"""The setting that reward models say is best, where the user names none."""
+"""The settings that reward models recommend, used where the user gives none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,16 +22,16 @@ def recommended_alpha(infos: Sequence[RewardInfo]) -> list[float]:
 
 def wanted_reference(infos: Sequence[RewardInfo], names: Sequence[str]) -> str | None:
     """
-    `"base"` or `None`, as reward models recommend, or else were trained.
+    The reference that reward models recommend, or else were trained with: `"base"` or `None`.
 
     Raises:
-        ValueError: if they differ, as one reference serves all.
+        ValueError: if they differ, because one reference serves all.
     """
     wanted = [(x.recommended or {"reference": x.reference})["reference"] for x in infos]
     if len(set(wanted)) > 1:
-        said = ", ".join(f"{x!r} for `{name}`" for x, name in zip(wanted, names, strict=True))
+        listed = ", ".join(f"{x!r} for `{name}`" for x, name in zip(wanted, names, strict=True))
         raise ValueError(
-            f"The reward models are used with different references ({said}), but one serves all. Choose it: "
+            f"The reward models are used with different references ({listed}), but one serves all. Choose it: "
             '`reference="base"` or `reference=None`.'
         )
     return wanted[0]
@@ -44,10 +44,10 @@ def recommended_reference(
     reward_tokenizers: Sequence[Any] | None,
 ) -> Any:
     """
-    The [`base_reference`] if reward models recommend one, or else were trained with it; `None` if they don't.
+    The [`base_reference`] if reward models recommend a reference, or else were trained with one; `None` otherwise.
 
     Raises:
-        ValueError: if they differ, as one reference serves all.
+        ValueError: if they differ, because one reference serves all.
     """
     if wanted_reference([x.info for x in arms], names) is None:
         return None
@@ -61,10 +61,10 @@ def base_reference(
     reward_tokenizers: Sequence[Any] | None,
 ) -> Any:
     """
-    `"base"`, or the model that a reward model was trained from where that is another one.
+    `"base"`, or the model that a reward model was trained from, if that is not the base.
 
     Raises:
-        ValueError: if there are several, as one reference serves all, it is not known, or has other tokens.
+        ValueError: if there are several such models, or the one is not known or has other tokens.
     """
     if base_model is not None and all(_is_on(arm, base_model) for arm in arms):
         return "base"
@@ -75,8 +75,8 @@ def base_reference(
         )
     if reward_tokenizers is not None and reward_tokenizers[0] is not None:
         raise ValueError(
-            f"The rewards of `{names[0]}` are less those of the model that it was trained from, whose tokens are not "
-            "those of the base, and a reference has those. Choose it: pass `reference`, `None` for none."
+            f"The rewards of `{names[0]}` are contrasts with the model that it was trained from, whose tokens are not "
+            "those of the base, as a reference needs. Choose it: pass `reference`, `None` for none."
         )
     return arms[0].reference
 
@@ -87,15 +87,15 @@ def _is_on(arm: AutoregressiveRewardModel, base_model: PreTrainedModel) -> bool:
     return bool(has_weights(base_model, arm.info.base_weights))
 
 
-def say_what_is_recommended(arms: Sequence[AutoregressiveRewardModel], names: Sequence[str], taken: set[str]) -> None:
+def log_recommended_settings(arms: Sequence[AutoregressiveRewardModel], names: Sequence[str], taken: set[str]) -> None:
     """
-    Says once what is taken from a `genarm_config.json`, and at which temperature to sample, which only `generate` sets.
+    Logs once which settings are taken from a `genarm_config.json`, with the sampling that they were measured with.
 
     Args:
         arms (sequence of [`AutoregressiveRewardModel`]), names (sequence of `str`):
             The reward models.
         taken (set of `str`):
-            Which of `"alpha"` and `"reference"` the user has left open.
+            The settings that the user has left open, of `"alpha"` and `"reference"`.
     """
     for arm, name in zip(arms, names, strict=True):
         setting = arm.info.recommended
@@ -105,7 +105,7 @@ def say_what_is_recommended(arms: Sequence[AutoregressiveRewardModel], names: Se
         sampling = "do_sample=True, top_k=0"
         if setting["temperature"] != 1:
             sampling += f", temperature={setting['temperature']:g}"
-        # Said where it is seen, as transformers does with what it sets itself.
+        # As a warning, because that is visible by default; temperature can be set in `generate` only.
         logger.warning_once(
             f"Using {values}, the setting that `{name}` recommends; it was measured with `{sampling}` in `generate`."
         )

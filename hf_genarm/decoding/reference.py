@@ -6,9 +6,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.kv_cache import network_of
+from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
 from .lockstep import LockstepLM
-from .step import StepWatch
+from .step_watch import StepWatch
 from .texts import Text
 
 
@@ -29,7 +31,9 @@ class Reference:
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
         self._watch = watch if model == "base" else None
         self._lockstep = None if model == "base" else LockstepLM(model)
-        if self._watch is not None:
+        # Reward models read a text as in training. Where `generate` does not, its logits are no reference for them.
+        self._keeps_logits = watch is not None and not is_read_otherwise_by_generate(network_of(watch.model))
+        if self._watch is not None and self._keeps_logits:
             self._watch.keep_logits()
 
     def reset(self) -> None:
@@ -38,6 +42,11 @@ class Reference:
             self._lockstep = None
         elif self._lockstep is not None:
             self._lockstep.reset()
+
+    def release(self) -> None:
+        """Gives back the memory of its cache."""
+        if self._lockstep is not None:
+            self._lockstep.release()
 
     def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
         """Reads drafts in one pass, as reward models do, unless the base reads them itself."""
@@ -63,7 +72,7 @@ class Reference:
             ValueError: if it has another vocabulary than the base.
         """
         logits = None
-        if self._watch is not None and text.step is not None:
+        if self._watch is not None and self._keeps_logits and text.step is not None:
             logits = text.step.base_logits(text.input_ids.shape[1])
         if logits is None:
             if self._lockstep is None and self._watch is not None:

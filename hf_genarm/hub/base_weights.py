@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import network_of
+from .kv_cache import network_of
 from .sharing import adapter_tensors, is_plain
 
 FINGERPRINT = r"(bf16|fp16):(([0-9a-f]{4})+|2:\d+(:([0-9a-f]{8})*){3}:[\w.=,-]*)"

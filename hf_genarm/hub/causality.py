@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import CACHE, embeddings_of, network_of, new_cache
+from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 from .limits import fixed_length, why_no_cache
 
 _LENGTH = 6

@@ -3,12 +3,14 @@
 import warnings
 from collections.abc import Sequence
 
+import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cache import embeddings_of
 from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
+from .kv_cache import embeddings_of
 from .reward_model import AutoregressiveRewardModel
-from .sharing import shares_weights
+from .sharing import is_plain, shares_weights
 from .warning import GuidanceWarning
 
 
@@ -16,7 +18,7 @@ def tokenizers_to_align(
     reward_models: Sequence[AutoregressiveRewardModel],
     names: Sequence[str],
     base_model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[PreTrainedTokenizerBase | None]:
     """
     The tokenizer of each reward model, `None` where its ids are those of the base. Warns of differences under the same
@@ -27,17 +29,56 @@ def tokenizers_to_align(
             The reward models.
         base_model ([`~transformers.PreTrainedModel`], *optional*):
             The base.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            That of the base.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of the base.
+
+    Raises:
+        ValueError: if the tokens of a reward model with embeddings of its own can't be compared with those of the base.
     """
     tokenizers: list[PreTrainedTokenizerBase | None] = []
     for arm, name in zip(reward_models, names, strict=True):
         # Ids that index the same embeddings are the same ids.
         is_shared = base_model is not None and shares_weights(arm.model, base_model)
-        is_same = is_shared or (base_model is not None and has_same_ids(arm, len(embeddings_of(base_model)), tokenizer))
+        if base_model is None:
+            is_same = tokenizer is None or arm.tokenizer is None  # as the caller of the processor says
+        else:
+            is_same = (
+                is_shared or _has_embeddings_of(arm, base_model) or _has_same_ids(arm, name, base_model, tokenizer)
+            )
         tokenizers.append(None if is_same else arm.tokenizer)
-        _warn_of_differences(arm.info, name, tokenizer, is_shared)
+        if tokenizer is not None:
+            _warn_of_differences(arm.info, name, tokenizer, is_shared)
     return tokenizers
+
+
+def _has_embeddings_of(reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel) -> bool:
+    own, others = embeddings_of(reward_model.model), embeddings_of(base_model)
+    if own.shape != others.shape or not is_plain(own) or not is_plain(others):
+        return False
+    step = max(1, len(own) // 1024)
+    return torch.equal(own[::step].to(torch.bfloat16).cpu(), others[::step].to(torch.bfloat16).cpu())
+
+
+def _has_same_ids(
+    reward_model: AutoregressiveRewardModel,
+    name: str,
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> bool:
+    vocab_size = len(embeddings_of(base_model))
+    if tokenizer is not None and reward_model.tokenizer is None and reward_model.info.tokenizer is not None:
+        same_size = len(embeddings_of(reward_model.model)) == vocab_size
+        if same_size and reward_model.info.tokenizer == tokenizer_fingerprint(tokenizer):
+            return True
+    if tokenizer is None or reward_model.tokenizer is None:
+        lacking = f"the base (`{base_model.name_or_path}`)" if tokenizer is None else f"the reward model (`{name}`)"
+        way_out = "Pass `tokenizer`" if tokenizer is None else "Save its tokenizer in its folder"
+        raise ValueError(
+            f"No tokenizer of {lacking} was found, and `{name}` has embeddings of its own, so that the same ids may be "
+            f"other tokens. {way_out}. If their tokens are the same ones under the same ids, give the models to the "
+            "class itself: `GenARMLogitsProcessor(reward_model, base_model=...)`."
+        )
+    return has_same_ids(reward_model, vocab_size, tokenizer)
 
 
 def has_same_ids(reward_model: AutoregressiveRewardModel, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -58,7 +99,7 @@ def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedToken
             f"`{name}` is an adapter on the weights of the base, but was trained with another tokenizer than "
             f"`{tokenizer.name_or_path}`. Tokens whose ids differ get wrong rewards.",
             GuidanceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if info.chat_template not in (None, chat_template_fingerprint(tokenizer)):
         warnings.warn(
@@ -66,17 +107,24 @@ def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedToken
             f"(`{tokenizer.name_or_path}`), so its rewards are for prompts of another form. Set "
             "`tokenizer.chat_template` to the one that it was trained with.",
             GuidanceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def generation_prompt_ids(info: RewardInfo, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The tokens with which the chat template asks for an answer, if the reward model was trained on chats."""
+    """
+    The tokens with which the chat template asks for an answer, if the reward model was trained on chats; `None` if
+    they can't be found, because the template refuses a chat of one question or ends it in two ways.
+    """
     if info.chat_template is None or tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": "?"}]
-    question, asked = (
-        str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_asked))
-        for is_asked in (False, True)
-    )
-    return tokenizer(asked.removeprefix(question), add_special_tokens=False)["input_ids"]
+    try:
+        question, asked = (
+            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_asked))
+            for is_asked in (False, True)
+        )
+    except (TemplateError, TypeError, ValueError, KeyError):  # it only serves a warning
+        return None
+    added = asked.removeprefix(question)
+    return tokenizer(added, add_special_tokens=False)["input_ids"] if added and added != asked else None

@@ -18,6 +18,8 @@ from .base_weights import FINGERPRINT
 INFO_NAME = "genarm_config.json"
 FORMAT_VERSION = 1
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Strengths beyond it leave nothing of the base; what was measured is below 10.
+_MAX_STRENGTH = 32
 _PACKAGES = ("hf_genarm", "trl", "transformers", "peft", "torch", "datasets")
 
 
@@ -33,7 +35,34 @@ def _is_setting(value: dict[str, Any]) -> bool:
     if value.keys() != {"alpha", "reference", "temperature", "measured"} or value["reference"] not in (None, "base"):
         return False
     is_number = [_has_type(value[name], float) and math.isfinite(value[name]) for name in ("alpha", "temperature")]
-    return all(is_number) and value["temperature"] > 0 and isinstance(value["measured"], dict)
+    in_range = all(is_number) and abs(value["alpha"]) <= _MAX_STRENGTH and 0 < value["temperature"] <= _MAX_STRENGTH
+    return in_range and isinstance(value["measured"], dict) and _is_measured(value["measured"])
+
+
+def _is_measured(value: dict[str, Any]) -> bool:
+    """Whether a table of settings, and examples, are those that `hf-genarm tune` writes; both may be missing."""
+    settings, examples = value.get("settings", []), value.get("examples", [])
+    if not isinstance(settings, list) or not isinstance(examples, list):
+        return False
+    texts, numbers = ("prompt", "answer"), ("alpha", "temperature")
+    intervals = ("reward", "kl", "perplexity")
+    return (
+        all(isinstance(x, dict) and all(isinstance(x.get(name), str) for name in texts) for x in examples)
+        and all(
+            isinstance(row, dict)
+            and "reference" in row
+            and all(_has_type(row.get(name), float) for name in numbers)
+            and all(_has_type(row.get(name), list[float]) and len(row[name]) == 3 for name in intervals)
+            for row in settings
+        )
+        and (
+            not settings
+            or (
+                all(_has_type(value.get(name), float) for name in ("max_kl", "max_new_tokens", "n_prompts"))
+                and isinstance(value.get("scorer"), str)
+            )
+        )
+    )
 
 
 def _matches(pattern: str) -> Callable[[str], bool]:
@@ -45,7 +74,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (_is_positive, "a positive number"),
     "reward_scale": (_is_positive, "a positive number"),
     "loss": (_is_loss, "arguments of the trainer"),
-    "recommended": (_is_setting, "`alpha`, `reference` (null or 'base'), `temperature` and what was `measured`"),
+    "recommended": (
+        _is_setting,
+        "`alpha` (from -32 to 32), `reference` (null or 'base'), `temperature` (above 0, at most 32) and what was "
+        "`measured`, as `hf-genarm tune` writes them",
+    ),
     "base_model": (lambda value: bool(value.strip()), "the id of a model"),
     "base_weights": (_matches(FINGERPRINT), "from `weights_fingerprint`"),
     "tokenizer": (_matches(r"sha256:[0-9a-f]{32}"), "from `tokenizer_fingerprint`"),
@@ -174,6 +207,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         of_key, of_value = get_args(hint)
         items = value.items() if isinstance(value, dict) else [(None, None)]
         return all(_has_type(key, of_key) and _has_type(x, of_value) for key, x in items)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_has_type(x, get_args(hint)[0]) for x in value)
     if get_args(hint):
         return any(_has_type(value, x) for x in get_args(hint))
     if isinstance(value, bool):

@@ -7,12 +7,14 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import CACHE, embeddings_of, network_of, new_cache
+from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 
 # Their frequencies depend on the length of the text.
 _DYNAMIC_ROPES = ("dynamic", "longrope")
 # GIT looks for an image in its cache, the loops of Dory add layers to theirs, XLM goes by the lengths of texts; the
 # others are wrong with a cache or padding in transformers 5.16.
+# `generate` appends a mask token to their texts, and reads the prediction from it.
+_WITH_MASK_TOKEN = ("xlm", "flaubert", "xlnet")
 _ODD = ("git", "dory", "xlm", "big_bird", "doge", "megatron-bert", "rembert")
 
 
@@ -32,11 +34,26 @@ def why_no_cache(model: PreTrainedModel | PeftModel) -> str | None:
         return "it has recurrent states, or no key-value cache that could be rolled back"
     if "position_ids" not in arguments and kind != "bloom":  # which has the distances of tokens from the mask
         return "it can't be told the positions of a padded text"
-    for name, module in network.named_modules():
-        # RoBERTa and its like
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return "it counts positions from its pad token on, and leaves out pad tokens in the text"
+    if _counts_from_pad_token(network):
+        return "it counts positions from its pad token on, and leaves out pad tokens in the text"
     return "its cache or its masks are not usual ones in all versions of transformers" if kind in _ODD else None
+
+
+def is_read_otherwise_by_generate(network: PreTrainedModel) -> bool:
+    """
+    Returns whether `generate` doesn't pass a text to a model as training and scoring do.
+
+    It numbers positions from 0 where the model itself, as RoBERTa does, begins after its pad token; or it adds tokens.
+    """
+    return _counts_from_pad_token(network) or network.config.model_type in _WITH_MASK_TOKEN
+
+
+def _counts_from_pad_token(network: PreTrainedModel) -> bool:
+    """Returns whether a model makes positions from its pad token, as RoBERTa and its like do."""
+    return any(
+        name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+        for name, module in network.named_modules()
+    )
 
 
 def fixed_length(network: PreTrainedModel) -> float:

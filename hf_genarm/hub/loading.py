@@ -13,14 +13,16 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .added_tokens import n_added_tokens
+from .adapter_config import n_added_tokens, refuse_other_dtypes, refuse_out_of_bounds
 from .base_weights import has_weights
-from .cache import embeddings_of
 from .info import INFO_NAME, RewardInfo
+from .kv_cache import embeddings_of
+from .placement import loaded_as_base
 from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
 from .warning import GuidanceWarning
 
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Pickled weights run code when they are loaded, so they are not even downloaded.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md")
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def download(name_or_path: str, subfolder: str = "", patterns: Iterable[str] = _FILES, **hub_kwargs: Any) -> Path:
@@ -58,9 +60,16 @@ def load_causal_lm(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: if it has pickled weights, or not exactly those of its architecture, or some that are not finite.
     """
     if not any(folder.glob("*.safetensors")):
+        adapters = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if adapters:
+            raise ValueError(
+                f"`{name}` is a folder of several adapters: {', '.join(f'`{x}`' for x in adapters)}. Choose one with "
+                f'`subfolder`, such as `from_pretrained(..., subfolder="{adapters[0]}")`.'
+            )
         raise _pickled(name)
     _refuse_pickled_shards(folder, name)
     model, unexpected = _load(folder, name, **kwargs)
+    unexpected = [key for key in unexpected if not _is_old_buffer(folder, key, model)]
     if unexpected:
         raise ValueError(
             f"`{name}` has `{unexpected[0]}`, which a `{type(model).__name__}` doesn't have: it is not, or not only, a "
@@ -99,10 +108,13 @@ def load_adapter(
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists():
         raise _pickled(name)
-    config = _adapter_config(folder / _ADAPTER_CONFIG)
+    config = adapter_config(folder / ADAPTER_CONFIG)
+    refuse_other_dtypes(folder)
     if config.peft_type == PeftType.XLORA:
         raise ValueError(f"`{name}` is X-LoRA, which loads other adapters as it likes. Load one of these instead.")
     objection = _why_not_shared(base_model, config, info, kwargs)
+    if base_model is not None:
+        refuse_out_of_bounds(config, base_model, name)
     if base_model is not None and objection is None:
         adds = n_added_tokens(base_model, config, folder) > 0
         objection = "it adds tokens" if adds else why_it_changes(base_model, config, folder)
@@ -110,7 +122,7 @@ def load_adapter(
         _refuse_not_finite(load_file(path).items(), name)
         return load_onto_shared_weights(base_model, folder)
     logger.info("%s: engine `separate`, with weights of its own, because %s.", name, objection)
-    network = _load_base(name, config, folder, hub_kwargs, kwargs)
+    network = _load_network(name, config, info, folder, hub_kwargs, loaded_as_base(base_model, kwargs))
     if has_weights(network, info.base_weights) is False:
         warnings.warn(
             f"`{name}` was trained on other weights than those of `{config.base_model_name_or_path}`, so that its "
@@ -118,6 +130,7 @@ def load_adapter(
             GuidanceWarning,
             stacklevel=3,
         )
+    refuse_out_of_bounds(config, network, name)
     n_added = n_added_tokens(network, config, folder)
     if n_added > 0:  # their weights come with the adapter
         network.resize_token_embeddings(len(embeddings_of(network)) + n_added, mean_resizing=False)
@@ -143,34 +156,47 @@ def _why_not_shared(
     if is_same is False:
         return "it was trained on other weights than those of the base"
     trained_on, given = config.base_model_name_or_path, base_model.name_or_path
+    if is_same is None and _is_in_4_bit(trained_on):
+        logger.warning(
+            "The adapter names `%s`, a copy in 4 bits. It is taken to be one of the base that is given, `%s`.",
+            trained_on,
+            given,
+        )
+        return None
     if is_same is None and (not short_name(given) or short_name(given) != short_name(trained_on)):
         return f"it was trained on `{trained_on}`, and the base is `{given}`"
     return None
 
 
-def _load_base(
-    name: str, config: PeftConfig, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
+def _load_network(
+    name: str, config: PeftConfig, info: RewardInfo, folder: Path, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     trained_on = config.base_model_name_or_path
     if trained_on is None or not short_name(trained_on):
         raise ValueError(
             f"`base_model_name_or_path` of `{name}` is {trained_on!r}, but must be the Hub id or the folder of the "
-            f"model that it was trained on. Write it into `{folder / _ADAPTER_CONFIG}`."
+            f"model that it was trained on. Write it into `{folder / ADAPTER_CONFIG}`."
         )
+    revision = recorded_revision(config, info)
     try:
-        files = download(trained_on, patterns=["*.json"], revision=config.revision, **hub_kwargs)
+        files = download(trained_on, patterns=["*.json"], revision=revision, **hub_kwargs)
     except HFValidationError as error:
         raise ValueError(
             f"`{name}` was trained on `{trained_on}`, which is no folder here, and no id on the Hub. Write where it is "
-            f"now into `{folder / _ADAPTER_CONFIG}`."
+            f"now into `{folder / ADAPTER_CONFIG}`."
         ) from error
-    if (files / _ADAPTER_CONFIG).exists():
+    except OSError as error:
+        raise ValueError(
+            f"`{name}` was trained on `{trained_on}`, which can't be loaded. Give the model that it was trained on as "
+            f"`base_model`, or write where that is now into `{folder / ADAPTER_CONFIG}`. {error}"
+        ) from error
+    if (files / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"`{name}` was trained on `{trained_on}`, which is an adapter itself. Merge that into its model with "
-            f"`merge_and_unload`, save it, and write its folder into `{folder / _ADAPTER_CONFIG}`."
+            f"`merge_and_unload`, save it, and write its folder into `{folder / ADAPTER_CONFIG}`."
         )
     _refuse_pickled_shards(files, trained_on)
-    return _load(trained_on, trained_on, revision=config.revision, **hub_kwargs, **kwargs)[0]
+    return _load(trained_on, trained_on, revision=revision, **hub_kwargs, **kwargs)[0]
 
 
 def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -192,10 +218,16 @@ def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTraine
     return model, sorted(found["unexpected_keys"])
 
 
+def recorded_revision(config: PeftConfig, info: RewardInfo) -> str | None:
+    """The revision of the base that an adapter was trained on, if it is recorded."""
+    is_same = short_name(info.base_model) == short_name(config.base_model_name_or_path)
+    return config.revision or (info.base_model_revision if is_same else None)
+
+
 def base_of(name_or_path: str, **hub_kwargs: Any) -> str | None:
     """The Hub id or folder of the model that an adapter belongs to; `None` for what is no adapter."""
-    path = download(name_or_path, patterns=[_ADAPTER_CONFIG], **hub_kwargs) / _ADAPTER_CONFIG
-    return _adapter_config(path).base_model_name_or_path if path.exists() else None
+    path = download(name_or_path, patterns=[ADAPTER_CONFIG], **hub_kwargs) / ADAPTER_CONFIG
+    return adapter_config(path).base_model_name_or_path if path.exists() else None
 
 
 def info_of(name_or_path: str, **hub_kwargs: Any) -> RewardInfo:
@@ -204,7 +236,7 @@ def info_of(name_or_path: str, **hub_kwargs: Any) -> RewardInfo:
     return RewardInfo.load(path) if path.exists() else RewardInfo()
 
 
-def _adapter_config(path: Path) -> PeftConfig:
+def adapter_config(path: Path) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(str(path.parent))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -214,10 +246,39 @@ def _adapter_config(path: Path) -> PeftConfig:
         ) from error
 
 
+def _is_in_4_bit(name_or_path: Any) -> bool:
+    """Whether a model is one of the copies that Unsloth loads in place of a model that was asked for."""
+    return short_name(name_or_path).lower().endswith("-bnb-4bit")
+
+
+def _is_old_buffer(folder: Path, key: str, model: PreTrainedModel) -> bool:
+    """
+    Whether a tensor that a model doesn't have is no weight, but a mask or a table that old versions of transformers
+    saved and new ones compute.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    if key.endswith(".inv_freq") or key in buffers or f"{model.base_model_prefix}.{key}" in buffers:
+        return True
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if key in file.keys():  # noqa: SIM118
+                shape, dtype = file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()
+                is_mask = dtype in ("BOOL", "U8") or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
+                return is_mask or (shape == [] and key.endswith("masked_bias"))
+    return False
+
+
 def _refuse_pickled_shards(folder: Path, name: str) -> None:
     for index in folder.glob("*.safetensors.index*.json"):
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if not all(shard.endswith(".safetensors") for shard in shards):
+        try:
+            shards = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            is_safe = all(shard.endswith(".safetensors") for shard in shards)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`{index}` must be an index of shards, an object with the file of each tensor in `weight_map` "
+                f"({error!r}). Download or save it again."
+            ) from error
+        if not is_safe:
             raise _pickled(name)
 
 

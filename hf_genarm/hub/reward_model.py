@@ -1,9 +1,10 @@
 """`AutoregressiveRewardModel`: what is published. Weights, tokenizer, and what it says about itself."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from .base_weights import has_weights
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .loading import download, load_adapter, load_causal_lm
+from .placement import loaded_as_base, put_with_base
 from .scoring import ScoredTexts, Texts, token_rewards
 from .sharing import without_adapter
 
@@ -86,9 +88,10 @@ class AutoregressiveRewardModel(PushToHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         base_model: PreTrainedModel | None = None,
         *,
+        base_tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
         trust_remote_code: bool = False,
         subfolder: str = "",
         **kwargs: Any,
@@ -98,7 +101,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         `genarm_config.json`. Any causal LM or adapter on one will do; what it lacks to be used well is logged.
 
         Args:
-            pretrained_model_name_or_path (`str`):
+            pretrained_model_name_or_path (`str` or `pathlib.Path`):
                 Hub id or local folder. The weights must be safetensors.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights, in other modules around
@@ -108,6 +111,9 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 adapter only adds to them, and no argument asks for other weights. Otherwise the adapter is loaded onto
                 a model of its own, so that its rewards are what it has learned; you are warned if that is not the one
                 that it was trained on either.
+            base_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*, defaults to `"auto"`):
+                The tokenizer of `base_model`, for a reward model on its weights that has none in its folder; `None` if
+                there is none. `"auto"` looks for it where `base_model` came from.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
                 Whether to run code from the repository of the language model. Without it, nobody is asked.
             subfolder (`str`, *optional*):
@@ -115,7 +121,9 @@ class AutoregressiveRewardModel(PushToHubMixin):
             **kwargs:
                 `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` say where to find it. All
                 others are passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`,
-                `quantization_config`, … For an adapter these are about the model that it is loaded onto.
+                `quantization_config`, … For an adapter these are about the model that it is loaded onto. A reward model
+                with weights of its own is put on the device of `base_model` and into its dtype, unless these say
+                otherwise.
 
         Returns:
             [`AutoregressiveRewardModel`], in evaluation mode.
@@ -124,15 +132,21 @@ class AutoregressiveRewardModel(PushToHubMixin):
             ValueError: if weights are pickled, are not exactly those of the model, or are NaN or infinite; if a file
                 that describes them is not valid, or of a format that is newer than this package.
         """
-        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
-        folder = download(pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
+        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            raise TypeError(
+                f"`pretrained_model_name_or_path` is {pretrained_model_name_or_path!r:.80}, but it is a Hub id or a "
+                "folder. A model that is loaded already goes to the class itself: `AutoregressiveRewardModel(model)`."
+            )
+        name = str(pretrained_model_name_or_path)
+        folder = download(name, subfolder, **hub_kwargs)
         has_info = (folder / INFO_NAME).exists()
         info = RewardInfo.load(folder / INFO_NAME) if has_info else RewardInfo()
         if not has_info:
             logger.info(
                 "%s has no `%s`: its reward scale `beta`, its objective, and the tokenizer and chat template that it "
                 "was trained with are unknown. Look for a good `alpha` yourself.",
-                pretrained_model_name_or_path,
+                name,
                 INFO_NAME,
             )
         model: PreTrainedModel | PeftModel
@@ -140,15 +154,19 @@ class AutoregressiveRewardModel(PushToHubMixin):
         kwargs["trust_remote_code"] = trust_remote_code  # left out, transformers would ask
         if (folder / "adapter_config.json").exists():
             hub_kwargs.pop("revision", None)  # is that of the adapter
-            model = load_adapter(folder, pretrained_model_name_or_path, info, base_model, hub_kwargs, kwargs)
+            model = load_adapter(folder, name, info, base_model, hub_kwargs, kwargs)
         else:
-            logger.info("%s: engine `separate`, because it is not an adapter.", pretrained_model_name_or_path)
-            model = load_causal_lm(folder, pretrained_model_name_or_path, **kwargs)
+            logger.info("%s: engine `separate`, because it is not an adapter.", name)
+            model = load_causal_lm(folder, name, **loaded_as_base(base_model, kwargs))
             if base_model is not None and has_weights(base_model, info.base_weights):
                 reference = base_model
-        tokenizer = find_tokenizer(
-            folder, str(model.name_or_path), token=hub_kwargs.get("token"), trust_remote_code=trust_remote_code
-        )
+        put_with_base(model, base_model, kwargs)
+        access: Any = {"token": hub_kwargs.get("token"), "trust_remote_code": trust_remote_code}
+        tokenizer = find_tokenizer(folder, **access)
+        if tokenizer is None:
+            is_of_base = base_model is not None and model.name_or_path == base_model.name_or_path
+            is_known = is_of_base and base_tokenizer != "auto"
+            tokenizer = base_tokenizer if is_known else find_tokenizer(str(model.name_or_path), **access)  # type: ignore
         return cls(model.eval(), tokenizer, info, reference)
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ _ADDS_ONLY |= {"revision", "target_modules", "task_type", "trainable_token_indic
 # Other initialisations subtract the low-rank product from the weights of the base while an adapter is loaded.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
-_MERGING = ("merge_adapter", "merge_and_unload")
+_MERGING = ("merge", "merge_adapter", "merge_and_unload")  # of layers, and of whole models
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -44,8 +44,11 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
     for module in model.modules():
         own = {name: x for name, x in module._parameters.items() if x is not None}
         module._parameters.update({name: originals.get(x, x) for name, x in own.items()})
-    for name in _MERGING:
-        vars(model.base_model)[name] = functools.partial(_refuse_to_merge, name)
+    shared = frozenset(id(x) for x in base_model.parameters())
+    for module in model.modules():
+        for name in _MERGING:
+            if hasattr(type(module), name):
+                vars(module)[name] = functools.partial(_merge_if_own, module, name, shared)
     return model
 
 
@@ -53,16 +56,17 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """A model with weights of its own, those of the adapter added to those below; a model without an adapter itself."""
     if not isinstance(model, PeftModel):
         return model
-    own = copy.deepcopy(model)
-    for name in _MERGING:
-        vars(own.base_model).pop(name, None)
-    return own.merge_and_unload()
+    return copy.deepcopy(model).merge_and_unload()
 
 
-def _refuse_to_merge(name: str, *args: Any, **kwargs: Any) -> None:
+def _merge_if_own(module: nn.Module, name: str, shared: frozenset[int], *args: Any, **kwargs: Any) -> Any:
+    """Merges what is a copy with weights of its own, and refuses what shares those of the base."""
+    if shared.isdisjoint(map(id, module.parameters())):
+        return getattr(type(module), name)(module, *args, **kwargs)
     raise ValueError(
-        f"`{name}` would change the weights of the base model, which this adapter shares. Load it with weights of its "
-        "own, without `base_model`: `AutoregressiveRewardModel.from_pretrained(...)`."
+        f"`{name}` would change the weights of the base model, which this adapter shares. Merge a copy, "
+        "`copy.deepcopy(model)`, or load it with weights of its own, without `base_model`: "
+        "`AutoregressiveRewardModel.from_pretrained(...)`."
     )
 
 

@@ -1,4 +1,4 @@
-"""One question, answered twice at once: with guidance and without, by the same randomness."""
+"""One question, answered twice at the same time: with guidance and without, by the same random numbers."""
 
 import queue
 import threading
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
+from ..decoding.assembly import assemble
 from ..decoding.guided_tokens import GuidedTokens
 from ..decoding.processor import GenARMLogitsProcessor
+from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from .models import Models, chat_of
 
@@ -20,21 +22,21 @@ from .models import Models, chat_of
 @dataclass
 class Settings:
     """
-    What a visitor has set. Those marked as live act from the next token on.
+    The settings of a visitor. Those marked as live act from the next token on.
 
     Parameters:
         strengths (`dict[str, float]`):
-            Of each reward model, by its name; live.
+            The strength of each reward model, by its name; live.
         temperature (`float`):
-            Live.
+            Temperature of both answers; live.
         target_kl (`float`):
-            In nats per token, 0 for none; live.
+            Target divergence in nats per token, 0 for none; live.
         reference (`str`):
             `"none"` or `"base"`.
         seed (`int`):
-            Of both answers.
+            Seed of both answers.
         max_new_tokens (`int`):
-            Of each answer.
+            Longest answer.
     """
 
     strengths: dict[str, float] = field(default_factory=dict)
@@ -48,15 +50,15 @@ class Settings:
 @dataclass
 class Frame:
     """
-    What can be seen of two answers at one time, unguided first.
+    Two answers as far as they are written, unguided first.
 
     Parameters:
         ids (list of list of `int`):
             The tokens of both.
         seconds (`float`):
-            Since the first token.
+            Time since the first token.
         table ([`GuidedTokens`], *optional*):
-            What guidance did so far; not every frame has one.
+            Statistics of guidance so far; not every frame has them.
     """
 
     ids: list[list[int]]
@@ -70,11 +72,11 @@ class Answer:
 
     Args:
         models ([`Models`]):
-            That write and judge.
+            The base and the reward models.
         prompt (`str`):
             The question.
         settings ([`Settings`]):
-            May be changed while the answers are written.
+            The settings, which may change while the answers are written.
 
     Attributes:
         strengths_at (list of `tuple[int, list[float]]`):
@@ -101,11 +103,11 @@ class Answer:
         self._started, self._last_table = 0.0, 0.0
 
     def stop(self) -> None:
-        """No further token is written, by the next one at the latest."""
+        """Stops both answers after at most one more token."""
         self._stopped.set()
 
     def frames(self) -> Iterator[Frame]:
-        """One for each token, and a last one with all that is known; whoever stops looking stops the answers."""
+        """Yields a frame for each token, and a complete one at the end; closing the iterator stops the answers."""
         thread = threading.Thread(target=self._write, daemon=True)
         thread.start()
         try:
@@ -118,7 +120,7 @@ class Answer:
             thread.join()
 
     def scores(self, frame: Frame) -> dict[str, list[float]]:
-        r"""$\log\pi_r - \log\pi_\text{base}$ of both answers by each reward model, in nats."""
+        r"""The contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward model, in nats."""
         model, tokenizer = self._models.model, self._models.tokenizer
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
         chats = [chat_of(self.prompt)] * len(texts)
@@ -130,9 +132,9 @@ class Answer:
         return {name: (reward - base).tolist() for name, reward in rewards.items()}
 
     def _strengths(self, step: int) -> Tensor:
-        """Of the token that is about to be written: the first row is unguided."""
+        """The strengths for the next token: the first row is unguided."""
         settings = self.settings
-        # A reward model that its visitor has replaced by another meanwhile is off.
+        # A reward model that the visitor has replaced meanwhile is off.
         now = [settings.strengths.get(name, 0.0) for name in self.names]
         if not self.strengths_at or self.strengths_at[-1][1] != now:
             self.strengths_at.append((step, now))
@@ -144,20 +146,21 @@ class Answer:
         rows = {name: value.repeat(2, 1) for name, value in self._inputs.items()}
         settings, models = self.settings, self._models
         try:
-            # Nothing but this call holds it, so that the base is as it was when it returns.
-            processor = GenARMLogitsProcessor(
+            # Only this call holds the processor, so that nothing of it stays on the base afterwards.
+            parts = assemble(
                 [models.reward_model(name) for name in self.names],
+                self.names,
+                models.model,
+                models.tokenizer,
                 self._strengths,
-                base_model=models.model,
-                target_kl=self.first_target_kl or None,
-                reference=None if settings.reference == "none" else "base",
-                tokenizer=models.tokenizer,
+                None if settings.reference == "none" else "base",
             )
+            processor = GenARMLogitsProcessor(**vars(parts), target_kl=self.first_target_kl or None)
             processor.keeps_statistics = True
             model: Any = models.model  # `generate` is a tensor or a module for mypy
             output = model.generate(
                 **rows,
-                logits_processor=[processor, SameDraw(settings, models.model.device)],
+                logits_processor=[processor, SameDraw(settings, device_of(models.model))],
                 stopping_criteria=StoppingCriteriaList([_AfterEachToken(self, processor)]),
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=False,
@@ -190,14 +193,15 @@ class Answer:
 
 class SameDraw(LogitsProcessor):
     """
-    Draws the next token of all rows by one and the same random numbers, so that texts part only where their
-    distributions do. They are those of `torch.manual_seed(seed)` and `generate(do_sample=True)` with a batch of one.
+    Draws the next token of all rows by the same random numbers, so that texts differ only where their distributions do.
+
+    The numbers are those of `torch.manual_seed(seed)` and `generate(do_sample=True)` with a batch of one.
 
     Args:
         settings ([`Settings`]):
-            Its temperature may change at any time.
+            The settings, whose temperature may change at any time.
         device (`torch.device`):
-            Of the scores.
+            The device of the scores.
     """
 
     def __init__(self, settings: Settings, device: torch.device):

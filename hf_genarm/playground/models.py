@@ -4,14 +4,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from ..demo import DEMO_MODEL_ID, demo_model
+from ..hub.base_model import Base
 from ..hub.info import HUB_ID
+from ..hub.loading import base_of, short_name
+from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
 
@@ -20,21 +19,19 @@ MAX_PROMPT_TOKENS = 512
 
 class Models:
     """
-    A base model, the reward models that the playground began with, and a few that visitors have asked for.
+    A base, the reward models that the playground was started with, and a few that visitors have loaded.
 
     Args:
-        base (`str`, *optional*):
-            Hub id or folder of the model to be steered. Defaults to the one that the examples run on.
+        base ([`Base`]):
+            The model to be steered.
         adapters (list of `str`):
             Hub ids or folders of reward models.
         takes_folders (`bool`, *optional*, defaults to `True`):
             Whether visitors may name folders of this machine.
 
     Attributes:
-        is_demo_model (`bool`):
-            Whether the base is the one that the examples run on.
         unguided_speed (`float`):
-            Tokens a second that the base writes when it writes one text, unguided.
+            Tokens per second of the base when it writes one text without guidance.
 
     Raises:
         ValueError: if the base has no chat template.
@@ -43,24 +40,21 @@ class Models:
     # Adapters that visitors have loaded; the one that was not used for the longest time is dropped.
     KEPT = 4
 
-    def __init__(self, base: str | None, adapters: Sequence[str], takes_folders: bool = True):
-        self.is_demo_model, self.base = base is None, base or DEMO_MODEL_ID
-        path = base or demo_model()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+    def __init__(self, base: Base, adapters: Sequence[str], takes_folders: bool = True):
+        self.base, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                f"`{self.base}` has no chat template, and the playground asks questions. Use a chat model."
+                f"`{self.base}` has no chat template, which the playground needs to ask questions. Use a chat model."
             )
         self.adapters = list(adapters)
         self.takes_folders = takes_folders
-        self._own = {name: AutoregressiveRewardModel.from_pretrained(name, self.model) for name in adapters}
+        self._own = {name: self._load(name) for name in adapters}
         self._guests: OrderedDict[str, AutoregressiveRewardModel] = OrderedDict()
         self._lock = threading.Lock()
         self.unguided_speed = self._measure()
 
     def _measure(self) -> float:
-        """Tokens a second of the base alone; what is slow the first time is then done."""
+        """Tokens per second of the base alone, in the second of two runs: the first one warms up."""
         inputs, n_tokens = self.question("Hello"), 16
         for _ in range(2):
             start = time.monotonic()
@@ -69,6 +63,8 @@ class Models:
 
     def reward_model(self, name: str) -> AutoregressiveRewardModel:
         """
+        A reward model by its name, loaded if it is not yet there.
+
         Raises:
             ValueError: if it is no adapter on the base, or not allowed.
             OSError: if it can't be found.
@@ -77,7 +73,7 @@ class Models:
             return self._own[name]
         is_hub_id = HUB_ID.fullmatch(name) is not None
         if not self.takes_folders and (Path(name).exists() or not is_hub_id):
-            # The same for all, so that nobody learns which folders there are.
+            # The same message for all names, so that it doesn't reveal which folders exist.
             raise ValueError(
                 f"`{name}` is not the Hub id of an adapter (`user/my-arm`), and no folder of the machine that serves "
                 "this page is taken."
@@ -86,21 +82,23 @@ class Models:
             raise ValueError(f"`{name}` is neither a Hub id (`user/my-arm`) nor a folder.")
         with self._lock:
             if name not in self._guests:
-                self._guests[name] = self._load(name)
+                self._guests[name] = self._load_guest(name)
             self._guests.move_to_end(name)
             while len(self._guests) > self.KEPT:
                 self._guests.popitem(last=False)
             return self._guests[name]
 
     def _load(self, name: str) -> AutoregressiveRewardModel:
-        try:
-            trained_on = PeftConfig.from_pretrained(name).base_model_name_or_path
-        except ValueError as error:
-            raise ValueError(f"`{name}` is no adapter: it has no `adapter_config.json`.") from error
-        # Known before anything large is loaded, and once more when it is: some adapters need weights of their own.
-        if PurePath(trained_on).name != PurePath(self.base).name:
+        return AutoregressiveRewardModel.from_pretrained(name, self.model, base_tokenizer=self.tokenizer)
+
+    def _load_guest(self, name: str) -> AutoregressiveRewardModel:
+        trained_on = base_of(name)
+        if trained_on is None:
+            raise ValueError(f"`{name}` is no adapter: it has no `adapter_config.json`.")
+        # Checked before anything large is loaded, and again afterwards: some adapters need weights of their own.
+        if short_name(trained_on) != short_name(self.base):
             raise ValueError(self._refusal(name, f"it was trained on `{trained_on}`"))
-        arm = AutoregressiveRewardModel.from_pretrained(name, self.model)
+        arm = self._load(name)
         if not shares_weights(arm.model, self.model):
             raise ValueError(self._refusal(name, "it does more than add to them"))
         return arm
@@ -126,13 +124,14 @@ class Models:
         length = inputs["input_ids"].shape[1]
         if length > MAX_PROMPT_TOKENS:
             raise ValueError(f"The prompt has {length} tokens, but at most {MAX_PROMPT_TOKENS} are taken. Shorten it.")
-        return inputs.to(self.model.device)
+        return inputs.to(device_of(self.model))
 
 
 def chat_of(prompt: str) -> list[dict[str, str]]:
+    """A question as the messages that a chat template takes."""
     return [{"role": "user", "content": prompt}]
 
 
 def title_of(name: str, arm: AutoregressiveRewardModel) -> str:
-    """A few words for a slider: what it says it rewards, or else its name."""
+    """A short label for a slider: the objective that the reward model records, or else its name."""
     return arm.info.objective or Path(name).name

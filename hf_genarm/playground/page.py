@@ -1,6 +1,8 @@
-"""The page: a prompt, sliders, two answers side by side, and what guidance did to them."""
+"""The page: a prompt, sliders, two answers side by side, and the effect of guidance on each token."""
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -10,15 +12,15 @@ import gradio as gr
 from ..decoding.guided_tokens import GuidedTokens, name_of
 from ..decoding.recommended import recommended_alpha, wanted_reference
 from ..viewing.html import to_html
-from ..viewing.tokens import Token, TokenText, token_texts, visible
+from ..viewing.tokens import BLUE, ORANGE, Token, TokenText, token_texts, visible
 from .answers import Answer, Frame, Settings
-from .chart import chart
 from .models import Models, title_of
 from .script import script_of
 
 MAX_NEW_TOKENS = 256
-VISIT = 3600  # seconds without a sign of life after which a visitor's state is dropped
+VISIT = 3600  # seconds without activity after which a visitor's state is dropped
 SIDES = ("unguided", "guided")
+CHART_WIDTH, CHART_HEIGHT = 600, 80
 
 EXAMPLES = [
     "What did you think of the hotel? Answer in two sentences.",
@@ -41,7 +43,7 @@ CSS = """
 
 @dataclass
 class Visitor:
-    """What belongs to one open page."""
+    """The state of one open page."""
 
     settings: Settings
     own: str | None = None
@@ -55,9 +57,11 @@ class Visitor:
 
 def build_page(models: Models) -> gr.Blocks:
     """
+    Builds the page.
+
     Args:
         models ([`Models`]):
-            That the page is about.
+            The models that answer.
     """
     arms = [models.reward_model(name) for name in models.adapters]
     titles = [title_of(name, arm) for name, arm in zip(models.adapters, arms, strict=True)]
@@ -123,7 +127,7 @@ def build_page(models: Models) -> gr.Blocks:
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
         visitor.own = name
-        about = arm.info.description or arm.info.objective or "It does not say what it rewards."
+        about = arm.info.description or arm.info.objective or "It does not record what it rewards."
         slider = gr.Slider(visible=True, label=title_of(name, arm), value=0.0)
         choices = [*measures, (f"reward: {title_of(name, arm)}", f"reward_log_prob_{len(titles)}")]
         card = f'<div class="answer"><b>{escape(visible(name))}</b>{escape(visible(about))}</div>'
@@ -132,8 +136,8 @@ def build_page(models: Models) -> gr.Blocks:
     with gr.Blocks(title="hf_genarm: steer while it writes", analytics_enabled=False) as page:
         visitor = gr.State(arrive, time_to_live=VISIT, delete_callback=Visitor.leave)
         gr.Markdown(
-            "## Steer while it writes\nThe same model answers twice, by the same random numbers: as it is, and guided "
-            "by reward models. Move a slider while it writes: it acts from the next token on."
+            "## Steer while it writes\nThe same model answers twice, by the same random numbers: without guidance, and "
+            "guided by reward models. Move a slider while it writes: it acts from the next token on."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -156,7 +160,7 @@ def build_page(models: Models) -> gr.Blocks:
                 own = gr.Slider(-3, 3, 0.0, step=0.05, visible=False, elem_id="strength-own")
                 temperature = gr.Slider(0.1, 1.5, 1.0, step=0.1, label="temperature", elem_id="temperature")
                 target_kl = gr.Slider(
-                    0, 2, 0.0, step=0.05, label="target KL", info="nats per token; 0: strengths act as they are"
+                    0, 2, 0.0, step=0.05, label="target KL", info="nats per token; 0: strengths are not scaled"
                 )
                 with gr.Row():
                     seed = gr.Number(
@@ -164,7 +168,7 @@ def build_page(models: Models) -> gr.Blocks:
                     )
                     n_tokens = gr.Slider(8, MAX_NEW_TOKENS, 64, step=8, label="tokens", min_width=160, elem_id="tokens")
                 reference = gr.Radio(
-                    [("as it is", "none"), ("less the base’s", "base")],
+                    [("log-probability", "none"), ("minus that of the base", "base")],
                     value=first_reference,
                     label="reward",
                     info="acts from the next answer on",
@@ -206,16 +210,18 @@ def build_page(models: Models) -> gr.Blocks:
 
 
 def panel(side: str, text: str) -> str:
+    """The box of one answer."""
     return f'<div class="answer"><b>{side}</b><span>{escape(visible(text))}</span></div>'
 
 
 def texts_of(models: Models, frame: Frame) -> list[str]:
+    """The boxes of both answers."""
     texts = [str(models.tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
     return [panel(side, text) for side, text in zip(SIDES, texts, strict=True)]
 
 
 def colored(models: Models, answer: Answer, frame: Frame, table: GuidedTokens, measure: str) -> list[TokenText]:
-    """Tokens that no reward model was asked about have no colour."""
+    """Both texts with the colours of a measure; tokens that no reward model has scored have none."""
     known = table.tokens(measure)
     texts = []
     for row, (side, ids) in enumerate(zip(SIDES, frame.ids, strict=True)):
@@ -225,16 +231,48 @@ def colored(models: Models, answer: Answer, frame: Frame, table: GuidedTokens, m
 
 
 def facts(models: Models, frame: Frame, scores: dict[str, list[float]] | None) -> str:
-    """Speed, and once they are known the scores of both texts by each reward."""
+    """A table of the speed and, once they are known, the scores of both texts by each reward model."""
     n_tokens = [len(ids) for ids in frame.ids]
     speed = max(n_tokens) / frame.seconds if frame.seconds else 0.0
     rows = [
         ("tokens", *map(str, n_tokens)),
-        ("tokens a second", f"{models.unguided_speed:.1f} if alone", f"{speed:.1f}, both at once"),
+        ("tokens per second", f"{models.unguided_speed:.1f} alone", f"{speed:.1f}, both together"),
     ]
     for name, values in (scores or {}).items():
         title = title_of(name, models.reward_model(name))
-        rows.append((f"{title}, less the base’s, nats", *(f"{value:+.2f}" for value in values)))
+        rows.append((f"{title}, minus that of the base, nats", *(f"{value:+.2f}" for value in values)))
     head = "".join(f"<th>{x}</th>" for x in ("", *SIDES))
     body = "".join("<tr>" + "".join(f"<td>{escape(visible(x))}</td>" for x in row) + "</tr>" for row in rows)
     return f'<table class="facts"><tr>{head}</tr>{body}</table>'
+
+
+def chart(values: Sequence[float], label: str) -> str:
+    """
+    A chart as SVG: values as bars, and their running mean as a line.
+
+    Args:
+        values (list of `float`):
+            The values, none of them negative.
+        label (`str`):
+            What they measure.
+    """
+    values = [x if math.isfinite(x) else 0.0 for x in values]
+    if not values:
+        return ""
+    top, step = max(*values, 1e-6), CHART_WIDTH / len(values)
+    means = [total / n for n, total in enumerate(itertools.accumulate(values), start=1)]
+    bars = "".join(
+        f'<rect x="{i * step:.1f}" y="{CHART_HEIGHT * (1 - x / top):.1f}" width="{0.8 * step:.1f}" '
+        f'height="{CHART_HEIGHT * x / top:.1f}"/>'
+        for i, x in enumerate(values)
+    )
+    line = " ".join(f"{(i + 0.4) * step:.1f},{CHART_HEIGHT * (1 - x / top):.1f}" for i, x in enumerate(means))
+    blue, orange = ("rgb({},{},{})".format(*color) for color in (BLUE, ORANGE))
+    return (
+        f'<div class="genarm-legend">{escape(label)}: mean {means[-1]:.2f}, highest {top:.2f}</div>'
+        f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(label)}" style="width: 100%; max-width: {CHART_WIDTH}px; height: {CHART_HEIGHT}px">'
+        f'<g fill="{blue}" fill-opacity=".5">{bars}</g>'
+        f'<polyline points="{line}" fill="none" stroke="{orange}" stroke-width="2" vector-effect="non-scaling-stroke"/>'
+        "</svg>"
+    )

@@ -1,5 +1,6 @@
-"""The guided answer of the playground as a script of ten lines that needs no playground."""
+"""The guided answer of the playground as a script of a dozen lines that runs without the playground."""
 
+from ..demo import DEMO_MODEL_ID
 from .answers import Answer
 from .models import Models
 
@@ -8,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_genarm import GenARMLogitsProcessor
 {imports}
-model, tokenizer = AutoModelForCausalLM.from_pretrained({base}), AutoTokenizer.from_pretrained({base})
-inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained({base})
+model = AutoModelForCausalLM.from_pretrained({base}, dtype={dtype!r}, device_map={device!r})
+inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")\
+.to(model.device)
 processor = GenARMLogitsProcessor.from_pretrained({names!r}, base_model=model{options})
 processor.alpha = {alpha}
 torch.manual_seed({seed})
@@ -21,19 +24,23 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def script_of(models: Models, answer: Answer) -> str:
     """
+    Writes the script of an answer.
+
     Args:
         models ([`Models`]):
-            That have answered.
+            The models that have answered.
         answer ([`Answer`]):
-            When it is written.
+            The answer, complete.
     """
-    settings = answer.settings
+    settings, is_demo_model = answer.settings, models.base == DEMO_MODEL_ID
     options = f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""
-    # Said in any case, as a reward model may recommend another.
+    # Written in any case, as a reward model may recommend another one.
     options += ', reference="base"' if settings.reference == "base" else ", reference=None"
     script = _SCRIPT.format(
-        base="demo_model()" if models.is_demo_model else repr(models.base),
-        imports="from hf_genarm.demo import demo_model\n" if models.is_demo_model else "",
+        base="demo_model()" if is_demo_model else repr(models.base),
+        imports="from hf_genarm.demo import demo_model\n" if is_demo_model else "",
+        dtype=str(models.model.dtype).removeprefix("torch."),
+        device="auto" if len({x.device for x in models.model.parameters()}) > 1 else str(models.model.device),
         chat=[{"role": "user", "content": answer.prompt}],
         names=answer.names,
         options=options,

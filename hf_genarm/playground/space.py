@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
-from ..demo import DEMO_MODEL_ID
+from ..hub.base_model import named_base
 
 _APP = """\
 from hf_genarm.scripts.demo import serve
@@ -30,7 +30,7 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
         folder (`str`):
             A new or an empty folder.
         base (`str`, *optional*):
-            Hub id of a chat model. Defaults to the model that the examples run on.
+            Hub id of a chat model. Defaults to the base that the reward models name.
         arms (list of `str`):
             Hub ids or folders of reward models.
 
@@ -40,8 +40,12 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`{folder}` is not empty. Name a new folder for the Space.")
-    if base is not None and Path(base).is_dir():
-        raise ValueError(f"`{base}` is a folder, but a Space loads its base from the Hub. Give the id of a model.")
+    loaded = base or named_base(arms)[0]
+    if Path(loaded).is_dir():
+        raise ValueError(
+            f"The base `{loaded}` is a folder, but a Space loads its base from the Hub. Give the id of a model: "
+            "`--base`."
+        )
     copied = {arm: f"adapters/{Path(arm).name}" for arm in arms if Path(arm).is_dir()}
     if len(set(copied.values())) < len(copied):
         raise ValueError(f"Two of the folders {', '.join(copied)} have the same name. Rename one of them.")
@@ -60,7 +64,7 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
         python_version="3.11",
         app_file="app.py",
         license="apache-2.0",
-        models=[base or DEMO_MODEL_ID, *(arm for arm in arms if arm not in copied)],
+        models=[loaded, *(arm for arm in arms if arm not in copied)],
         tags=["genarm"],
     )
     SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{_ABOUT.format(title=title)}").save(target / "README.md")

@@ -1,23 +1,23 @@
 """
-Opens a page on which guidance is tried out: two answers, with guidance and without, that stream side by side.
+Opens a page to try guidance out: two answers, with guidance and without, that stream side by side.
 
     hf-genarm demo --arm user/my-arm --arm model_cards/arm-smollm2-135m-brevity
 
-Without `--arm`, it shows the reward models in the folder `model_cards`. It is served to this machine alone, unless
-`--host` or `--share` says otherwise. `--export FOLDER` writes a Hugging Face Space instead.
+Without `--arm`, it shows the reward models in the folder `model_cards`. It is served to this machine only, unless
+`--host` or `--share` is given. `--export FOLDER` writes a Hugging Face Space instead.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..demo import DEMO_MODEL_ID
+from .guided_model import BaseArguments
 
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass
-class DemoArguments:
-    """What to show, and to whom."""
+class DemoArguments(BaseArguments):
+    """Which reward models to show, and where to serve the page."""
 
     arm: list[str] | None = field(
         default=None,
@@ -25,9 +25,6 @@ class DemoArguments:
             "help": "Hub id or folder of a reward model, an adapter on the base. Repeatable.",
             "action": "extend",
         },
-    )
-    base: str | None = field(
-        default=None, metadata={"help": f"Hub id or folder of a chat model. Defaults to {DEMO_MODEL_ID}."}
     )
     host: str = field(default=LOOPBACK, metadata={"help": "Address to serve on. '0.0.0.0' serves the whole network."})
     port: int | None = field(default=None, metadata={"help": "Port to serve on. Defaults to a free one from 7860 on."})
@@ -40,7 +37,7 @@ ARGUMENTS = (DemoArguments,)
 
 def main(args: DemoArguments) -> None:
     shipped = (str(path.parent) for path in Path("model_cards").glob("*/adapter_config.json"))
-    # First the one whose effect is seen at a glance
+    # First the one with the most visible effect
     arms = args.arm or sorted(shipped, key=lambda name: ("sentiment" not in name, name))
     if not arms:
         raise ValueError(
@@ -56,14 +53,25 @@ def main(args: DemoArguments) -> None:
         print("hf repos create USER/NAME --type space --sdk gradio")
         print(f"hf upload USER/NAME {args.export} . --type space")
         return
-    serve(args.base, arms, args.host, args.port, args.share)
+    serve(args.base, arms, args.host, args.port, args.share, arguments=args)
 
 
 def serve(
-    base: str | None, arms: list[str], host: str = LOOPBACK, port: int | None = None, share: bool = False
+    base: str | None,
+    arms: list[str],
+    host: str = LOOPBACK,
+    port: int | None = None,
+    share: bool = False,
+    arguments: BaseArguments | None = None,
 ) -> None:
     """
-    Loads the models, and serves the page until it is interrupted. Arguments as for the command.
+    Loads the models, and serves the page until it is interrupted.
+
+    Args:
+        base, arms, host, port, share:
+            As for the command.
+        arguments ([`BaseArguments`], *optional*):
+            How to load the base. Defaults to the defaults of the command.
 
     Raises:
         ImportError: if gradio is not installed.
@@ -76,10 +84,10 @@ def serve(
 
     is_private = host in (LOOPBACK, "localhost", "::1") and not share
     if not is_private:
-        print("Whoever can reach this page can use this machine to write text, and load adapters from the Hub.")
-    print(f"Loading `{base or DEMO_MODEL_ID}` and {len(arms)} reward model{'s' * (len(arms) > 1)} …", flush=True)
-    models = Models(base, arms, takes_folders=is_private)
-    # A font of the system, since a page that is served to this machine alone asks nobody else for one
+        print("Anyone who can reach this page can use this machine to write text, and load adapters from the Hub.")
+    loaded = (arguments or BaseArguments(base=base)).load(arms)
+    models = Models(loaded, arms, takes_folders=is_private)
+    # A font of the system, so that a page on this machine loads nothing from elsewhere
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     build_page(models).launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
 

@@ -1,37 +1,36 @@
 """
-Prints what a report of a problem should say: versions, the device, and how reward models would be run here, and why.
+Prints what belongs in a report of a problem: versions, the device, and how reward models are run here, and why.
 
     hf-genarm env --arm model_cards/arm-smollm2-135m-sentiment
 
-Nothing of it says where files are: of a folder it has the last name only.
+It does not print where files are: of a folder only the last name is shown.
 """
 
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 import hf_genarm
 
-from .guidance import GuidanceArguments, load_guided
+from .guided_model import BaseArguments, GuidanceArguments, load_guided
 
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "huggingface_hub")
 OPTIONAL = ("vllm", "lm_eval", "gradio")
 
 
 @dataclass
-class EnvArguments:
-    """What to load, to say how it would be run. Nothing by default."""
+class EnvArguments(BaseArguments):
+    """Which models to load, to report how they are run. None by default."""
 
     arm: list[str] | None = field(
         default=None, metadata={"help": "Hub id or folder of a reward model. Repeatable.", "action": "extend"}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model that is steered, with `--arm`."}
     )
 
     def __post_init__(self) -> None:
@@ -57,7 +56,7 @@ def main(args: EnvArguments) -> None:
     for name, value in facts.items():
         print(f"- {name}: {value}")
     if args.arm is not None:
-        for line in _engines(args.arm, args.base):
+        for line in _engines(args):
             print(f"- {line}")
 
 
@@ -69,30 +68,31 @@ def _version(package: str) -> str:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
+    """The device that commands run on by default."""
+    device = PartialState().device
+    if device.type == "cuda":
         return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    if torch.backends.mps.is_available():
-        return "mps"
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-def _engines(arms: list[str], base: str | None) -> list[str]:
-    """What is logged while reward models are loaded: the engine of each, and the reason for it."""
-    said: list[str] = []
+def _engines(args: EnvArguments) -> list[str]:
+    """The base, and the lines that are logged while reward models are loaded: the engine of each, with the reason."""
+    lines: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            lines.append(record.getMessage())
 
     logger, handler = logging.getLogger("hf_genarm"), Keep(logging.INFO)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        load_guided(GuidanceArguments(arm=arms, base=base), torch.device("cpu"))
+        base, _ = load_guided(GuidanceArguments(**vars(args)), announce=False)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    for name in arms:
-        said = [line.replace(name, Path(name).name) for line in said]
-    return said
+    lines.insert(0, f"base: {base}")
+    for name in (base.name, *(args.arm or [])):
+        lines = [line.replace(name, Path(name).name) if Path(name).is_dir() else line for line in lines]
+    return [re.sub(r"`(/[^`]*)`", lambda found: f"`{Path(found[1]).name}`", line) for line in lines]

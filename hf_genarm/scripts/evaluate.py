@@ -1,5 +1,5 @@
 """
-Reports how well a reward model tells chosen from rejected responses, beside a rule that only counts tokens.
+Reports how well a reward model distinguishes chosen from rejected responses, next to a rule that only counts tokens.
 
     hf-genarm evaluate --model user/my-arm --dataset pairs.jsonl --output_dir evaluation
 
@@ -14,30 +14,30 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, EvalPrediction
+from transformers import EvalPrediction
 
+from ..files import make_output_dir
+from ..hub.base_model import usable_device, where_and_how
 from ..hub.info import package_versions
+from ..hub.loading import base_of, info_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..training.metrics import preference_metrics
-from .output import make_output_dir
+from .guided_model import BaseArguments
 from .pairs import PairArguments, hold_out, load_pairs
 from .plots import plot_evaluation
 
 
 @dataclass
-class EvaluateArguments:
-    """What to evaluate, and where to put the report."""
+class EvaluateArguments(BaseArguments):
+    """
+    Which reward model to evaluate, and where to put the report.
+
+    The base is that of an adapter, or the model that the training of all weights with `reference="base"` started from;
+    another full model has none.
+    """
 
     model: str = field(metadata={"help": "Hub id or folder of a reward model."})
-    base: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder of the model that training started from. Needed only if all weights were trained "
-            "with `reference='base'`."
-        },
-    )
-    model_revision: str = field(default="main", metadata={"help": "Its revision."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the reward model."})
     output_dir: str = field(default="evaluation", metadata={"help": "Folder of the report."})
     batch_size: int = field(default=8, metadata={"help": "Texts in a forward pass."})
     max_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first pairs only."})
@@ -66,12 +66,7 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     if args.max_pairs is not None:
         pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
     try:
-        base = None
-        if args.base is not None:
-            base = AutoModelForCausalLM.from_pretrained(args.base, trust_remote_code=args.trust_remote_code)
-        arm = AutoregressiveRewardModel.from_pretrained(
-            args.model, base, revision=args.model_revision, trust_remote_code=args.trust_remote_code
-        )
+        arm = load(args)
     except OSError as error:
         raise ValueError(
             f"`{args.model}` can't be loaded. Name the Hub id or folder of a reward model: `--model`. {error}"
@@ -89,8 +84,27 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
     print(f"The report is in {args.output_dir}.")
 
 
+def load(args: EvaluateArguments) -> AutoregressiveRewardModel:
+    """Loads the reward model, onto its base if it has one, and prints where it is."""
+    where: dict[str, Any] = {"revision": args.model_revision}
+    base = None
+    if args.base is not None or base_of(args.model, **where) or info_of(args.model, **where).reference == "base":
+        base = args.load([args.model], revision=args.model_revision)
+    else:
+        where |= {"dtype": args.dtype, "device_map": args.device_map or str(usable_device(args.device))}
+    arm = AutoregressiveRewardModel.from_pretrained(
+        args.model,
+        None if base is None else base.model,
+        base_tokenizer=None if base is None else base.tokenizer,
+        trust_remote_code=args.trust_remote_code,
+        **where,
+    )
+    print(f"Reward model: `{args.model}` {where_and_how(arm.model)}", flush=True)
+    return arm
+
+
 def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> EvalPrediction:
-    """Rewards of pairs and their numbers of tokens, as [`~hf_genarm.metrics.preference_metrics`] takes them."""
+    """Rewards of pairs and their numbers of tokens, as [`preference_metrics`] takes them."""
     beta = arm.info.beta or 1.0
     rewards, lengths = score(arm, pairs, batch_size)
     labels: Any = (lengths,)
@@ -101,7 +115,7 @@ def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> 
 
 
 def score(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and numbers of tokens of chosen and rejected responses, each `(n_pairs, 2)`."""
+    """Scores the chosen and the rejected responses: rewards and numbers of tokens, each `(n_pairs, 2)`."""
     sides = []
     for side in ("chosen", "rejected"):
         rows = arm.token_rewards(list(pairs["prompt"]), list(pairs[side]), batch_size=batch_size, show_progress=True)
@@ -111,7 +125,7 @@ def score(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> tu
 
 
 def table(name: str, metrics: dict[str, float]) -> str:
-    """The report, to be read."""
+    """The report, as a table for people."""
 
     def share(metric: str) -> str:
         return "{:.3f} [{:.3f}, {:.3f}]".format(*(metrics[metric + end] for end in ("", "_low", "_high")))
@@ -126,7 +140,7 @@ def table(name: str, metrics: dict[str, float]) -> str:
         matched = f"  among {metrics['n_length_matched']} pairs of similar lengths"
         rows.append((matched, share("length_matched_accuracy")))
     if "contrast_accuracy" in metrics:
-        rows.append(("  by what it has learned: less the base's", share("contrast_accuracy")))
+        rows.append(("  by its contrast with the base", share("contrast_accuracy")))
     rows += [
         ("mean margin of the rewards", f"{metrics['mean_margin']:.3f}"),
         ("correlation of margin and length", f"{metrics['margin_length_correlation']:.2f}"),

@@ -3,9 +3,10 @@ Answers prompts with guidance, in batches of similar lengths.
 
     hf-genarm generate --arm model_cards/arm-smollm2-135m-sentiment --prompts prompts.jsonl --output answers.jsonl
 
-Each line of `--prompts` is an object with a `prompt`, text or messages; what else it has is carried over. `--output`
-has the same lines in the same order, with a `completion`. A run that was killed goes on where it was when it is started
-again. `torchrun --nproc_per_node 2 -m hf_genarm generate …` splits the prompts over processes; answers are the same.
+Each line of `--prompts` is an object with a `prompt`, text or messages; its other keys are carried over. `--output`
+has the same lines in the same order, with a `completion`. A command that was killed continues where it stopped when it
+is started again. `torchrun --nproc_per_node 2 -m hf_genarm generate …` splits the prompts over processes; answers are
+the same.
 """
 
 import os
@@ -19,25 +20,26 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import set_seed
 
-from .guidance import GuidanceArguments, load_guided
-from .prompts import completion_of, left_padded, load_prompts, token_ids
+from ..hub.placement import device_of
+from .guided_model import GuidanceArguments, load_guided
+from .prompts import completion_of, left_padded, read_rows, token_ids
 from .shards import Shards, digest
 
 
 @dataclass
 class GenerateArguments:
-    """What is answered, how, and where the answers go."""
+    """The prompts, how they are answered, and the file of the answers."""
 
     prompts: str = field(metadata={"help": "JSONL file of prompts."})
-    output: str = field(metadata={"help": "JSONL file of answers, which must not be there yet."})
+    output: str = field(metadata={"help": "JSONL file of answers, which must not exist yet."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
     batch_size: int = field(default=8, metadata={"help": "Prompts in a forward pass."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers."})
     do_sample: bool = field(default=False, metadata={"help": "Whether to sample. By default, answers are greedy."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
     top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_k: int = field(default=0, metadata={"help": "Of sampling. 0 cuts nothing off."})
-    seed: int = field(default=0, metadata={"help": "Of sampling. Each batch has random numbers of its own."})
+    top_k: int = field(default=0, metadata={"help": "Of sampling. 0 keeps all tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling, together with the number of the batch."})
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -52,12 +54,13 @@ class GenerateArguments:
             raise ValueError(f"`top_k` is {self.top_k}, but must be at least 0, which cuts nothing off.")
 
 
+_WHERE = ("output", "device", "device_map")  # what answers don't depend on
 ARGUMENTS = (GuidanceArguments, GenerateArguments)
 
 
 def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
-    rows = load_prompts(args.prompts, args.prompt_column)
-    # Who is done first waits for the others.
+    rows = read_rows(args.prompts, args.prompt_column)
+    # The process that finishes first waits for the others.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=52))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != started:
@@ -65,11 +68,12 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
             f"{started} processes were started, but {state.num_processes} work together, so that prompts would be "
             "answered twice. Start them by `torchrun` or `accelerate launch`."
         )
-    settings = asdict(guidance_args) | {name: value for name, value in asdict(args).items() if name != "output"}
+    settings = {name: value for name, value in (asdict(guidance_args) | asdict(args)).items() if name not in _WHERE}
     shards = Shards(args.output, settings | {"prompts": digest(rows)}, state.process_index)
     state.wait_for_everyone()
 
-    model, tokenizer, processor = load_guided(guidance_args, state.device)
+    base, processor = load_guided(guidance_args, announce=state.is_main_process)
+    model, tokenizer = base.model, base.tokenizer
     prompts = [row[args.prompt_column] for row in rows]
     ids = [token_ids(tokenizer, prompt) for prompt in prompts]
     done = shards.done()
@@ -82,7 +86,7 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
         options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     for numbers in own:
         if not done.issuperset(numbers):
-            set_seed(args.seed + numbers[0])  # so that a batch is answered alike by whichever process, and whenever
+            set_seed(args.seed + numbers[0])  # so that the answers of a batch don't depend on the process
             texts = answer(model, tokenizer, [ids[number] for number in numbers], processor, options)
             new = {n: completion_of(prompts[n], text) for n, text in zip(numbers, texts, strict=True) if n not in done}
             shards.add(new)
@@ -96,15 +100,15 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
 
 
 def batches_by_length(ids: list[list[int]], size: int) -> Iterator[list[int]]:
-    """The numbers of prompts in batches of similar lengths, the longest first, so that memory runs out at once."""
+    """Yields the numbers of prompts in batches of similar lengths, the longest first, so that memory runs out early."""
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def answer(model: Any, tokenizer: Any, ids: list[list[int]], processor: Any, options: dict[str, Any]) -> list[str]:
-    """The guided answers to the tokens of prompts, without special tokens."""
-    inputs = left_padded(tokenizer, ids, model.device)
+    """Answers prompts, given as tokens, with guidance; texts without special tokens."""
+    inputs = left_padded(tokenizer, ids, device_of(model))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     output = model.generate(**inputs, logits_processor=[processor], pad_token_id=pad, **options)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

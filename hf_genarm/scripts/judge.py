@@ -1,4 +1,4 @@
-"""A judge that was trained on other pairs than the reward model, which can't judge itself."""
+"""A judge for answers: a second reward model, trained on other pairs, since a reward model can't judge itself."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ HELD_OUT = 0.1
 
 class Judge:
     """
-    A reward model of its own, trained on the margin.
+    A reward model that scores answers, trained with `reference="base"` on pairs that nothing else was trained on.
 
     Args:
         dataset (`str`):
-            Hub id, folder or file of preference pairs, read at once.
+            Hub id, folder or file of preference pairs. They are read immediately, so that a wrong name fails early.
         folder (`str`):
-            Where it is kept, under a hash of the pairs and the base.
+            Where the judge is kept, under a hash of the pairs and the base.
     """
 
     def __init__(self, dataset: str, folder: str | Path):
@@ -35,11 +35,13 @@ class Judge:
 
     def train(self, model: Any, tokenizer: Any, base_id: str) -> AutoregressiveRewardModel:
         """
+        Trains the judge, or loads the one that was trained before on the same pairs and base.
+
         Args:
             model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                What the judge is an adapter on; it stays as it is.
+                The base that the judge is an adapter on; it stays as it is.
             base_id (`str`):
-                What tells it from other models.
+                Identifies the base.
         """
         rows = json.dumps([base_id, self._train.to_list(), self._held_out.to_list()], sort_keys=True)
         folder = self._folder / hashlib.sha256(rows.encode()).hexdigest()[:16]
@@ -59,7 +61,7 @@ class Judge:
         return AutoregressiveRewardModel.from_pretrained(str(folder), model)
 
     def described(self, judge: AutoregressiveRewardModel) -> str:
-        """What it is, and how far to trust it."""
+        """Names the judge, with its accuracy on held-out pairs."""
         accuracy = "{pair_accuracy:.2f} [{pair_accuracy_low:.2f}, {pair_accuracy_high:.2f}]".format(
             **judge.info.metrics
         )

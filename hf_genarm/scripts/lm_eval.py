@@ -1,10 +1,11 @@
 """
 Scores a guided model on the tasks of the Language Model Evaluation Harness.
 
-    hf-genarm lm-eval --model hf-genarm --model_args pretrained=…,arm=…,alpha=1 --tasks hellaswag
+    hf-genarm lm-eval --model hf-genarm --model_args arm=…,alpha=1 --tasks hellaswag
 
-This is the harness's own command, which knows one more model. `--model_args` takes what `hf` takes, and `arm`, `alpha`
-and `reference`; several reward models are a list, `arm=["a","b"],alpha=[1,0.5]`.
+This is the harness's own command with one more model. `--model_args` takes the arguments of `hf`, where `pretrained`
+defaults to the base that the reward model names, and `arm`, `alpha` and `reference`; several reward models are a list,
+`arm=["a","b"],alpha=[1,0.5]`.
 """
 
 import sys
@@ -12,9 +13,11 @@ import sys
 
 def main(arguments: list[str]) -> None:
     """
+    Runs the command of the harness.
+
     Args:
         arguments (list of `str`):
-            Those of `lm-eval`.
+            The arguments of `lm-eval`.
 
     Raises:
         ImportError: if the harness is not installed.

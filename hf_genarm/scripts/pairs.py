@@ -1,4 +1,4 @@
-"""Preference pairs from files or the Hub, in whatever columns they come, as `prompt`, `chosen` and `rejected`."""
+"""Preference pairs from files or the Hub, read from any columns as `prompt`, `chosen` and `rejected`."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from trl.data_utils import maybe_extract_prompt
 _FILES = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_COLUMNS_OF_THE_TRAINER = ("margin", "tools", "chat_template_kwargs")  # besides the pairs
+_COLUMNS_OF_THE_TRAINER = ("margin", "tools", "chat_template_kwargs")  # in addition to the pairs
 
 
 @dataclass
 class PairArguments:
     """
-    Where preference pairs are, and what their columns mean.
+    The source of preference pairs, and the meaning of its columns.
 
     Parameters:
         dataset (`str`):
@@ -40,9 +40,9 @@ class PairArguments:
         prompt_column, chosen_column, rejected_column (`str`, *optional*):
             Names of the columns, if they are not `prompt`, `chosen` and `rejected`.
         prompt_template (`str`, *optional*):
-            What prompts that are text are put into, with `{prompt}` in their place.
+            The text that prompts are inserted into, in place of `{prompt}`, if they are text.
         response_columns (list of `str`, *optional*):
-            Names of two columns of responses, of which `preferred_column` says which one is preferred.
+            Names of two columns of responses; `preferred_column` holds which one is preferred.
         preferred_column (`str`, *optional*):
             Name of a column that is 0 if the first of `response_columns` is preferred, and 1 if it is the second.
     """
@@ -62,13 +62,13 @@ class PairArguments:
     chosen_column: str = field(default="chosen", metadata={"help": "Column of the chosen responses."})
     rejected_column: str = field(default="rejected", metadata={"help": "Column of the rejected responses."})
     prompt_template: str = field(
-        default="{prompt}", metadata={"help": "What prompts that are text are put into, in place of `{prompt}`."}
+        default="{prompt}", metadata={"help": "Text that prompts are inserted into, in place of `{prompt}`."}
     )
     response_columns: list[str] | None = field(
         default=None, metadata={"help": "Two columns of responses, instead of chosen and rejected."}
     )
     preferred_column: str | None = field(
-        default=None, metadata={"help": "Column that says which of the two is preferred, 0 or 1."}
+        default=None, metadata={"help": "Column with the number of the preferred one, 0 or 1."}
     )
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class PairArguments:
         ):
             raise ValueError(
                 f"`response_columns` is {self.response_columns} and `preferred_column` is {self.preferred_column!r}, "
-                "but they go together: two columns of responses, and the one that says which of them is preferred."
+                "but they go together: two columns of responses, and the column with the number of the preferred one."
             )
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
@@ -96,7 +96,7 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
     Reads one split as `prompt`, `chosen` and `rejected`, text or messages, with `margin`, `tools` and
     `chat_template_kwargs` if there are any.
 
-    Dialogues in the text format of HH-RLHF become messages. What responses without a prompt share is their prompt.
+    Dialogues in the text format of HH-RLHF become messages. A missing prompt is what both responses begin with.
 
     Raises:
         ValueError: if the dataset can't be read, lacks the columns, or a row is no pair.
@@ -144,7 +144,7 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
 
 def load_prompts(name: str, split: str) -> list:
     """
-    The different prompts of a dataset or a file, texts or lists of messages, in their order.
+    Reads the different prompts of a dataset or a file, texts or lists of messages, in their order.
 
     Raises:
         ValueError: if it can't be read, or has no prompts of one kind.
@@ -198,7 +198,7 @@ def _load(name: str, split: str, config: str | None = None, data_dir: str | None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log of `datasets`, which repeats the error that it raises, and without its bars."""
+    """Turns off the progress bars of `datasets`, and its log, which repeats the error that it raises."""
     verbosity, has_bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity(logging.CRITICAL)
     disable_progress_bars()
@@ -220,13 +220,13 @@ def _prefers_second(label: Any, row: int, args: PairArguments) -> bool:
 
 
 def messages_of(dialogue: str) -> list[dict[str, str]]:
-    """Messages of a dialogue of HH-RLHF, which is one text with `Human:` or `Assistant:` before each turn."""
+    """The messages of a dialogue of HH-RLHF, one text with `Human:` or `Assistant:` before each turn."""
     parts = _TURN.split(dialogue)[1:]
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def public_name(dataset: str) -> str:
-    """A Hub id, or the name of a file or folder without where it is on this machine."""
+    """The Hub id of a dataset, or the name of a file or folder without its path on this machine."""
     return Path(dataset).name if Path(dataset).exists() else dataset
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a training run and of an evaluation. They need matplotlib, and are left out without it."""
+"""Pictures of a training run, an evaluation and tuned settings, which are left out if matplotlib is missing."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ COLORS = [BLUE, ORANGE, "#1b9e77", "#7570b3"]
 
 def plot_training(log_history: list[dict[str, Any]], path: str) -> None:
     """
-    Loss and pair accuracy over the steps, in training and on held-out pairs.
+    Draws loss and pair accuracy over the steps, in training and on held-out pairs.
 
     Args:
         log_history (list of `dict`):
@@ -47,7 +47,7 @@ def plot_training(log_history: list[dict[str, Any]], path: str) -> None:
 
 def plot_evaluation(margin: np.ndarray, longer: np.ndarray, path: str) -> None:
     """
-    The margins of pairs against the difference in length of their responses, and how well the margins are calibrated.
+    Draws the margins of pairs against the difference in length of their responses, and the calibration of the margins.
 
     Args:
         margin (`np.ndarray` of shape `(n_pairs,)`):
@@ -78,16 +78,16 @@ def plot_evaluation(margin: np.ndarray, longer: np.ndarray, path: str) -> None:
 
 def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, path: str) -> None:
     """
-    Reward against the divergence from the base, and against perplexity under the base; strengths stand at the points.
+    Draws reward against the divergence from the base and against perplexity under the base, with strengths as labels.
 
     Args:
         rows (list of `dict`):
             For each setting `alpha`, `reference`, `temperature`, and `reward`, `kl` and `perplexity`, each a mean with
             its interval.
         max_kl (`float`):
-            Where the divergence was limited.
+            The limit of the divergence.
         reward_name (`str`):
-            What the reward is.
+            The label of the reward.
         path (`str`):
             Where to write the picture.
     """

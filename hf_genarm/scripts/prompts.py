@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file, each row as it stands there, and how a base reads them."""
+"""Prompts: how they are read from a JSONL file, and how they become tokens of a base."""
 
 import json
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from torch import Tensor
 COMPLETION = "completion"
 
 
-def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
+def read_rows(path: str, column: str) -> list[dict[str, Any]]:
     """
-    Reads rows with a text or a list of messages in one column; what else they have is kept as it is.
+    Reads rows with a text or a list of messages in one column; their other columns are kept unchanged.
 
     Raises:
         ValueError: if the file can't be read, or a row is no prompt.
@@ -55,7 +55,7 @@ def load_prompts(path: str, column: str) -> list[dict[str, Any]]:
 
 
 def _is_unicode(row: Any) -> bool:
-    """Whether no half of a surrogate pair stands alone, as in texts that were cut in the middle of an emoji."""
+    """Whether all characters are whole: a text that was cut in the middle of an emoji has half of a surrogate pair."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -92,7 +92,7 @@ def token_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
 
 
 def left_padded(tokenizer: Any, ids: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """The tokens of prompts as `input_ids` and `attention_mask` of `generate`, each `(n_prompts, longest)`."""
+    """Pads the tokens of prompts: `input_ids` and `attention_mask` for `generate`, each `(n_prompts, longest)`."""
     width = max(map(len, ids))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {
@@ -102,10 +102,10 @@ def left_padded(tokenizer: Any, ids: Sequence[list[int]], device: torch.device) 
 
 
 def last_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as text: that of its last message."""
+    """The text of a prompt, or of its last message."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def completion_of(prompt: str | list[dict[str, str]], text: str) -> str | list[dict[str, str]]:
-    """An answer in the form of its prompt, so that the two are a prompt-completion dataset of TRL."""
+    """An answer as text or as a message, like its prompt, so that both are a row of a prompt-completion dataset."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

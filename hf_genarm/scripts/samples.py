@@ -1,4 +1,4 @@
-"""A look at what is being trained: a few prompts, answered with and without guidance at each evaluation."""
+"""Samples while training: a few prompts, answered with and without guidance at each evaluation."""
 
 import json
 import time
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class SampleArguments:
-    """What to look at while training."""
+    """Samples to log while training."""
 
     log_samples: int = field(
         default=0,
@@ -36,17 +36,18 @@ class SampleArguments:
 
 class SamplesCallback(TrainerCallback):
     r"""
-    A [`~transformers.TrainerCallback`] that logs answers with guidance at $\alpha = 1$ and without, found greedily, in
-    a table named `samples`. It grows with each evaluation, so that one sees when guidance starts to work, and when it
-    breaks. As TRL's [`~trl.LogCompletionsCallback`] it is added to a trainer that is there.
+    A [`~transformers.TrainerCallback`] that logs greedy answers with guidance at $\alpha = 1$ and without.
+
+    They are in a table named `samples` that grows with each evaluation, so that it shows when guidance starts to work,
+    and when it breaks. Like TRL's [`~trl.LogCompletionsCallback`], it is added to an existing trainer.
 
     Args:
         trainer ([`AutoregressiveRewardTrainer`]):
-            It trains an adapter, since without one there is no base to steer.
+            The trainer, of an adapter, since without one there is no base to steer.
         prompts (list of `str` or of messages):
             The prompts.
         max_new_tokens (`int`, *optional*, defaults to 48):
-            Length of the answers.
+            Longest answer.
 
     Raises:
         ValueError: if no adapter is trained, or the weights are spread over processes.
@@ -106,7 +107,7 @@ class SamplesCallback(TrainerCallback):
 
 def sample_prompts(pairs: Dataset | None, n_prompts: int) -> list:
     """
-    The first different prompts of held-out pairs.
+    Takes the first different prompts of held-out pairs.
 
     Raises:
         ValueError: if there are none.
@@ -121,7 +122,7 @@ def sample_prompts(pairs: Dataset | None, n_prompts: int) -> list:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """A table that texts can't break out of."""
+    """A Markdown table with all characters escaped that would break it."""
     rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

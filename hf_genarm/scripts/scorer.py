@@ -1,4 +1,4 @@
-"""Reward functions of the user, as TRL's `GRPOTrainer` takes them: found by name, and asked about answers."""
+"""Reward functions of the user, as TRL's `GRPOTrainer` takes them: found by name, and called with answers."""
 
 import importlib
 import sys
@@ -13,6 +13,8 @@ Scorer = Callable[..., Sequence[float]]
 
 def load_scorer(name: str) -> Scorer:
     """
+    Imports the function that `module:function` names.
+
     Raises:
         ValueError: if there is no such function.
     """
@@ -35,7 +37,7 @@ def load_scorer(name: str) -> Scorer:
 
 def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.ndarray:
     """
-    What a reward function gives to answers, in the form that prompts have.
+    The scores of answers, which are passed as texts or messages, like their prompts.
 
     Raises:
         ValueError: if it doesn't give a finite number to each.

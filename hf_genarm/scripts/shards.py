@@ -1,4 +1,4 @@
-"""Answers that are on disk before all are there: a file for each process, merged at the end."""
+"""Answers that are saved as they are written: a file for each process, merged at the end."""
 
 import hashlib
 import json
@@ -7,24 +7,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
+
 _RUN = "run.json"
 
 
 class Shards:
     """
-    The answers of a run that may be killed at any time, in a folder beside its output. Each answer is a line of its
-    own, with the number of its prompt; a line that was cut off by a kill doesn't count.
+    The answers of a command that may be killed at any time, in a folder next to its output.
+
+    Each answer is one line, with the number of its prompt; a line that was cut off by a kill doesn't count.
 
     Args:
         output (`str`):
-            Where all answers go in the end.
+            The file of all answers in the end.
         settings (`dict`):
-            What answers depend on. A run goes on only with those that it was begun with.
+            The settings that answers depend on. Answers are continued only with the settings that they were begun with.
         rank (`int`):
-            Of this process.
+            The rank of this process.
 
     Raises:
-        ValueError: if the output is there already, can't be written, or a run with other settings was begun.
+        ValueError: if the output exists already, can't be written, or was begun with other settings.
     """
 
     def __init__(self, output: str, settings: dict[str, Any], rank: int):
@@ -50,17 +53,17 @@ class Shards:
                 name = different[0]
                 raise ValueError(
                     f"`{self.folder}` has the answers of a run with {name} {begun.get(name)!r}, but now it is "
-                    f"{settings[name]!r}. Go on with the same, remove that folder, or name another `--output`."
+                    f"{settings[name]!r}. Continue with the same, remove that folder, or name another `--output`."
                 )
         elif is_first:
-            _write_whole(path, json.dumps(settings, indent=2))
+            write_whole(path, json.dumps(settings, indent=2))
 
     def done(self) -> set[int]:
-        """The numbers of the prompts that are answered, by any process of this run or of those before."""
+        """The numbers of the prompts that are answered, by any process, now or before."""
         return {row["row"] for row in self._answers()}
 
     def add(self, answers: dict[int, Any]) -> None:
-        """Writes answers by the numbers of their prompts; what is written is on disk when this returns."""
+        """Saves answers by the numbers of their prompts; they are on disk when this returns."""
         lines = (json.dumps({"row": row, "completion": x}, ensure_ascii=False) for row, x in answers.items())
         with open(self._own, "a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
@@ -69,7 +72,7 @@ class Shards:
 
     def merge(self, rows: list[dict[str, Any]]) -> None:
         """
-        Writes the output, the prompts' rows with their answers, at once, and removes what it was made of.
+        Writes the output, the rows of the prompts with their answers, and removes the files of the processes.
 
         Raises:
             RuntimeError: if an answer is missing or is there twice.
@@ -85,7 +88,7 @@ class Shards:
         if missing:
             raise RuntimeError(f"{len(missing)} of {len(rows)} answers are missing in {self.folder}: start it again.")
         lines = ({**row, "completion": answers[number]} for number, row in enumerate(rows))
-        _write_whole(self.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_whole(self.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         shutil.rmtree(self.folder)
 
     def _answers(self) -> list[dict[str, Any]]:
@@ -97,7 +100,7 @@ class Shards:
 
 
 def digest(rows: list[dict[str, Any]]) -> str:
-    """A fingerprint of the prompts and what stands beside them."""
+    """A fingerprint of the rows of prompts."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -106,9 +109,3 @@ def _drop_cut_line(path: Path) -> None:
         content = path.read_bytes()
         with open(path, "r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,5 +1,5 @@
 """
-Prints an answer without guidance beside one with it, each token coloured by what the reward models have learned.
+Prints an answer without guidance next to one with it, each token coloured by what the reward models have learned.
 
     hf-genarm show --arm model_cards/arm-smollm2-135m-sentiment --prompt "What did you think of the hotel?" --alpha 1.5
 
@@ -13,24 +13,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 
-from .guidance import GuidanceArguments, load_guided
+from ..hub.placement import device_of
+from .guided_model import GuidanceArguments, load_guided
 from .prompts import left_padded, token_ids
 
-_LEARNED = "{} less base, nats"
+_LEARNED = "{} minus base, nats"
 
 
 @dataclass
 class ShowArguments:
-    """What is asked, and how it is answered."""
+    """The question, and how it is answered."""
 
     prompt: str = field(metadata={"help": "A question, or if the base has no chat template, the beginning of a text."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers."})
-    temperature: float = field(default=1.0, metadata={"help": "Of both; 0 takes the likeliest token."})
-    seed: int = field(default=0, metadata={"help": "Of the random numbers."})
-    width: int | None = field(default=None, metadata={"help": "Columns. Defaults to those of the terminal."})
+    temperature: float = field(default=1.0, metadata={"help": "Of both answers; 0 takes the likeliest token."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random numbers."})
+    width: int | None = field(default=None, metadata={"help": "Width in columns. Defaults to that of the terminal."})
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "width"):
@@ -49,11 +49,12 @@ ARGUMENTS = (GuidanceArguments, ShowArguments)
 def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
     if guidance_args.alpha is not None and not any(guidance_args.alpha):
         raise ValueError(f"`alpha` is {guidance_args.alpha}, at which nothing is guided. Give a strength other than 0.")
-    model, tokenizer, processor = load_guided(guidance_args, PartialState().device)
+    base, processor = load_guided(guidance_args)
+    model, tokenizer = base.model, base.tokenizer
     strengths: Any = processor.alpha  # one for each
     is_chat = tokenizer.chat_template is not None
     ids = token_ids(tokenizer, [{"role": "user", "content": args.prompt}] if is_chat else args.prompt)
-    rows = left_padded(tokenizer, [ids] * 2, model.device)
+    rows = left_padded(tokenizer, [ids] * 2, device_of(model))
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True
     set_seed(args.seed)

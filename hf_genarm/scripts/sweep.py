@@ -1,4 +1,4 @@
-"""Answers at many settings, with how far each is from the base; what was written before is not written again."""
+"""Answers at many settings, with the divergence of each from the base; answers that are kept are not sampled again."""
 
 import hashlib
 import json
@@ -13,16 +13,18 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ..decoding.meter import Meter, answer_lengths
 from ..decoding.processor import GenARMLogitsProcessor
+from ..files import write_whole
 from ..hub.base_weights import weights_fingerprint
 from ..hub.end_of_turn import end_token_ids
 from ..hub.info import chat_template_fingerprint, package_versions
+from ..hub.placement import device_of
 from ..hub.sharing import adapter_tensors
 from .prompts import left_padded, token_ids
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A point of a sweep; `alpha` is 0 for the base alone."""
+    """One point of a sweep; `alpha` is 0 for the base alone."""
 
     alpha: float
     reference: str | None
@@ -40,7 +42,7 @@ class Answers:
         n_tokens (list of `int`):
             Their lengths, ends included.
         kl (list of `float`):
-            The divergence of what each was sampled from from the base, summed over its tokens, in nats.
+            The divergence of the sampled distributions from those of the base, summed over the tokens, in nats.
         base_log_prob (list of `float`):
             The log-probability of each under the base.
     """
@@ -61,11 +63,11 @@ class Sweep:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         prompts (list of `str` or of messages):
-            What is asked.
+            The prompts.
         folder (`str`):
-            Where answers are kept, under a hash of all that they depend on.
+            Where answers are kept, under a hash of everything that they depend on.
         max_new_tokens, batch_size, seed (`int`):
-            Of `generate`.
+            The longest answer, the number of answers in a batch, and the seed.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Sweep:
         self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
         self._key = {
             "base": base_id(model),
+            "dtype": str(model.dtype),
             "template": chat_template_fingerprint(tokenizer),
             "versions": package_versions(),
             "prompts": prompts,
@@ -102,6 +105,8 @@ class Sweep:
         progress: Callable[[int], Any],
     ) -> Answers:
         """
+        Samples one answer to each prompt, or reads those that are kept.
+
         Args:
             setting ([`Setting`]):
                 Where to sample.
@@ -110,7 +115,7 @@ class Sweep:
             arm_id (`str`, *optional*):
                 The [`fingerprint`] of the reward model.
             progress (callable):
-                Is told of batches that are done.
+                Is called with the number of batches that are done.
         """
         key = self._key | {"setting": asdict(setting), "arm": arm_id}
         path = self._folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
@@ -124,17 +129,14 @@ class Sweep:
             set_seed(self._seed + first)
             self._answer(self._prompts[first : first + self._batch_size], setting, processor, answers)
             progress(1)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(answers)), encoding="utf-8")
-        partial.replace(path)  # whole or not at all
+        write_whole(path, json.dumps(asdict(answers)))
         return answers
 
     def _answer(
         self, prompts: list, setting: Setting, processor: GenARMLogitsProcessor | None, answers: Answers
     ) -> None:
         processors: list[LogitsProcessor] = [] if processor is None else [processor]
-        # Here, and not in `generate`, temperature is seen by the meter.
+        # As a processor, unlike as an argument of `generate`, it is part of what the meter measures.
         if setting.temperature != 1:
             processors.append(TemperatureLogitsWarper(setting.temperature))
         batch = sample_answers(self._model, self._tokenizer, prompts, processors, self._max_new_tokens)
@@ -151,8 +153,8 @@ def sample_answers(
     processors: Sequence[LogitsProcessor],
     max_new_tokens: int,
 ) -> Answers:
-    """One answer to each prompt, in one batch, by whatever method the processors make of the base."""
-    inputs = left_padded(tokenizer, [token_ids(tokenizer, prompt) for prompt in prompts], model.device)
+    """Samples one answer to each prompt, in one batch, from what the processors make of the base."""
+    inputs = left_padded(tokenizer, [token_ids(tokenizer, prompt) for prompt in prompts], device_of(model))
     meter = Meter()
     output = model.generate(
         **inputs,
@@ -170,12 +172,12 @@ def sample_answers(
 
 
 def base_id(model: PreTrainedModel) -> str:
-    """What tells a base from others, for what is kept."""
+    """Identifies a base: the fingerprint of its weights, or else its name."""
     return weights_fingerprint(model) or str(model.name_or_path)
 
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """The same for the same weights: of an adapter, its own."""
+    """A hash of the weights; for an adapter, of its own ones."""
     state: Any = adapter_tensors(model) if isinstance(model, PeftModel) else dict(model.named_parameters())
     digest = hashlib.sha256()
     for name, x in sorted(state.items()):

@@ -4,8 +4,8 @@ Trains an autoregressive reward model on preference pairs.
     hf-genarm train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.jsonl --output_dir my-arm
 
 Any argument of `AutoregressiveRewardConfig` and of TRL's `ModelConfig` can be given, here or in a file: `--config
-recipe.yaml`. An adapter is trained unless `--no_use_peft` is given. Pairs are held out, so that the card of the reward
-model says what it has learned.
+recipe.yaml`. An adapter is trained unless `--no_use_peft` is given. Some pairs are held out, to measure what the reward
+model has learned for its card.
 """
 
 import os
@@ -16,9 +16,9 @@ from transformers import AutoConfig
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..files import make_output_dir
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
-from .output import make_output_dir
 from .pairs import PairArguments, hold_out, load_pairs, public_name
 from .plots import plot_training
 from .samples import SampleArguments, SamplesCallback, sample_prompts

@@ -1,13 +1,13 @@
 """
-Finds out how to steer with a reward model: strength, reference and temperature, on held-out prompts.
+Finds the strength, reference and temperature to steer with, on held-out prompts.
 
     hf-genarm tune --arm my-arm --prompts prompts.jsonl --scorer my_scorer:reward --max_kl 20
 
 Samples one answer to each prompt at each setting, measures reward, divergence from the base and perplexity under the
 base, and recommends the setting with the highest mean reward whose mean divergence is at most `--max_kl` nats per
 answer, if that is above the reward of the base alone. The setting and what was measured are written into
-`genarm_config.json` and the card of `--arm`, if that is a folder, or else into `--output_dir`. What was sampled is kept
-there, and not sampled again.
+`genarm_config.json` and the card of `--arm`, if that is a folder, or else into `--output_dir`. Sampled answers are kept
+there, and are not sampled again.
 """
 
 import os
@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..bootstrap import interval, mean_with_interval, resampled_means
+from ..decoding.assembly import assemble
 from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.recommended import base_reference
-from ..demo import DEMO_MODEL_ID, demo_model
+from ..files import make_output_dir
 from ..hub.card import reward_model_card
-from ..hub.compatibility import tokenizers_to_align
 from ..hub.info import INFO_NAME, RewardInfo
 from ..hub.loading import download
 from ..hub.recommendation import (
@@ -39,8 +38,8 @@ from ..hub.recommendation import (
     with_recommendation,
 )
 from ..hub.reward_model import AutoregressiveRewardModel
+from .guided_model import BaseArguments
 from .judge import Judge
-from .output import make_output_dir
 from .pairs import load_prompts, public_name
 from .plots import plot_settings
 from .prompts import last_text
@@ -49,8 +48,8 @@ from .sweep import Answers, Setting, Sweep, base_id, fingerprint
 
 
 @dataclass
-class TuneArguments:
-    """What to tune, on what, and within which limits."""
+class TuneArguments(BaseArguments):
+    """What to tune, on which prompts, and within which limits."""
 
     arm: str = field(metadata={"help": "Hub id or folder of a reward model."})
     prompts: str = field(
@@ -69,9 +68,6 @@ class TuneArguments:
             "help": "Instead of a scorer, preference pairs that the reward model has not seen: a judge is trained on "
             "them. A reward model can't be its own judge."
         },
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model to steer. Defaults to that of the adapter."}
     )
     prompts_split: str = field(default="train", metadata={"help": "Split of the prompts. A file has this one only."})
     max_kl: float = field(
@@ -94,15 +90,14 @@ class TuneArguments:
         default=0, metadata={"help": "Answers at the recommended setting that the card shows, evenly from all prompts."}
     )
     batch_size: int = field(default=32, metadata={"help": "Answers that are written at once."})
-    seed: int = field(default=0, metadata={"help": "Of the answers and of the intervals."})
+    seed: int = field(default=0, metadata={"help": "Seed of the answers and of the intervals."})
     output_dir: str = field(default="tuning", metadata={"help": "Folder of the answers and of the report."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the Hub."})
 
     def __post_init__(self) -> None:
         if (self.scorer is None) == (self.pairs is None):
             raise ValueError(
-                f"`scorer` is {self.scorer!r} and `pairs` is {self.pairs!r}, but one of them says what a good answer "
-                "is: a function, or pairs that the reward model has not seen. Give one."
+                f"`scorer` is {self.scorer!r} and `pairs` is {self.pairs!r}, but one of them defines what a good "
+                "answer is: a function, or pairs that the reward model has not seen. Give one."
             )
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("n_examples", 0)):
             if getattr(self, name) < least:
@@ -117,6 +112,7 @@ class TuneArguments:
 
 
 ARGUMENTS = (TuneArguments,)
+N_RESAMPLES = 2_000
 
 
 def main(args: TuneArguments) -> None:
@@ -129,8 +125,13 @@ def main(args: TuneArguments) -> None:
     prompts = load_prompts(args.prompts, args.prompts_split)[: args.max_prompts]
     if len(prompts) < 2:
         raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals take at least 2.")
-    model, tokenizer = load_base(args, has_chats=not isinstance(prompts[0], str))
-    arm = AutoregressiveRewardModel.from_pretrained(args.arm, model, trust_remote_code=args.trust_remote_code)
+    base = args.load([args.arm])
+    model, tokenizer = base.model, base.tokenizer
+    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
+        raise ValueError(f"The prompts are messages, but `{base.name}` has no chat template. Give texts.")
+    arm = AutoregressiveRewardModel.from_pretrained(
+        args.arm, model, base_tokenizer=tokenizer, trust_remote_code=args.trust_remote_code
+    )
 
     scored_by = f"`{args.scorer}`"
     if judge is not None:
@@ -167,11 +168,11 @@ def main(args: TuneArguments) -> None:
     index = choose(rows, args.max_kl)
     gain = interval_of_mean(measured[index][1] - measured[0][1], args.seed)
     print(f"\n{described(rows[index])}: the highest reward at a KL of at most {args.max_kl:g} nats per answer.")
-    print("Its reward less that of the base, paired: {:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
+    print("Its reward minus that of the base, paired: {:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
     if gain[1] <= 0:
         print(
-            "Nothing is recommended, as it can't be told from the base alone. Raise `--max_kl`, take more prompts, or "
-            "train on more pairs."
+            "Nothing is recommended, because the gain over the base alone is not clearly above zero. Raise `--max_kl`, "
+            "take more prompts, or train on more pairs."
         )
         return
     n_examples = min(args.n_examples, len(prompts))
@@ -193,73 +194,35 @@ def main(args: TuneArguments) -> None:
         shutil.copy(picture, target)
     files = f"`{INFO_NAME}`, `README.md` and `{PICTURE}` in {target}"
     if Path(args.arm).is_dir():
-        print(f"It is what `from_pretrained({args.arm!r})` uses from now on: {files} say so.")
+        print(f"`from_pretrained({args.arm!r})` uses this setting from now on: it is written into {files}.")
     else:
-        print(f"Upload {files} to `{args.arm}`, and it is what `from_pretrained` uses.")
-
-
-def load_base(args: TuneArguments, has_chats: bool) -> tuple[Any, Any]:
-    """
-    The model to be steered and its tokenizer.
-
-    Raises:
-        ValueError: if there is none, or it can't write chats.
-    """
-    name = args.base
-    if name is None:
-        try:
-            name = PeftConfig.from_pretrained(args.arm).base_model_name_or_path
-        except ValueError as error:
-            raise ValueError(f"`{args.arm}` is no adapter, which would name its base. Give it: `--base`.") from error
-    path_or_id = demo_model() if name == DEMO_MODEL_ID else str(name)
-    options: Any = {"trust_remote_code": args.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left", **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{name}` can't be loaded. Name the model to steer: `--base`. {error}") from error
-    if has_chats and tokenizer.chat_template is None:
-        raise ValueError(f"The prompts are messages, but `{name}` has no chat template. Give texts.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, **options)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        print(f"Upload {files} to `{args.arm}`, and `from_pretrained` uses this setting.")
 
 
 def make_processor(
     name: str, arm: AutoregressiveRewardModel, model: Any, tokenizer: Any, reference: str
 ) -> GenARMLogitsProcessor:
-    to_align = tokenizers_to_align([arm], [name], model, tokenizer)
-    return GenARMLogitsProcessor(
-        arm,
-        base_model=model,
-        reference=base_reference([arm], [name], model, to_align) if reference == "base" else None,
-        tokenizer=tokenizer,
-        reward_tokenizer=to_align,
-    )
+    """The processor of all settings with a reference, `"none"` or `"base"`."""
+    parts = assemble([arm], [name], model, tokenizer, alpha=1.0, reference=None)
+    if reference == "base":
+        parts.reference = base_reference([arm], [name], model, parts.reward_tokenizer)
+    return GenARMLogitsProcessor(**vars(parts))
 
 
 def statistics(answers: Answers, rewards: np.ndarray, seed: int) -> dict[str, list[float]]:
     """Mean reward, mean divergence, and perplexity of all tokens under the base, each with its 95 % interval."""
     surprise, n_tokens = -np.array(answers.base_log_prob), np.array(answers.n_tokens)
-    draws = _resampled(len(rewards), seed)
-    perplexities = np.exp(surprise[draws].sum(axis=1) / n_tokens[draws].sum(axis=1))
-    perplexity = [float(np.exp(surprise.sum() / n_tokens.sum())), *np.quantile(perplexities, [0.025, 0.975]).tolist()]
+    means = resampled_means(np.stack([surprise, n_tokens], axis=1), N_RESAMPLES, seed)
     return {
         "reward": interval_of_mean(rewards, seed),
         "kl": interval_of_mean(np.array(answers.kl), seed),
-        "perplexity": perplexity,
+        "perplexity": [float(np.exp(surprise.sum() / n_tokens.sum())), *interval(np.exp(means[:, 0] / means[:, 1]))],
     }
 
 
 def interval_of_mean(values: np.ndarray, seed: int) -> list[float]:
-    """Mean, and its 95 % bootstrap interval over prompts."""
-    means = values[_resampled(len(values), seed)].mean(axis=1)
-    return [float(values.mean()), *np.quantile(means, [0.025, 0.975]).tolist()]
-
-
-def _resampled(n: int, seed: int, n_resamples: int = 2_000) -> np.ndarray:
-    """The same prompts for every setting."""
-    return np.random.default_rng(seed).integers(n, size=(n_resamples, n))
+    """The mean over prompts, and its 95 % interval."""
+    return list(mean_with_interval(values, N_RESAMPLES, seed))
 
 
 def choose(rows: list[dict[str, Any]], max_kl: float) -> int:
@@ -281,7 +244,7 @@ def choose(rows: list[dict[str, Any]], max_kl: float) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The settings, to be read."""
+    """The settings and what was measured, as a table for people."""
     lines = [f"\n  {'alpha':>6} {'reference':>9} {'temp.':>6}   {'reward':<22} {'KL per answer':<22} perplexity"]
     for row in rows:
         reference = (row["reference"] or "none") if row["alpha"] else ""
@@ -295,7 +258,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
-    """Brings `genarm_config.json` and the card up to date; of a reward model on the Hub, copies of them."""
+    """Updates `genarm_config.json` and the card of a folder; for a reward model on the Hub, writes copies of them."""
     info.save(folder)
     card = download(arm) / "README.md"
     if card.exists():

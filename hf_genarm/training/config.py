@@ -1,25 +1,27 @@
-"""The arguments of the trainer: those of TRL's `RewardConfig`, and `beta`."""
+"""The arguments of the trainer: those of TRL's `RewardConfig`, and those of the reward, such as `beta`."""
 
+import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
-_LOSS = (
-    "loss_type",
-    "label_smoothing",
-    "target_margin",
-    "length_normalized",
-    "sft_coefficient",
-    "decode_alpha",
-    "reference",
-)
 _CHOICES = {"loss_type": ("sigmoid", "hinge"), "truncation_mode": ("drop", "keep_start", "keep_end")}
+_NUMBERS = {
+    "beta": (lambda value: value > 0, "must be positive, as the scale of a reward. The paper uses 0.05"),
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "must be from 0 to below 0.5, as a share of wrong labels"),
+    "target_margin": (lambda value: True, "must be a finite number. The default is 0"),
+    "sft_coefficient": (lambda value: value >= 0, "must not be negative, as the weight of a loss. The default is 0"),
+}
+_FLAGS = ("length_normalized", "custom_generate")
+_TEXTS = ("objective", "description", "dataset_name")
+_LOSS = ("loss_type", "label_smoothing", "target_margin", "length_normalized", "sft_coefficient", "reference")
 
 
 def _choice(name: str, what: str) -> Any:
-    """One of some values, by default the first."""
+    """Declares an argument that is one of some values, by default the first."""
     return field(default=_CHOICES[name][0], metadata={"help": what, "choices": _CHOICES[name]})
 
 
@@ -37,49 +39,46 @@ class AutoregressiveRewardConfig(RewardConfig):
             uses 0.05 for HH-RLHF. A smaller value lets the reward model move further from its starting point, so that
             the same `alpha` steers more strongly at generation time.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
-            `"sigmoid"` is Eq. 5; `"hinge"` is that of [SLiC-HF](https://hf.co/papers/2305.10425), which stops at a
-            margin of 1.
+            `"sigmoid"` is Eq. 5; `"hinge"` is the loss of [SLiC-HF](https://hf.co/papers/2305.10425), which is 0 from a
+            margin of 1 on.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Share of the labels that are expected to be wrong, below 0.5, from [conservative
             DPO](https://ericmitchell.ai/cdpo.pdf). For `"sigmoid"` only.
         target_margin (`float`, *optional*, defaults to `0.0`):
-            Is subtracted from every margin, $\gamma$ in Eq. 6 of [SimPO](https://hf.co/papers/2405.14734). It adds to a
-            column `margin` of the data.
+            Subtracted from every margin, $\gamma$ in Eq. 6 of [SimPO](https://hf.co/papers/2405.14734), in addition
+            to a column `margin` of the data.
         length_normalized (`bool`, *optional*, defaults to `False`):
             Whether the reward is the mean log-probability of the tokens of a response instead of the sum, as in SimPO;
             `beta` is then larger, 2 to 2.5 there.
         sft_coefficient (`float`, *optional*, defaults to `0.0`):
             Weight of the mean negative log-likelihood of the tokens of chosen responses, which is added to the loss, as
             in [CPO](https://hf.co/papers/2401.08417).
-        decode_alpha (`float`, *optional*):
-            Makes the loss decode-aware: the margin is that of the *guided* model at this `alpha`, so that the reward
-            model learns what the base lacks; so are the `margin`, `accuracy` and rewards that are logged. See
-            [`AutoregressiveRewardTrainer`]. It takes an adapter to train.
         reference (`str`, *optional*):
             `"base"` makes the reward $\log\pi_r - \log\pi_\text{base}$, where the base is the model that training
-            starts from: what steers with `reference="base"` is then what was trained. The loss is that of
-            [DPO](https://hf.co/papers/2305.18290). For an adapter, the base is the model without it; of a model whose
-            weights are all trained, a copy is kept.
+            starts from. The loss is then that of [DPO](https://hf.co/papers/2305.18290), and the reward that is trained
+            is the one that steers with `reference="base"`. For an adapter, the base is the model without it; if all
+            weights are trained, a copy of the model is kept.
         truncation_mode (`str`, *optional*, defaults to `"drop"`):
-            What happens to pairs that are longer than `max_length`: `"drop"` leaves them out, `"keep_start"` cuts both
-            texts at the end, `"keep_end"` cuts the start of the prompt, and what is then still too long at the end.
-            They are counted in any case.
+            What happens to pairs that are longer than `max_length`: `"drop"` leaves them out, `"keep_start"` cuts the
+            end of both texts, `"keep_end"` cuts the start of the prompt, and the end of a text that is still too long.
+            Such pairs are always counted.
         objective (`str`, *optional*):
-            What the pairs prefer, in a few words, for the card and the `genarm_config.json` of the reward model.
+            What the pairs prefer, in a few words. This and the next two are written into the card and the
+            `genarm_config.json` of the reward model.
         description (`str`, *optional*):
-            What is rewarded and what is not, in a few sentences, for the same.
+            What is rewarded and what is not, in a few sentences.
         dataset_name (`str`, *optional*):
-            Hub id or name of the preference data, for the same.
+            Hub id or name of the preference data.
         custom_generate (`bool`, *optional*, defaults to `False`):
-            Whether to save a `custom_generate` folder beside the weights, for
+            Whether to save a `custom_generate` folder next to the weights, for
             `model.generate(custom_generate="user/my-arm", trust_remote_code=True)`.
 
     > [!NOTE]
-    > This parameter has another default than in [`~trl.RewardConfig`]:
-    > - `bf16`: Defaults to `True` only on an accelerator that supports it, so that training on a CPU just works.
+    > One default differs from that of [`~trl.RewardConfig`]: `bf16` is `True` only on an accelerator that supports it,
+    > so that training on a CPU just works.
 
     Raises:
-        ValueError: if a value is outside of its range, or if `center_rewards_coefficient` is set.
+        ValueError: if a value is of the wrong type or outside of its range, or if `center_rewards_coefficient` is set.
     """
 
     beta: float = field(
@@ -92,17 +91,13 @@ class AutoregressiveRewardConfig(RewardConfig):
         default=0.0, metadata={"help": "Share of the labels that are expected to be wrong (conservative DPO)."}
     )
     target_margin: float = field(
-        default=0.0, metadata={"help": "Is subtracted from every margin (gamma in the SimPO paper)."}
+        default=0.0, metadata={"help": "Subtracted from every margin (gamma in the SimPO paper)."}
     )
     length_normalized: bool = field(
         default=False, metadata={"help": "Whether rewards are means over the tokens of a response (SimPO), not sums."}
     )
     sft_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of the negative log-likelihood of chosen responses in the loss (CPO)."}
-    )
-    decode_alpha: float | None = field(
-        default=None,
-        metadata={"help": "Makes the loss decode-aware: its margin is that of the guided model at this alpha."},
     )
     reference: str | None = field(
         default=None,
@@ -125,10 +120,10 @@ class AutoregressiveRewardConfig(RewardConfig):
         default=None, metadata={"help": "Hub id or name of the preference data, for the card."}
     )
     custom_generate: bool = field(
-        default=False, metadata={"help": "Whether to save a `custom_generate` folder beside the weights."}
+        default=False, metadata={"help": "Whether to save a `custom_generate` folder next to the weights."}
     )
 
-    # Another default than in RewardConfig
+    # The default of RewardConfig is True.
     bf16: bool | None = field(  # type: ignore[assignment]  # as `RewardConfig` has it
         default=None,
         metadata={
@@ -139,7 +134,7 @@ class AutoregressiveRewardConfig(RewardConfig):
 
     @property
     def changed_loss(self) -> dict[str, Any]:
-        """The arguments of the loss, besides `beta`, that differ from their defaults."""
+        """Returns the arguments of the loss, except `beta`, that differ from their defaults."""
         loss = {x.name: x.default for x in fields(AutoregressiveRewardConfig) if x.name in _LOSS}
         return {name: getattr(self, name) for name, default in loss.items() if getattr(self, name) != default}
 
@@ -147,15 +142,20 @@ class AutoregressiveRewardConfig(RewardConfig):
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()
         super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"`beta` is {self.beta}, but the scale of the reward must be positive. The paper: 0.05.")
+        for name, (is_allowed, rule) in _NUMBERS.items():
+            number = _finite_number(getattr(self, name))
+            if number is None or not is_allowed(number):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {rule}.")
+            setattr(self, name, number)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be one of {', '.join(choices)}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"`label_smoothing` is {self.label_smoothing}, but the share of wrong labels is from 0 to below 0.5."
-            )
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be a text, or None to say nothing.")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(
                 f"`label_smoothing` is {self.label_smoothing}, but it belongs to the loss `sigmoid`, and `loss_type` "
@@ -166,10 +166,6 @@ class AutoregressiveRewardConfig(RewardConfig):
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}, but it is about labels of classes or "
                 "tokens, and pairs have none. For the share of pairs with a wrong label, use `label_smoothing`."
             )
-        if self.sft_coefficient < 0:
-            raise ValueError(f"`sft_coefficient` is {self.sft_coefficient}, but the weight must not be negative.")
-        if self.decode_alpha is not None and self.decode_alpha <= 0:
-            raise ValueError(f"`decode_alpha` is {self.decode_alpha}, but the strength of guidance must be positive.")
         if self.reference not in (None, "base"):
             raise ValueError(
                 f"`reference` is {self.reference!r}, but must be 'base', the model that training starts from, or None."
@@ -180,3 +176,13 @@ class AutoregressiveRewardConfig(RewardConfig):
                 "autoregressive reward model is a sum of log-probabilities, which is never centred at 0. Leave it at "
                 "`None`."
             )
+
+
+def _finite_number(value: Any) -> float | None:
+    """Returns the value as a `float`, or None if it is not a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer that no float holds
+        return None

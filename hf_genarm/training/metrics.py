@@ -1,4 +1,4 @@
-"""What a reward model has learned about held-out pairs, beside what a rule that only counts tokens knows."""
+"""What a reward model has learned about held-out pairs, compared with a rule that only counts tokens."""
 
 from typing import Any
 
@@ -6,29 +6,24 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..bootstrap import mean_with_interval
+
 # Pairs whose responses differ by at most this share of the longer one count as matched in length.
 _MATCHED = 0.1
 
 
-def accuracy_interval(is_right: np.ndarray, n_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values that are 0, 0.5 (a tie) or 1, or differences of such."""
-    outcomes, numbers = np.unique(is_right, return_counts=True)
-    # To resample the values is to draw how often each outcome occurs.
-    counts = np.random.default_rng(seed).multinomial(len(is_right), numbers / len(is_right), size=n_resamples)
-    low, high = np.quantile(counts @ outcomes / len(is_right), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def is_right(margin: np.ndarray) -> np.ndarray:
-    """1 where the chosen response has the higher reward, 0.5 at a tie, 0 elsewhere."""
+    """Returns 1 where the chosen response has the higher reward, 0.5 at a tie, 0 elsewhere."""
     return (margin > 0) + 0.5 * (margin == 0)
 
 
 def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10) -> float:
     r"""
-    Expected calibration error of $\sigma(|\text{margin}|)$, the probability that the loss gives to the preferred
-    response being the chosen one: the mean distance of confidence and accuracy over equal bins of confidence, weighted
-    by their sizes ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
+    Returns the expected calibration error of the confidence $\sigma(|\text{margin}|)$.
+
+    That is the probability, by the loss, that the response with the higher reward is the chosen one. The error is the
+    mean distance of confidence and accuracy over equal bins of confidence, weighted by the number of pairs in them
+    ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
     """
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
@@ -38,6 +33,8 @@ def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     r"""
+    Measures how well rewards tell chosen from rejected responses.
+
     Args:
         prediction ([`~transformers.EvalPrediction`]):
             `predictions` of shape `(n_pairs, 2)` are the rewards of chosen and rejected. `label_ids` is a tuple: their
@@ -50,18 +47,18 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
               bounds of its 95 % bootstrap interval, `pair_accuracy_low` and `pair_accuracy_high`
             - `shorter_accuracy`: the same for preferring the shorter response, which an untrained model does
             - `gain_over_shorter`, with `gain_over_shorter_low` and `gain_over_shorter_high`: the difference of the two,
-              paired by pair
-            - `mean_margin`: mean of chosen minus rejected reward
-            - `rms_margin`: its root mean square
-            - `margin_length_correlation`: Pearson correlation of that difference with the difference in length; 0 if
-              one of them is constant
+              pair by pair
+            - `mean_margin`: mean of the margin, chosen minus rejected reward
+            - `rms_margin`: root mean square of the margin
+            - `margin_length_correlation`: Pearson correlation of the margin with the difference in length; 0 if one of
+              them is constant
             - `calibration_error`: from [`calibration_error`]
             - `n_length_matched`: number of pairs whose lengths differ by at most 10 % of the longer one
             - `length_matched_accuracy`, with `length_matched_accuracy_low` and `length_matched_accuracy_high`: the
               accuracy on those, if there are any
             - `contrast_accuracy`, with `contrast_accuracy_low` and `contrast_accuracy_high`: the accuracy of
-              $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: the likelihoods and lengths that
-              its base goes by cancel. Rewards that were trained so (`reference="base"`) have no other accuracy
+              $\log\pi_r - \log\pi_\text{base}$, which is what an adapter has learned: what its base prefers, such as
+              likely and short texts, cancels. It is missing with `reference="base"`, where it is `pair_accuracy`
     """
     labels: Any = prediction.label_ids
     rewards: Any = prediction.predictions
@@ -69,19 +66,13 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     margin = rewards[:, 0] - rewards[:, 1]
     longer = lengths[:, 0] - lengths[:, 1]
     right, shorter = is_right(margin), is_right(-longer)
-    low, high = accuracy_interval(right)
-    gain_low, gain_high = accuracy_interval(right - shorter)
     varies = margin.std() > 0 and longer.std() > 0
     matched = np.abs(longer) <= _MATCHED * lengths.max(axis=1)
     metrics = {
         "n_pairs": len(margin),
-        "pair_accuracy": float(right.mean()),
-        "pair_accuracy_low": low,
-        "pair_accuracy_high": high,
+        **_measured("pair_accuracy", right),
         "shorter_accuracy": float(shorter.mean()),
-        "gain_over_shorter": float((right - shorter).mean()),
-        "gain_over_shorter_low": gain_low,
-        "gain_over_shorter_high": gain_high,
+        **_measured("gain_over_shorter", right - shorter),
         "mean_margin": float(margin.mean()),
         "rms_margin": float(np.sqrt((margin**2).mean())),
         "margin_length_correlation": float(np.corrcoef(margin, longer)[0, 1]) if varies else 0.0,
@@ -89,28 +80,30 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "n_length_matched": int(matched.sum()),
     }
     if matched.any():
-        low, high = accuracy_interval(right[matched])
-        metrics["length_matched_accuracy"] = float(right[matched].mean())
-        metrics |= {"length_matched_accuracy_low": low, "length_matched_accuracy_high": high}
+        metrics |= _measured("length_matched_accuracy", right[matched])
     for base_rewards in base:
-        has_learned = is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1]))
-        low, high = accuracy_interval(has_learned)
-        metrics["contrast_accuracy"] = float(has_learned.mean())
-        metrics |= {"contrast_accuracy_low": low, "contrast_accuracy_high": high}
+        metrics |= _measured("contrast_accuracy", is_right(margin - (base_rewards[:, 0] - base_rewards[:, 1])))
     return metrics
+
+
+def _measured(name: str, values: np.ndarray) -> dict[str, float]:
+    """The mean of values that are 0, 0.5 (a tie) or 1, or differences of such, and the bounds of its interval."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), mean_with_interval(values), strict=True))
 
 
 class PreferenceMetrics:
     """
-    [`preference_metrics`] for [`~transformers.Trainer`], which hands over all pairs at once, in a list of batches
-    (`eval_do_concat_batches=False`) or batch by batch (`batch_eval_metrics=True`).
+    Computes [`preference_metrics`] for [`~transformers.Trainer`].
+
+    The trainer passes all pairs at once, a list of batches (`eval_do_concat_batches=False`), or one batch after the
+    other (`batch_eval_metrics=True`).
     """
 
     def __init__(self) -> None:
         self._batches: list[list[torch.Tensor]] = []
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """`compute_result` says if these are the last pairs; before that, nothing is returned."""
+        """Returns the metrics of all pairs so far if `compute_result`, which is true for the last batch, or nothing."""
         rewards, given = prediction.predictions, prediction.label_ids
         batches = zip(rewards, given, strict=True) if isinstance(rewards, list) else [(rewards, given)]
         self._batches += [[torch.as_tensor(x).cpu() for x in (one, *others)] for one, others in batches]

@@ -18,11 +18,9 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import remove_none_values
 
 from ..hub.end_of_turn import length_to_end
+from .columns import PROMPT_LENGTH, SIDES
 from .config import AutoregressiveRewardConfig
 
-SIDES = ("chosen_ids", "rejected_ids")
-# The names of columns that are added; any other may be one of the user's.
-PROMPT_LENGTH = "genarm_prompt_length"
 _IS_EMPTY = "genarm_is_empty"
 _IS_IDENTICAL = "genarm_is_identical"
 _CONTENT = "genarm_content"
@@ -31,7 +29,7 @@ _CONTENT = "genarm_content"
 @dataclass
 class PairCounts:
     """
-    What became of the pairs of a dataset.
+    Counts what became of the pairs of a dataset.
 
     Parameters:
         n_pairs (`int`):
@@ -43,7 +41,7 @@ class PairCounts:
         identical (`int`):
             The same tokens in chosen and rejected, and left out: there is nothing to learn from them.
         empty (`int`):
-            With a response that has no token besides its end. Kept.
+            With a response that has no token except its end. Kept.
         duplicate (`int`):
             The same as an earlier pair. Kept.
     """
@@ -67,7 +65,7 @@ class PairCounts:
 
 
 class DataCollatorForPairs(DataCollatorForPreference):
-    """TRL's collator of preference pairs, with the lengths of their prompts, `(batch_size,)`."""
+    """Adds the lengths of the prompts, `(batch_size,)`, to the batches of TRL's collator of preference pairs."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -75,42 +73,38 @@ class DataCollatorForPairs(DataCollatorForPreference):
         return batch
 
 
-def check_pairs(dataset: Dataset | IterableDataset, name: str) -> tuple[dict[str, Any], bool]:
-    """
-    Returns:
-        The first example, and whether the dataset holds tokens instead of texts.
-
-    Raises:
-        ValueError: if it is empty, or not of the preference type.
-    """
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The {name} dataset is empty, but pairs are learned from. Check its split and its filters.")
-    columns = get_dataset_column_names(dataset)
-    is_tokenized = any({f"chosen_{ids}", f"rejected_{ids}"} <= set(columns) for ids in ("ids", "input_ids"))
-    if not is_tokenized and not {"chosen", "rejected"} <= set(columns):
-        raise ValueError(
-            f"The {name} dataset has the columns {sorted(columns)}, but preference data need `chosen` and "
-            "`rejected` (text or messages), with or without `prompt`. Rename yours: "
-            "`dataset.rename_columns({'better': 'chosen', 'worse': 'rejected'})`."
-        )
-    return first, is_tokenized
-
-
 def with_boundaries(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set[int], version: str
-) -> dict[str, list[int] | int | bool]:
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: set[int],
+    length_column: str | None,
+    version: str,
+) -> dict[str, Any]:
     """
-    Adds the length of the prompt, says if a response is empty, and drops what a chat template writes after the end of a
-    response.
+    Finds where the responses of a pair begin and end, and drops what a chat template writes after the end.
 
     The prompt is what its own tokens share with those of both texts: a token that is made of the end of the prompt and
     the beginning of a response belongs to the response. Where there is no prompt, or a chat template refuses to write
-    it by itself, it is what the texts share. `version` makes `datasets` forget what another version has cached.
+    it by itself, it is what the texts share.
+
+    Args:
+        example (`dict[str, Any]`):
+            The pair, as texts and as tokens.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The one that made those tokens.
+        ends (set of `int`):
+            The tokens that end a response.
+        length_column (`str`, *optional*):
+            Where the length of the pair is written.
+        version (`str`):
+            Makes `datasets` forget what another version has cached.
+
+    Returns:
+        The columns to add.
     """
     texts = [_tokens(example[side]) for side in SIDES]
     prompt_ids = _prompt_ids(example, tokenizer)
-    start = _shared_length(*texts) if prompt_ids is None else _shared_length(*texts, prompt_ids)
+    start = _shared_length(*texts) if prompt_ids is None else min(_shared_length(ids, prompt_ids) for ids in texts)
     if is_conversational(example):
         lengths = [length_to_end(ids, start, ends) for ids in texts]
         tails = [ids[length:] for ids, length in zip(texts, lengths, strict=True)]
@@ -122,22 +116,34 @@ def with_boundaries(
         own = [token for token in ids[start:] if token not in ends]
         return len(own) < 3 and not str(tokenizer.decode(own)).strip()  # a space of the prompt may have merged into it
 
+    # Where the prompt is not known, one response may just begin the other.
+    return _columns(texts, start, length_column, prompt_ids is not None and any(map(is_empty, texts)))
+
+
+def with_shared_start(example: dict[str, Any], length_column: str | None) -> dict[str, Any]:
+    """Adds the same columns to given tokens. They stay as they are, and what they share is taken for the prompt."""
+    texts = [_tokens(example[side]) for side in SIDES]
+    start = example[PROMPT_LENGTH] if PROMPT_LENGTH in example else _shared_length(*texts)
+    return _columns(texts, start, length_column)
+
+
+def _columns(texts: list[list[int]], start: int, length_column: str | None, is_empty: bool = False) -> dict[str, Any]:
+    """Returns what is added to a pair: its tokens, lengths, and what it is counted by."""
+    chosen_ids, rejected_ids = texts
+    # Batches of similar lengths are made by the length of the whole pair.
+    length = {} if length_column is None else {length_column: len(chosen_ids) + len(rejected_ids)}
     return {
         **dict(zip(SIDES, texts, strict=True)),
         PROMPT_LENGTH: start,
-        # Where the prompt is not known, one response may just begin the other.
-        _IS_EMPTY: prompt_ids is not None and any(map(is_empty, texts)),
+        **length,
+        _IS_EMPTY: is_empty,
+        _IS_IDENTICAL: chosen_ids == rejected_ids,
+        _CONTENT: hash((tuple(chosen_ids), tuple(rejected_ids))),
     }
 
 
-def with_shared_start(example: dict[str, Any]) -> dict[str, list[int] | int]:
-    """The same for tokens that were given: they stay as they are, and what they share is taken for the prompt."""
-    texts = [_tokens(example[side]) for side in SIDES]
-    return {**dict(zip(SIDES, texts, strict=True)), PROMPT_LENGTH: _shared_length(*texts)}
-
-
 def _prompt_ids(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The tokens of the prompt by itself, made as [`~trl.RewardTrainer`] makes those of the texts."""
+    """Returns the tokens of the prompt by itself, made as [`~trl.RewardTrainer`] makes those of the texts."""
     if not is_conversational(example):
         return tokenizer(example["prompt"])["input_ids"] if "prompt" in example else None
     prompt = example["prompt"] if "prompt" in example else _shared_messages(example["chosen"], example["rejected"])
@@ -158,40 +164,33 @@ def _prompt_ids(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _shared_messages(chosen: list[dict], rejected: list[dict]) -> list[dict]:
-    """The messages that both texts begin with, but for the last one of a text."""
+    """Returns the messages that both texts begin with; the last message of a text is never one of them."""
     # Arrow gives a message the fields of all others in its column.
     pairs = zip(remove_none_values(chosen[:-1]), remove_none_values(rejected[:-1]), strict=False)
     return chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
 
 
-def _shared_length(*texts: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
+def _shared_length(one: list[int], other: list[int]) -> int:
+    """Returns the number of tokens that both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _tokens(ids: Iterable[Any]) -> list[int]:
-    """A dataset may hand them out as an array."""
-    return [int(token) for token in ids]
+    """Returns token ids as integers of Python: a dataset may return an array."""
+    return list(map(int, ids))
 
 
 def truncate(example: dict[str, Any], max_length: int, mode: str) -> dict[str, list[int] | int]:
     """
-    Cuts both texts of a pair at their ends, or first as much as it takes of the start of the prompt, the same in both.
+    Cuts the texts of a pair to a length.
+
+    Both are cut at their ends, with `keep_end` only after the same number of tokens at the start of both, which are
+    taken from the prompt.
     """
     too_many = max(len(example[side]) for side in SIDES) - max_length
     first = 0 if mode == "keep_start" else min(too_many, example[PROMPT_LENGTH])
     ids = {side: example[side][first : first + max_length] for side in SIDES}
     return {**ids, PROMPT_LENGTH: min(example[PROMPT_LENGTH] - first, max_length)}
-
-
-def describe(example: dict[str, Any], length_column: str | None) -> dict[str, bool | int]:
-    """Adds the length of the pair, for batches of similar lengths, and what is counted."""
-    chosen_ids, rejected_ids = (example[side] for side in SIDES)
-    length = len(chosen_ids) + len(rejected_ids)
-    return {
-        **({} if length_column is None else {length_column: length}),
-        _IS_IDENTICAL: chosen_ids == rejected_ids,
-        _CONTENT: hash((tuple(chosen_ids), tuple(rejected_ids))),
-    }
 
 
 def prepare_pairs(
@@ -203,17 +202,19 @@ def prepare_pairs(
     is_tokenized: bool,
 ) -> tuple[Dataset | IterableDataset, PairCounts | None]:
     """
+    Finds the responses of all pairs, leaves out what can't be learned from, and counts it.
+
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             With `chosen_ids` and `rejected_ids`. One that was prepared before keeps the lengths of its prompts.
         name (`str`):
             What it is called in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Made those ids.
+            The one that made those ids.
         ends (set of `int`):
             The tokens that end a response.
         args ([`AutoregressiveRewardConfig`]):
-            Its `max_length` and `truncation_mode` are heeded.
+            With `max_length` and `truncation_mode`.
         is_tokenized (`bool`):
             Whether those ids were given, and not made from the texts.
 
@@ -227,12 +228,14 @@ def prepare_pairs(
     options: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
         options = {"num_proc": args.dataset_num_proc, "desc": f"Finding the responses of {name} dataset"}
-    columns = get_dataset_column_names(dataset)
-    if not is_tokenized:
-        kwargs = {"tokenizer": tokenizer, "ends": ends, "version": version("hf_genarm")}
+    # Lengths that the data come with are for the same purpose.
+    has_lengths = args.length_column_name in get_dataset_column_names(dataset)
+    kwargs: dict[str, Any] = {"length_column": None if has_lengths else args.length_column_name}
+    if is_tokenized:
+        dataset = dataset.map(with_shared_start, fn_kwargs=kwargs, **options)
+    else:
+        kwargs |= {"tokenizer": tokenizer, "ends": ends, "version": version("hf_genarm")}
         dataset = dataset.map(with_boundaries, fn_kwargs=kwargs, **options)
-    elif PROMPT_LENGTH not in columns:
-        dataset = dataset.map(with_shared_start, **options)
     dataset = dataset.with_format(None)
     limit = args.max_length if args.max_length is not None else sys.maxsize
 
@@ -240,20 +243,24 @@ def prepare_pairs(
         return max(len(example[side]) for side in SIDES) > limit
 
     def cut(example: dict[str, Any]) -> dict[str, Any]:
-        return truncate(example, limit, args.truncation_mode) if is_long(example) else {}
+        if not is_long(example):
+            return {}
+        cut: dict[str, Any] = truncate(example, limit, args.truncation_mode)
+        return _columns([cut[side] for side in SIDES], cut[PROMPT_LENGTH], kwargs["length_column"], example[_IS_EMPTY])
 
     drops = args.truncation_mode == "drop"
     if isinstance(dataset, IterableDataset):
 
         def is_usable(example: dict[str, Any]) -> bool:
             why = "is longer than `max_length`" if drops and is_long(example) else None
-            if example["chosen_ids"] == example["rejected_ids"]:
+            if example[_IS_IDENTICAL]:
                 why = "has identical chosen and rejected"
             if why is not None:  # can't be counted before the stream is read; Python shows it once
                 warnings.warn(f"A pair of the {name} stream {why}; such pairs are skipped.", stacklevel=1)
             return why is None
 
-        return (dataset if drops else dataset.map(cut)).filter(is_usable), None
+        stream = (dataset if drops else dataset.map(cut)).filter(is_usable)
+        return stream.remove_columns([_IS_EMPTY, _IS_IDENTICAL, _CONTENT]), None
 
     counts = PairCounts(len(dataset))
     long = [max(len(a), len(b)) > limit for a, b in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
@@ -268,20 +275,16 @@ def prepare_pairs(
     elif any(long):
         counts.truncated = sum(long)
         dataset = dataset.map(cut, **{**options, "desc": f"Truncating {name} dataset"})
-    # Lengths that the data come with are for the same purpose.
-    length_column = args.length_column_name if args.length_column_name not in columns else None
-    options["desc"] = f"Counting {name} dataset"
-    dataset = dataset.map(describe, fn_kwargs={"length_column": length_column}, **options)
-    counts.identical = sum(dataset[_IS_IDENTICAL])
-    counts.empty = 0 if is_tokenized else sum(dataset[_IS_EMPTY])
+    is_identical = dataset[_IS_IDENTICAL]
+    counts.identical, counts.empty = sum(is_identical), sum(dataset[_IS_EMPTY])
     counts.duplicate = len(dataset) - len(set(dataset[_CONTENT]))
     if counts.identical == len(dataset):
         raise ValueError(
             f"Chosen and rejected are identical in all {len(dataset)} pairs of the {name} dataset, but what differs is "
             "what is learned. Check what the columns `chosen` and `rejected` were made of."
         )
-    kept = [index for index, is_identical in enumerate(dataset[_IS_IDENTICAL]) if not is_identical]
-    dataset = dataset.select(kept).remove_columns([_IS_IDENTICAL, _CONTENT, *([] if is_tokenized else [_IS_EMPTY])])
+    dataset = dataset.select([index for index, is_same in enumerate(is_identical) if not is_same])
+    dataset = dataset.remove_columns([_IS_EMPTY, _IS_IDENTICAL, _CONTENT])
     if counts != PairCounts(counts.n_pairs):
         warnings.warn(f"In the {name} dataset, {counts}.", stacklevel=2)
     return dataset, counts

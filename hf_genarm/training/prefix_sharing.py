@@ -13,11 +13,11 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ..functional import selected_log_probs, shared_prefix_length
-from ..hub.cache import network_of
+from ..hub.kv_cache import network_of
 
 logger = logging.getLogger(__name__)
 
-# Below this share of the tokens, a joint row is faster than two; what it saves must pay for its mask.
+# A joint row is used if it has at most this share of the tokens of two rows: its mask costs time, too.
 _WORTH_IT = 0.95
 _PROBE_LENGTH = 32
 
@@ -25,7 +25,7 @@ _PROBE_LENGTH = 32
 @dataclass
 class PairBatch:
     """
-    The texts of a batch of pairs, and which of their tokens are scored.
+    Holds the texts of a batch of pairs, and which of their tokens are scored.
 
     Parameters:
         input_ids (`torch.LongTensor` of shape `(2 * batch_size, length)`):
@@ -54,24 +54,24 @@ class PairBatch:
 
     @property
     def n_chosen_tokens(self) -> Tensor:
-        """Number of tokens in the chosen responses, to divide by."""
+        """Returns the number of tokens in the chosen responses, at least 1."""
         return self.is_response.chunk(2)[0].sum().clamp(min=1)
 
 
 class PairLogProbs:
     r"""
-    $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of preference pairs, in one forward pass.
+    Computes $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of preference pairs, in one forward pass.
 
     Where it saves time, the two texts of a pair are one row of the batch: what they share is forwarded once, and both
-    responses attend to it. The result is that of two rows. Models for which it would not be, or that can't, get two.
+    responses attend to it. The result is the same as with two rows, which are used where it would differ.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A causal LM.
         mixed_precision (`bool`, *optional*, defaults to `False`):
-            Whether it is run in less precision than that of its weights.
+            Whether the model computes in a lower precision than that of its weights.
         pad_to_multiple_of (`int`, *optional*):
-            To a multiple of this, joint rows are padded too.
+            The multiple to which rows are padded.
     """
 
     def __init__(
@@ -93,13 +93,15 @@ class PairLogProbs:
 
     def __call__(self, model: Module, pairs: PairBatch, scored: Tensor) -> Tensor:
         """
+        Returns the log-probabilities of the scored tokens.
+
         Args:
             model ([`~torch.nn.Module`]):
                 The model, or what wraps it in training.
             pairs ([`PairBatch`]):
                 The texts.
             scored (`torch.BoolTensor` of shape `(2 * batch_size, length)`):
-                Which tokens are wanted; not the first of a text.
+                Which tokens are scored; never the first of a text.
 
         Returns:
             `torch.FloatTensor` of shape `(2 * batch_size, length)`: 0 where not scored.
@@ -117,6 +119,7 @@ class PairLogProbs:
         return self._forward(model, pairs, scored, column if shares else None)
 
     def _forward(self, model: Module, pairs: PairBatch, scored: Tensor, column: Tensor | None) -> Tensor:
+        """Runs the model on joint rows with the given columns, or on two rows for each pair."""
         n_texts, length = pairs.input_ids.shape
         row = torch.arange(n_texts, device=scored.device)
         inputs = {"input_ids": pairs.input_ids, "attention_mask": pairs.attention_mask}
@@ -133,14 +136,14 @@ class PairLogProbs:
         keeps_logits = "logits_to_keep" in self._arguments and len(predictor) > 0
         first = int(predictor.min()) // self._multiple * self._multiple if keeps_logits else 0
         kept = {"logits_to_keep": width - first} if keeps_logits else {}
-        # Prompt tuning puts tokens of its own before them.
+        # Prompt tuning adds virtual tokens before the text.
         logits = model(**inputs, use_cache=False, **kept).logits[:, first - width :]
         at = row[text] * (width - first) + predictor - first
         log_probs = selected_log_probs(logits.flatten(0, 1), at, pairs.input_ids[text, token])
         return torch.zeros(n_texts, length, device=logits.device).index_put((text, token), log_probs)
 
     def _joint_inputs(self, pairs: PairBatch, column: Tensor) -> dict[str, Tensor]:
-        """Token ids, positions and a mask in which the two responses of a pair do not see each other."""
+        """Returns token ids, positions, and a mask in which the two responses of a pair do not see each other."""
         n_pairs, width = len(column) // 2, int(column.max()) + 1
         text, token = pairs.attention_mask.nonzero(as_tuple=True)
         at = (text % n_pairs, column[text, token])
@@ -161,6 +164,7 @@ class PairLogProbs:
 
     @torch.no_grad()
     def _why_not_shared(self, model: Module, device: torch.device) -> str | None:
+        """Returns why a pair needs two rows, or None if one does."""
         attention = self._network.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             return f"the attention `{attention}` takes no mask with rows and columns"
@@ -168,8 +172,8 @@ class PairLogProbs:
             return "the model takes no positions"
         if isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning:
             return "prompt tuning changes the mask"
-        # Whether the model goes by mask and positions alone (recurrent states and ALiBi do not) is found out on a pair,
-        # whose responses are long enough to show if one is taken to follow the other.
+        # A model may use more than mask and positions, as recurrent states and ALiBi do. A pair shows it, if its
+        # responses are long enough for the second to differ where it follows the first.
         ids = (
             torch.arange(2 * _PROBE_LENGTH, device=device).view(2, -1)
             % self._network.config.get_text_config().vocab_size
@@ -179,16 +183,16 @@ class PairLogProbs:
         try:
             with evaluating(model):  # dropout would make two passes differ
                 joint = self._forward(model, pairs, pairs.is_response, _joint_columns(pairs))
-                apart = self._forward(model, pairs, pairs.is_response, None)
+                separate = self._forward(model, pairs, pairs.is_response, None)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the model refused it: {error}"
-        difference = float((joint - apart).abs().max())
+        difference = float((joint - separate).abs().max())
         return None if difference <= self._tolerance else f"the log-probabilities would differ, by {difference:.1g}"
 
 
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
-    """Without dropout; afterwards, every module is in the mode that it was in."""
+    """Puts a model into evaluation mode, without dropout; afterwards, every module is in its mode of before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -200,9 +204,10 @@ def evaluating(model: Module) -> Iterator[None]:
 
 def _joint_columns(pairs: PairBatch, multiple: int = 1) -> Tensor:
     """
-    Where the tokens of each text are in a row `[padding | shared | rest of chosen | rest of rejected]`, -1 for padding,
-    `(2 * batch_size, length)`. All shared parts end in the same column, so the logits that are needed are the last. The
-    row is padded to a multiple.
+    Returns the column of each token in a joint row, -1 for padding, `(2 * batch_size, length)`.
+
+    A row is `[padding | shared | rest of chosen | rest of rejected]`, padded to a multiple. All shared parts end in the
+    same column, so that the logits that are needed are the last ones.
     """
     shared = pairs.shared[:, None]
     position = torch.arange(pairs.input_ids.shape[1], device=shared.device)

@@ -1,7 +1,6 @@
 """The trainer of autoregressive reward models: TRL's `RewardTrainer` with another reward."""
 
 import copy
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.nn import Module
@@ -17,23 +15,28 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import RewardTrainer
-from trl.data_utils import is_conversational
-from trl.trainer.utils import get_config_model_id
 
 from ..functional import preference_loss
 from ..hub.base_weights import weights_fingerprint
-from ..hub.cache import network_of
-from ..hub.card import METRICS, OPTIONAL_METRICS, TAGS, reward_model_card
-from ..hub.custom_generate import write_custom_generate
+from ..hub.card import TAGS
 from ..hub.end_of_turn import end_token_ids
-from ..hub.info import RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
+from ..hub.info import RewardInfo
+from ..hub.kv_cache import network_of
+from .columns import PROMPT_LENGTH, SIDES, check_pairs
 from .config import AutoregressiveRewardConfig
+from .description import Description
 from .metrics import PreferenceMetrics
-from .preference_data import PROMPT_LENGTH, SIDES, DataCollatorForPairs, PairCounts, check_pairs, prepare_pairs
+from .model_to_train import (
+    as_causal_lm,
+    as_config,
+    check_active_adapter,
+    check_adapter,
+    check_causal_lm,
+    load_model_to_train,
+)
+from .preference_data import DataCollatorForPairs, PairCounts, prepare_pairs
 from .prefix_sharing import PairBatch, PairLogProbs
-from .push import PushWhole
-from .reference import StartingPoint
-from .starting_point import as_causal_lm, as_config, check_adapter, check_causal_lm, load_causal_lm
+from .starting_point import StartingPoint
 
 
 class AutoregressiveRewardTrainer(RewardTrainer):
@@ -41,22 +44,16 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     Trainer for autoregressive reward models (ARM), from [GenARM](https://hf.co/papers/2410.08193).
 
     It is a [`~trl.RewardTrainer`] in which the reward of a response is its log-probability under a causal LM, scaled by
-    `beta`, so the loss is Eq. 5 of the paper, that of a reference-free DPO:
+    `beta`. So the loss is Eq. 5 of the paper, that of a reference-free DPO:
 
     $$-\log\sigma\big(\beta_r\log\pi_r(y_w \mid x) - \beta_r\log\pi_r(y_l \mid x)\big)$$
 
     Datasets, arguments, metrics and everything else are those of [`~trl.RewardTrainer`]. What the two texts of a pair
-    share at the start cancels in the loss: it is left out of the rewards, and forwarded once where that is faster.
+    share at the start cancels in the loss. It is left out of the rewards, and forwarded once where that is faster.
 
-    The arguments have other objectives, off by default. The *decode-aware* one, `decode_alpha`, puts the log-ratio of
-    the base into the margin, with the KL temperature $\beta_r / \alpha$ that decoding at $\alpha$ realises:
-
-    $$-\log\sigma\Big(\beta_r\log\frac{\pi_r(y_w \mid x)}{\pi_r(y_l \mid x)} +
-    \frac{\beta_r}{\alpha}\log\frac{\pi_\text{base}(y_w \mid x)}{\pi_\text{base}(y_l \mid x)}\Big)$$
-
-    It is Eq. 5 for the unnormalised guided model $\pi_\text{base}\,\pi_r^\alpha$ of Eq. 7; the base is the model
-    without the adapter that is trained. With `reference="base"`, the reward is $\log\pi_r - \log\pi_\text{base}$, which
-    makes the loss that of DPO, and what steers with `reference="base"` what was trained.
+    The arguments have other objectives, off by default. With `reference="base"`, the reward is
+    $\log\pi_r - \log\pi_\text{base}$, where the base is the model that training starts from: the loss is that of DPO,
+    and the reward that is trained is the one that steers with `reference="base"`.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -118,7 +115,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
                 processing_class = AutoTokenizer.from_pretrained(
                     model, revision=(init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
                 )
-            model = load_causal_lm(model, args, quantization_config)
+            model = load_model_to_train(model, args, quantization_config)
             args.model_init_kwargs = None  # used; RewardTrainer warns about those that it can't use
         elif quantization_config is not None:
             raise ValueError(
@@ -127,26 +124,22 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             )
         peft_config = peft_config and as_causal_lm(peft_config)
         if isinstance(model, PeftModel):
+            check_active_adapter(model)
             configs: Any = model.peft_config
             configs.update({name: as_causal_lm(config) for name, config in configs.items()})
 
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = PreferenceMetrics()
 
-        if args.decode_alpha is not None and peft_config is None and not is_peft_model(model):
-            raise ValueError(
-                f"`decode_alpha` is {args.decode_alpha}, but all weights of the model are to be trained, so that there "
-                "is no base to compare with. Train an adapter: `peft_config=LoraConfig()`."
-            )
         self._generation_config = network_of(model).generation_config
         # What an adapter is trained on, or rewards are contrasted with, read before it is sharded
         has_base = peft_config is not None or is_peft_model(model) or args.reference is not None
-        self._base_weights = weights_fingerprint(model) if has_base else None
+        base_weights = weights_fingerprint(model) if has_base else None
         self.pair_counts: dict[str, PairCounts] = {}
-        self._measured: dict[str, float] = {}
 
-        # RewardTrainer wants a classifier with one label; the causal LM answers to that name while it is set up.
+        # RewardTrainer refuses anything but a classifier with one label, so the causal LM has one while it is set up.
         config = model.config
+        self._vocab_size = config.get_text_config().vocab_size
         labels = config.id2label, config.label2id
         config.num_labels = 1
         try:
@@ -161,7 +154,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             self.data_collator: Any = DataCollatorForPairs(self.processing_class.pad_token_id, multiple)
         self._starting_point = StartingPoint(self.model, self.accelerator) if has_base else None
         self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
-        self.add_callback(PushWhole(self._describe))
+        self._description = Description(self, base_weights, self._is_chat)
+        self.add_callback(self._description)
 
     def compute_loss(
         self,
@@ -173,17 +167,14 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         args, pairs = self.args, _pairs(inputs)
         log_probs = self._pair_log_probs(model, pairs, self._scored(pairs))
         rewards = args.beta * self._reduce(log_probs, pairs)
-        uses_base = args.reference is not None or args.decode_alpha is not None
-        base_rewards = self._base_rewards(model, pairs) if uses_base else 0.0
         if args.reference is not None:
-            rewards = rewards - base_rewards
-        compared = rewards if args.decode_alpha is None else rewards + base_rewards / args.decode_alpha
+            rewards = rewards - self._base_rewards(model, pairs)
 
         # Metrics and gathering are RewardTrainer's, which compares the logits of its classifier.
-        outputs = SequenceClassifierOutput(logits=compared[:, None])
+        outputs = SequenceClassifierOutput(logits=rewards[:, None])
         super().compute_loss(lambda **_: outputs, inputs, True, num_items_in_batch)
 
-        chosen, rejected = compared.chunk(2)
+        chosen, rejected = rewards.chunk(2)
         margin = chosen - rejected - args.target_margin - inputs.get("margin", 0.0)
         loss = preference_loss(margin, args.loss_type, args.label_smoothing).mean()
         if args.sft_coefficient:
@@ -197,7 +188,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """With the number of tokens in chosen responses: of all batches of a step, the mean for one batch."""
+        """Returns the batches of a step, and the mean number of tokens that the chosen responses of one have."""
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.sft_coefficient and batches:
             n_tokens = torch.stack([_pairs(batch).n_chosen_tokens for batch in batches]).float().mean()
@@ -205,16 +196,17 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         return batches, n_items
 
     def _scored(self, pairs: PairBatch) -> Tensor:
-        """Responses may begin alike. What they share cancels in a sum; in means and likelihoods it counts."""
+        """Returns which tokens are scored: what both responses begin with cancels in a sum, but not in a mean."""
         return pairs.is_response if self.args.length_normalized or self.args.sft_coefficient else pairs.is_own
 
     def _reduce(self, log_probs: Tensor, pairs: PairBatch) -> Tensor:
+        """Returns the sum of the log-probabilities of each text, or their mean, `(2 * batch_size,)`."""
         if self.args.length_normalized:
             return log_probs.sum(dim=1) / pairs.is_response.sum(dim=1).clamp(min=1)
         return (log_probs * pairs.is_own).sum(dim=1)
 
     def _base_rewards(self, model: Module, pairs: PairBatch) -> Tensor:
-        """The scaled log-probabilities before training, `(2 * batch_size,)`."""
+        """Returns the rewards of the starting point, `(2 * batch_size,)`."""
         assert self._starting_point is not None
         with self._starting_point(model) as base:
             log_probs = self._pair_log_probs(base, pairs, self._scored(pairs))
@@ -242,10 +234,10 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        first, is_tokenized = check_pairs(dataset, dataset_name)
+        dataset, is_chat, is_tokenized = check_pairs(dataset, dataset_name, self._vocab_size)
         if dataset_name == "train":
-            self._is_conversational = "chosen" in first and is_conversational(first)
-        # RewardTrainer drops what is too long without a word.
+            self._is_chat = is_chat
+        # RewardTrainer would drop what is too long without counting it.
         any_length = copy.copy(args)
         any_length.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, any_length, dataset_name)
@@ -264,7 +256,11 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The card tells of the trainer's own `eval_dataset`, or if it has none, of this one; of several, the first."""
+        """
+        Evaluates, and keeps the metrics for the card if they are those of the trainer's own `eval_dataset`.
+
+        A trainer without one keeps those of the given dataset; of several datasets, those of the first.
+        """
         if eval_dataset is self.eval_dataset:
             eval_dataset = None  # it is prepared
         counts = self.pair_counts.copy()
@@ -272,10 +268,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         if eval_dataset is not None and self.eval_dataset is not None:
             self.pair_counts = counts
             return metrics
-        told = self.eval_dataset if eval_dataset is None else eval_dataset
-        prefix = f"{metric_key_prefix}_{next(iter(told))}" if isinstance(told, dict) else metric_key_prefix
-        names = METRICS + OPTIONAL_METRICS  # some data have not all, such as `length_matched_accuracy`
-        self._measured = {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+        measured = self.eval_dataset if eval_dataset is None else eval_dataset
+        prefix = f"{metric_key_prefix}_{next(iter(measured))}" if isinstance(measured, dict) else metric_key_prefix
+        self._description.record(metrics, prefix)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -288,60 +283,26 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
     @property
     def reward_info(self) -> RewardInfo:
-        """What the trained model will say about itself, from the arguments, the data and the last evaluation."""
-        scale = self._measured.get("rms_margin", 0.0) / self.args.beta
-        config = network_of(self.model).config
-        base_model = get_config_model_id(config)
-        tokenizer = self.processing_class
-        return RewardInfo(
-            beta=self.args.beta,
-            loss=self.args.changed_loss,
-            reward_scale=scale if 0 < scale < math.inf else None,  # not after a training that failed
-            objective=self.args.objective,
-            description=self.args.description,
-            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
-            base_model_revision=getattr(config, "_commit_hash", None),  # only of what came from the Hub
-            base_weights=self._base_weights,
-            tokenizer=tokenizer_fingerprint(tokenizer),
-            chat_template=chat_template_fingerprint(tokenizer) if self._is_conversational else None,
-            dataset=self.args.dataset_name,
-            n_pairs=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            metrics=self._measured,
-            versions=package_versions(),
-        )
+        """What is saved next to the weights: from the arguments, the data and an evaluation of these weights."""
+        return self._description.info
 
     def create_model_card(  # type: ignore[override]  # as TRL's trainers do
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes `README.md` into `args.output_dir`; the arguments are those of TRL's trainers."""
+        """Writes `README.md` into `args.output_dir`, with the arguments of TRL's trainers."""
         if self.is_world_process_zero():
             info = self.reward_info
             info.dataset = dataset_name or info.dataset
-            self._card(info, model_name, tags).save(os.path.join(str(self.args.output_dir), "README.md"))
+            self._description.card(info, model_name, tags).save(os.path.join(str(self.args.output_dir), "README.md"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self._describe(output_dir or str(self.args.output_dir))
-
-    def _describe(self, folder: str) -> None:
-        """Writes what makes weights a reward model. PEFT leaves a card that calls an adapter a text generator."""
-        info = self.reward_info
-        info.save(folder)
-        self._card(info).save(os.path.join(folder, "README.md"))
-        if self.args.custom_generate:
-            write_custom_generate(folder, self.hub_model_id or os.path.abspath(folder))
-
-    def _card(self, info: RewardInfo, model_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
-        name = model_name or os.path.basename(str(self.args.output_dir))
-        return reward_model_card(
-            info,
-            model_name=name,
-            model_id=self.hub_model_id or name,
-            is_adapter=is_peft_model(self.model),
-            tags=[tags] if isinstance(tags, str) else tags,
-        )
+            if not _internal_call:
+                self._description.warn_if_outdated()
+            self._description.write(output_dir or str(self.args.output_dir))
 
 
 def _pairs(inputs: dict[str, Any]) -> PairBatch:
+    """Returns the pairs in a batch of the collator."""
     return PairBatch(inputs["input_ids"], inputs["attention_mask"], inputs.get(PROMPT_LENGTH))

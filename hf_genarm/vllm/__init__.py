@@ -1,12 +1,12 @@
 """
-Guidance in [vLLM](https://docs.vllm.ai), with strengths of its own for each request: a logits processor for both of its
+Guidance in [vLLM](https://docs.vllm.ai), where each request chooses its strengths: a logits processor for both of its
 model runners, given by its name, `--logits-processors hf_genarm.vllm:GenARM`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .processor import GenARM
+    from .logits_processor import GenARM
 
 __all__ = ["GenARM"]
 
@@ -14,6 +14,6 @@ __all__ = ["GenARM"]
 def __getattr__(name: str) -> Any:
     if name != "GenARM":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .processor import GenARM  # the only part that needs vLLM, and everything else can be used without
+    from .logits_processor import GenARM  # the only part that needs vLLM, and everything else can be used without
 
     return GenARM

@@ -21,13 +21,13 @@ class Part(NamedTuple):
 
 class SlotKeysAndValues:
     """
-    Keys and values of each layer, `(n_slots, n_heads, length, head_size)`, made when a layer is first run.
+    Keys and values of each layer, `(n_slots, n_heads, length, head_size)`, allocated when a layer is first run.
 
     Args:
         n_slots (`int`):
             Number of texts.
         length (`int`):
-            Number of tokens that each can have.
+            Number of tokens that a text can have.
     """
 
     def __init__(self, n_slots: int, length: int):
@@ -36,10 +36,19 @@ class SlotKeysAndValues:
 
     @property
     def n_bytes(self) -> int:
+        """Size of all keys and values."""
         return sum(x.numel() * x.element_size() for layer in self._layers.values() for x in layer)
 
-    def of_layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a layer; `keys` and `values`, `(1, n_heads, n, head_size)`, are some of its own, for their shape."""
+    def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Returns the keys and values of a layer.
+
+        Args:
+            index (`int`):
+                Which layer.
+            keys, values (`torch.Tensor` of shape `(1, n_heads, n, head_size)`):
+                Some of that layer, for their shapes and data type.
+        """
         if index not in self._layers:
             # Zeros, since what is masked is still multiplied, and by 0.
             self._layers[index] = (
@@ -48,19 +57,24 @@ class SlotKeysAndValues:
             )
         return self._layers[index]
 
+    def erase(self, slot: int) -> None:
+        """Sets the keys and values of a slot to 0."""
+        for keys, values in self._layers.values():
+            keys[slot] = values[slot] = 0.0
+
 
 @dataclass
 class Packed:
     """
-    What a forward pass reads: the parts of some texts, one after the other in a single row.
+    Parts of some texts, one after the other in a single row: what a forward pass reads.
 
     Parameters:
         memory ([`SlotKeysAndValues`]):
             Where keys and values are kept.
         parts (sequence of [`Part`]):
-            The parts, those of one token first and by their slots, and at most one of each slot.
+            The parts, at most one of each slot; those of one token come first, in the order of their slots.
         device (`torch.device`):
-            Of the network.
+            Device of the network.
     """
 
     memory: SlotKeysAndValues
@@ -77,14 +91,14 @@ class Packed:
         self.positions = torch.tensor(positions, device=self.device)
         self.slots = torch.tensor(slots, device=self.device)
         self.longest_single = max((part.end for part in self.parts[: self.n_singles]), default=0)
-        # Slots that lie side by side are read where they are, others are gathered.
+        # Neighbouring slots are read in place, others are gathered.
         of_singles = slots[: self.n_singles]
         self.slots_of_singles: Any = self.slots[: self.n_singles]
         if of_singles and of_singles == list(range(of_singles[0], of_singles[0] + self.n_singles)):
             self.slots_of_singles = slice(of_singles[0], of_singles[0] + self.n_singles)
 
     def mask(self, positions: Tensor, length: int, window: int | None) -> Tensor:
-        """Which of `length` tokens each position sees, `(n_positions, length)`; the same for all layers of a kind."""
+        """Returns which of `length` tokens each position sees, `(n_positions, length)`; layers of a kind share it."""
         key = (positions.data_ptr(), len(positions), length, window)
         if key not in self._masks:
             distances = positions[:, None] - torch.arange(length, device=self.device)
@@ -107,19 +121,19 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
-    An attention function of transformers ([`~transformers.AttentionInterface`]) that reads and extends slots.
+    Reads and extends slots, as an attention function of transformers ([`~transformers.AttentionInterface`]).
 
     Args:
         query (`torch.Tensor` of shape `(1, n_heads, n_tokens, head_size)`):
-            Of all parts. The rest is as for the functions of transformers.
+            Queries of all parts. The other arguments are those of all such functions.
         genarm_packed ([`Packed`]):
-            What is read. The models of transformers pass arguments that they don't know on to here.
+            The parts. The models of transformers hand arguments that they don't know down to here.
     """
     if genarm_packed is None or softcap is not None or s_aux is not None:
         raise NotImplementedError("its attention has more than a softmax over keys")
     packed = genarm_packed
     index: Any = module.layer_idx
-    keys, values = packed.memory.of_layer(index, key, value)
+    keys, values = packed.memory.layer(index, key, value)
     keys[packed.slots, :, packed.positions] = key[0].transpose(0, 1)
     values[packed.slots, :, packed.positions] = value[0].transpose(0, 1)
     n_tokens, n_heads, n_kv_heads = query.shape[2], query.shape[1], key.shape[1]

@@ -1,45 +1,42 @@
 """From the configuration of an engine to its guidance."""
 
+import functools
 import logging
 from importlib.metadata import entry_points
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from ..hub.loading import info_of
-from . import notice
-from .fast_linear import use_linear_layers_of_vllm
-from .guidance import Guidance
-from .loading import is_on, load
-from .requests import Offer, ServerConfig
+from .batch_guidance import BatchGuidance
+from .request_settings import RequestSettings, ServerDefaults, request_settings
+from .reward_lms import RewardLM, load_reward_lms
+from .server_config import ServerConfig, shown_name
 from .slots import SlotLM
+from .startup_checks import check_reward_models
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.hf_genarm")  # below the logger that vLLM sets up
 
 _NAME = "hf_genarm.vllm:GenARM"
 
 
-def guidance_of(vllm_config: VllmConfig, device: torch.device) -> tuple[Guidance, Offer]:
+def load_guidance(vllm_config: VllmConfig, device: torch.device) -> tuple[BatchGuidance, ServerDefaults]:
     """
-    Loads reward models and allocates their slots, so that the engine counts them when it measures memory, and makes
-    known what requests may ask for.
+    Loads reward models and allocates their slots, so that the engine counts them when it measures memory.
+
+    Returns:
+        The guidance, and what its requests have to be checked against.
 
     Raises:
-        ValueError: if the configuration is not possible.
+        ValueError: if the configuration is not possible. All that can be known without weights is checked first.
     """
     _refuse_twice(vllm_config.model_config.logits_processors or [])
-    given = ServerConfig.of(vllm_config.additional_config)
-    config = given.with_recommended([info_of(name) for name in given.reward_models])
+    config = ServerConfig.from_additional_config(vllm_config.additional_config)
     model, most = vllm_config.model_config, vllm_config.scheduler_config.max_num_seqs
-    if (given.reference, config.reference) == ("auto", "base"):
-        others = [name for name in config.reward_models if not is_on(name, model.model)]
-        if others:
-            raise ValueError(
-                f"The rewards of `{others[0]}` are less those of the model that it was trained from, which is not the "
-                'served one. Choose in `genarm` of `additional_config`: `"reference": "base"`, `null`, or that model.'
-            )
     if model.enable_prompt_embeds:
         raise ValueError("Reward models read tokens, and can't be served with `--enable-prompt-embeds`. Leave it out.")
     if model.is_multimodal_model and not model.multimodal_config.language_model_only:
@@ -53,17 +50,16 @@ def guidance_of(vllm_config: VllmConfig, device: torch.device) -> tuple[Guidance
             f"`slots` in `genarm` of `additional_config` is {n_slots}, but the engine runs up to {most} requests at "
             f"once. Leave it out, or start the engine with `--max-num-seqs {n_slots}`."
         )
+    config = check_reward_models(config, model.model, model.tokenizer, model.max_model_len, model.trust_remote_code)
 
     def make_slots(network: PreTrainedModel, name: str) -> SlotLM:
         network = network.to(device)  # type: ignore[arg-type]  # which mypy takes for a dtype
         if device.type == "cpu":
             use_linear_layers_of_vllm(network)
-        lm = SlotLM(network, n_slots, model.max_model_len, config.chunk, name)
-        logger.info("%s: %d slots of %d tokens, %.0f MB.", name, n_slots, model.max_model_len, lm.n_bytes / 1e6)
-        return lm
+        return SlotLM(network, n_slots, model.max_model_len, config.chunk, name)
 
     own_reference = [config.reference] if config.reference not in (None, "base") else []
-    loaded = load(
+    loaded = load_reward_lms(
         [*config.reward_models, *own_reference],
         model.model,
         model.tokenizer,
@@ -74,18 +70,55 @@ def guidance_of(vllm_config: VllmConfig, device: torch.device) -> tuple[Guidance
     )
     n_rewards = len(config.reward_models)
     reference: Any = loaded[-1] if own_reference else config.reference
-    offer = Offer(
-        reward_models=tuple(config.reward_models),
-        alpha=tuple(config.alpha),
-        target_kl=config.target_kl,
-        refuses_bias=reference == "base",
+    defaults = config.server_defaults(is_raw=model.logprobs_mode.startswith("raw"))
+    _log_guidance(config, loaded)
+    return BatchGuidance(loaded[:n_rewards], reference), defaults
+
+
+def settings_in_engine(params: SamplingParams, defaults: ServerDefaults) -> RequestSettings | None:
+    """
+    Returns the settings of a request that has come to the engine; `None` if it is not guided.
+
+    The front end has checked them. If it has not, an error here would end the engine and with it all other requests.
+    """
+    try:
+        settings = request_settings(params.extra_args, defaults)
+    except ValueError as error:
+        logger.error("A request that was not checked is answered without guidance: %s", error)
+        return None
+    return settings if settings.is_guided else None
+
+
+def use_linear_layers_of_vllm(network: nn.Module) -> None:
+    """Packs the weights of linear layers as vLLM does on a CPU. The network can't be saved or moved any more."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            dispatch_cpu_unquantized_gemm(module, remove_weight=True)
+            vars(module)["forward"] = functools.partial(_packed_forward, module)
+
+
+def _packed_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Runs a linear layer from its packed weights."""
+    return layer.cpu_linear(x, layer.weight, layer.bias)  # type: ignore[operator]  # set by vLLM
+
+
+def _log_guidance(config: ServerConfig, loaded: list[RewardLM]) -> None:
+    """Logs in one line that guidance is on, and how."""
+    of_models = zip(config.reward_models, config.alpha, strict=True)
+    rewards = ", ".join(f"{shown_name(x)} at {alpha:g}" for x, alpha in of_models)
+    reference = config.reference if config.reference in (None, "base") else shown_name(config.reference)
+    logger.info(
+        "Guidance is on: %s%s; reference: %s; %d slots, %.0f MB of keys and values.",
+        rewards,
+        "" if config.target_kl is None else f", scaled to {config.target_kl:g} nats per token",
+        reference or "none",
+        loaded[0].n_slots,
+        sum(x.n_bytes for x in loaded) / 1e6,
     )
-    notice.post(offer)
-    return Guidance(loaded[:n_rewards], reference), offer
 
 
 def _refuse_twice(named: list[Any]) -> None:
-    """Twice as strong would be as silent as not at all."""
+    """Raises if the processor is there twice: twice as strong would be as silent as not at all."""
     installed = [x for x in entry_points(group="vllm.logits_processors") if x.value.startswith("hf_genarm.vllm")]
     if installed:
         raise ValueError(

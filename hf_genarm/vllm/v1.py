@@ -1,4 +1,4 @@
-"""For the first model runner of vLLM, which tells a processor how the rows of its batch move."""
+"""For the first model runner of vLLM, which reports to a processor how the rows of its batch move."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,17 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from .engine import guidance_of
-from .guidance import Reading
-from .requests import Wish, wish_of
+from .batch_guidance import GuidedRequest
+from .engine import load_guidance, settings_in_engine
+from .handshake import handshake
+from .request_settings import RequestSettings
 
 
 @dataclass
 class _Row:
-    wish: Wish
+    """A row of the batch that is guided."""
+
+    settings: RequestSettings
     prompt: list[int]
     output: list[int]  # the list of the engine, which grows
 
@@ -28,34 +31,34 @@ class V1GenARM(LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
-        self._guidance, self._offer = guidance_of(vllm_config, device)
+        self._guidance, self._defaults = load_guidance(vllm_config, device)
         self._rows: dict[int, _Row] = {}
+        handshake.post(self, self._defaults)
 
     def is_argmax_invariant(self) -> bool:
+        """Returns whether greedy texts stay the same, which they don't."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        before = [row.wish for row in self._rows.values()]
+        """Follows the rows of the batch, and frees what is held for requests that have left it."""
+        before = [row.settings for row in self._rows.values()]
         if process_dict_updates(self._rows, batch_update, self._new_row):
-            after = {row.wish for row in self._rows.values()}
-            for wish in before:
-                if wish not in after:
-                    self._guidance.release(wish)
+            after = {row.settings for row in self._rows.values()}
+            for settings in before:
+                if settings not in after:
+                    self._guidance.release(settings)
 
     def apply(self, logits: Tensor) -> Tensor:
-        readings = []
-        for index, row in sorted(self._rows.items()):
-            if -1 in row.output[-8:]:  # placeholders of asynchronous scheduling
-                raise RuntimeError(
-                    "The engine hides tokens that it has sampled. Give `hf_genarm.vllm:GenARM` by its name in "
-                    "`--logits-processors`, or start with `--no-async-scheduling`."
-                )
-            readings.append(Reading(row.wish, row.prompt + row.output, len(row.prompt), [index]))
-        return self._guidance(logits, readings)
+        """Guides the rows of guided requests."""
+        requests = [
+            GuidedRequest(row.settings, row.prompt + row.output, len(row.prompt), [index])
+            for index, row in sorted(self._rows.items())
+        ]
+        return self._guidance(logits, requests)
 
     def _new_row(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Row | None:
-        wish = wish_of(params.extra_args, self._offer)
-        if not wish.is_guided:
+        """Returns what a new row is guided by; `None` if it is not guided."""
+        settings = settings_in_engine(params, self._defaults)
+        if settings is None or prompt is None:  # embeddings in place of a prompt are refused at the start
             return None
-        assert prompt is not None  # embeddings in its place are refused at the start
-        return _Row(wish, prompt, output)
+        return _Row(settings, prompt, output)

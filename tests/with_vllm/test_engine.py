@@ -85,15 +85,45 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(llm, reference, prompts
     assert tokens(answers(llm, prompts[:1], [None], 8)) == [reference.texts(prompts[:1], [1.0, 0.0], 8)[0][0]]
 
 
-def test_tokens_that_the_engine_hides_are_an_error():
-    """Placeholders of asynchronous scheduling, in the place of tokens that reward models would have to read."""
-    from hf_genarm.vllm.requests import Wish
-    from hf_genarm.vllm.v1 import V1GenARM, _Row
+def test_a_request_without_a_token_to_choose_from_fails_nobody_else(llm, reference, prompts):
+    """Its only token is the one that `min_tokens` forbids; the others in its batch have their own texts."""
+    from vllm import SamplingParams
 
-    processor = object.__new__(V1GenARM)
-    processor._rows = {0: _Row(Wish((1.0,), None), [5, 6], [7, -1])}
-    with pytest.raises(RuntimeError, match="by its name in `--logits-processors`"):
-        processor.apply(torch.zeros(1, 8))
+    odd = SamplingParams(temperature=0, max_tokens=8, min_tokens=1, allowed_token_ids=[2], detokenize=False)
+    plain = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
+    params = [odd if index == 1 else plain for index in range(4)]
+    outputs = llm.generate([{"prompt_token_ids": x} for x in prompts[:4]], params, use_tqdm=False)
+    expected = [text for text, _ in reference.texts(prompts[:4], [1.0, 0.0], 8)]
+    assert [x for index, x in enumerate(tokens(outputs)) if index != 1] == [expected[0], *expected[2:]]
+
+
+def test_settings_that_the_front_end_has_not_checked_end_no_engine(llm, reference, prompts, monkeypatch, caplog):
+    from hf_genarm.vllm import logits_processor
+
+    monkeypatch.setattr(logits_processor.handshake, "find", lambda: [])
+    monkeypatch.setattr(logits_processor, "genarm_keys", lambda _: {})
+    texts = tokens(answers(llm, prompts[:2], [{"genarm_alpha": [1, 2, 3]}, {"genarm_alpha": [1, 0]}], 8))
+    assert texts == [reference.texts(prompts[:1], 0.0, 8)[0][0], reference.texts(prompts[1:2], [1.0, 0.0], 8)[0][0]]
+
+
+def test_beam_search_is_refused(llm, prompts):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    with pytest.raises(VLLMValidationError, match="Beam search can't be guided"):
+        llm.beam_search([{"prompt_token_ids": prompts[0]}], BeamSearchParams(beam_width=2, max_tokens=3))
+
+
+def test_a_logit_bias_that_can_not_be_checked_is_refused(monkeypatch):
+    from vllm import SamplingParams
+
+    from hf_genarm.vllm import logits_processor
+
+    monkeypatch.setattr(logits_processor.handshake, "find", lambda: [])
+    for params in (SamplingParams(logit_bias={5: 1.0}), SamplingParams(extra_args={"genarm_alpha": 1})):
+        with pytest.raises(ValueError, match=r"can't be checked, .* `HF_GENARM_VLLM`"):
+            logits_processor.GenARM.validate_params(params)
+    logits_processor.GenARM.validate_params(SamplingParams())
 
 
 # --- the second model runner, which needs a GPU: its loader and its interface, with contexts made by hand ---

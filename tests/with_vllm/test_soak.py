@@ -10,33 +10,27 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import psutil
 import pytest
 import requests
-from tiny_server import Reference, check, save_tiny
+from tiny_server import AT_ONCE, LENGTH, Reference, check, save_tiny, server
 
 pytestmark = pytest.mark.slow
 
 N_REQUESTS = int(os.environ.get("HF_GENARM_SOAK", "60"))
-AT_ONCE = 8
-LENGTH = 512
-# Fewer blocks of keys and values than eight texts need, and fewer tokens in a step than a long prompt has.
-OPTIONS = ["--max-model-len", LENGTH, "--max-num-seqs", AT_ONCE, "--block-size", 32, "--num-gpu-blocks-override", 20]
-OPTIONS += ["--max-num-batched-tokens", 128, "--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", 0.1]
 
 BAD = [
     ({"vllm_xargs": {"genarm_alpah": 1}}, "`genarm_alpah` is 1, but there is no such key"),
     ({"vllm_xargs": {"genarm_alpha": [1]}}, r"`genarm_alpha` is \[1\], but must be a finite number, or a list of 2"),
     ({"vllm_xargs": {"genarm_alpha": "strong"}}, "`genarm_alpha` is 'strong', but must be a finite number"),
     ({"vllm_xargs": {"genarm_alpha": 1e9}}, "`genarm_alpha` is 1000000000.0, but must be .* none larger than 1e6"),
+    ({"vllm_xargs": {"alpha": 1}}, "`alpha` is 1, but there is no such key"),
+    ({"vllm_xargs": {"gen_arm_alpha": 1}}, "`gen_arm_alpha` is 1, but there is no such key"),
+    ({"use_beam_search": True, "n": 2, "vllm_xargs": None}, "Beam search can't be guided"),
     ({"vllm_xargs": {"genarm_target_kl": 0}}, "`genarm_target_kl` is 0, but must be a positive, finite number"),
     ({"vllm_xargs": {"genarm_alpha": {"a": 1}}}, ""),
     ({"vllm_xargs": 3}, ""),
@@ -45,32 +39,6 @@ BAD = [
     ({"prompt": [10**6]}, ""),
     ({"temperature": -1}, ""),
 ]
-
-
-@contextmanager
-def server(base, log, *options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", "m"]
-    command += ["--host", "127.0.0.1", "--port", port, *OPTIONS, *options]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen([str(x) for x in command], env=environment, stdout=file, stderr=file)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.5)
-        yield process, url
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
 
 
 def memory_mb(process):
@@ -144,7 +112,7 @@ def test_soak(tmp_path, capsys):
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-        assert not psutil.wait_procs(family, timeout=20)[1], "a part of the server goes on"
+        assert not psutil.wait_procs(family, timeout=20)[1], "a part of the server still runs"
     assert "hf_genarm/" not in log.read_text()
 
     with server(base, tmp_path / "plain.log") as (_, url), ThreadPoolExecutor(AT_ONCE) as pool:

@@ -1,5 +1,14 @@
-"""A tiny model and adapters that vLLM serves, and what `generate` writes with them."""
+"""A tiny model and adapters, a server with them, and what `generate` writes with them."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import requests
 import torch
 from tiny import save_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -10,6 +19,11 @@ from hf_genarm import GenARMLogitsProcessor
 HEAD_SIZE = 32
 # Below this log-ratio of best and second-best token, the two engines may choose differently: a tie.
 TIE = 1e-3
+AT_ONCE = 8
+LENGTH = 512
+# Fewer blocks of keys and values than eight texts need, and fewer tokens in a step than a long prompt has.
+OPTIONS = ["--max-model-len", LENGTH, "--max-num-seqs", AT_ONCE, "--block-size", 32, "--num-gpu-blocks-override", 20]
+OPTIONS += ["--max-num-batched-tokens", 128, "--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", 0.1]
 
 
 def save_tiny(folder, n_adapters=1, **config):
@@ -56,3 +70,30 @@ def check(expected, ids):
         return "same"
     at = next((i for i, (x, y) in enumerate(zip(ids, tokens, strict=False)) if x != y), min(len(ids), len(tokens)))
     return "tie" if at < len(margins) and margins[at] < TIE else "wrong"
+
+
+@contextmanager
+def server(base, log, *options):
+    """A server on loopback, its process and its address, until it is ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", "m"]
+    command += ["--host", "127.0.0.1", "--port", port, *OPTIONS, *options]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen([str(x) for x in command], env=environment, stdout=file, stderr=file)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                if requests.get(f"{url}/health", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)

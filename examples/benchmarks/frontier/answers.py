@@ -12,7 +12,7 @@ import pandas as pd
 
 
 def load(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """What the file says of itself, and a row for each answer, with its words and whether it has ended."""
+    """Returns what the first line of a file describes, and a row per answer, with its words and whether it ended."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         about = json.loads(next(file))
         rows = pd.DataFrame.from_records([json.loads(line) for line in file])
@@ -24,12 +24,12 @@ def load(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 @dataclass(frozen=True)
 class Runs:
     """
-    A method at its settings.
+    The numbers of a method at its settings.
 
     Attributes:
         points: strength and temperature of each setting.
-        values: by name, `(n_seeds, n_prompts, n_points)`, means over the answers to a prompt.
-        distinct: of each setting, distinct-2 of one answer to each prompt; the mean over seeds.
+        values: measures by name, `(n_seeds, n_prompts, n_points)`, each the mean over the answers to a prompt.
+        distinct: distinct-2 of one answer to each prompt, for each setting; the mean over seeds.
     """
 
     points: list[tuple[float, float]]
@@ -42,7 +42,7 @@ class Runs:
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> "Runs":
-        """Of the answers of one method, or of several that are one curve."""
+        """Makes the runs from the answers of a method, or of several methods that form one curve."""
         names = rows.select_dtypes("number").columns.difference(["prompt", "seed", "strength", "temperature"])
         cells = rows.groupby(["seed", "prompt", "strength", "temperature"])[list(names)].mean()
         points = sorted(set(zip(rows["strength"], rows["temperature"], strict=True)))
@@ -59,6 +59,6 @@ class Runs:
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:
-    """How many of the runs of `n` words in all the texts together are different ones; NaN if there are none."""
+    """Returns the share of different ones among all sequences of `n` words in the texts; NaN if there are none."""
     runs = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(runs)) / len(runs) if runs else float("nan")

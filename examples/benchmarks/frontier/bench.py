@@ -1,4 +1,4 @@
-"""What the experiments share: the base, and work whose outcome is kept under a key of all that it depends on."""
+"""What the experiments share: the base, tasks, and steps of work whose results are kept in files."""
 
 import fcntl
 import json
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from fingerprint import fingerprint
-from settings import ADAPTER, TARGETS, TRAINING, Size
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
 
@@ -23,6 +21,9 @@ from hf_genarm.demo import demo_model
 from hf_genarm.hub.info import package_versions
 from hf_genarm.scripts.prompts import left_padded, token_ids
 from hf_genarm.scripts.sweep import Answers, sample_answers
+
+from ...fingerprint import fingerprint
+from .settings import ADAPTER, TARGETS, TRAINING, Size
 
 Judge = Callable[[Sequence[str], Sequence[str]], Iterable[float]]
 Processors = Callable[[Tensor], list[LogitsProcessor]]
@@ -33,15 +34,17 @@ _ROWS_AT_ONCE = 96
 @dataclass(frozen=True)
 class Task:
     """
+    A reward, with the pairs that teach it, the prompts that it is measured on, and the judges that measure it.
+
     Attributes:
-        name: of the file of answers.
+        name: the stem of the file of answers.
         title, described: for the report.
-        pairs: what is trained on, with messages or texts.
-        dev, test: prompts, for choosing settings and for the results.
-        judges: what gives an answer its numbers, of prompts and texts.
+        pairs: the preference pairs that every method is trained on, as messages or texts.
+        dev, test: the prompts for choosing settings, and those for the results.
+        judges: by name, functions of prompts and texts that return one number per answer.
         size: how large a run is.
-        is_chat: whether prompts are questions, or texts to go on with.
-        n_scored: number of the first test prompts whose answers are to have a high reward; all of them if `None`.
+        is_chat: whether prompts are questions; otherwise they are texts to be continued.
+        n_scored: the answers to so many of the first test prompts should have a high reward; to all of them if `None`.
     """
 
     name: str
@@ -56,16 +59,17 @@ class Task:
     n_scored: int | None = None
 
     def prompts(self, split: str) -> list[str]:
+        """Returns the prompts of `"dev"` or `"test"`."""
         return self.dev if split == "dev" else self.test
 
     def asked(self, prompts: Sequence[str]) -> list:
-        """As the model is asked: messages, or texts that it goes on with."""
+        """Returns prompts in the form that the model reads: messages, or texts to be continued."""
         return [[{"role": "user", "content": x}] for x in prompts] if self.is_chat else list(prompts)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting of a method: its strength, and the temperature."""
+    """A setting of a method: its strength and the temperature."""
 
     strength: float
     temperature: float = 1.0
@@ -74,8 +78,8 @@ class Point:
 @dataclass
 class Step:
     """
-    A piece of work that is done when `path` is there. `run` writes somewhere else, and what it has written moves to
-    `path` when it is complete; what is left of a run that was stopped is given to it again.
+    A piece of work that is done when `path` exists. `run` writes to another path, which is renamed to `path` when it is
+    complete. If it was stopped, `run` is called again with the incomplete path.
     """
 
     path: Path
@@ -87,7 +91,7 @@ class Step:
         return self.path.exists()
 
     def __call__(self, wait: bool = True) -> bool:
-        """Whether it is done. Without `wait`, it is left to another process that is at it."""
+        """Does the work and returns `True`; or `False`, if another process is doing it and `wait` is `False`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(self.path.name + ".lock").open("w", encoding="utf-8") as lock:
             try:
@@ -98,12 +102,12 @@ class Step:
                 partial = self.path.with_name(self.path.name + ".partial")
                 self.run(partial)
                 os.replace(partial, self.path)
-                del self.run  # and with it the models and caches that it holds
+                del self.run  # frees the models and caches that it holds
         return True
 
 
 class Bench:
-    """Keeps adapters and answers in a folder."""
+    """Makes steps that keep adapters and answers in a folder, under names with a hash of all that they depend on."""
 
     def __init__(self, output: Path):
         self.output = output
@@ -113,10 +117,11 @@ class Bench:
 
     @cached_property
     def model(self) -> PreTrainedModel:
+        """The base."""
         return AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
 
     def training(self, name: str, task: Task, train: Callable[[Path], None], *settings: object) -> Step:
-        """A folder of weights that `train` makes of the pairs and the settings."""
+        """Returns the step that makes a folder of weights, by `train`, from the pairs and the settings."""
 
         def run(partial: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -139,15 +144,18 @@ class Bench:
         n_prompts: int | None = None,
     ) -> Step:
         """
-        A file with an answer to each prompt at each point.
+        Returns the step that makes a file with one answer to each prompt at each point.
 
         Args:
-            method: names it, in the report.
-            seed: of the training run, and of the sampling; the same numbers for every method.
-            points: settings, of which a batch may have several.
-            adapters: what it takes, made if it isn't there.
-            answer: of prompts and as many points, the answers with what is measured.
+            task: the prompts and the length of answers.
+            split: `"dev"` or `"test"`.
+            method: its name in the report.
+            seed: of the training run and of the sampling; the same numbers for every method.
+            points: the settings. One batch may have several.
+            adapters: steps that have to be done first.
+            answer: a function of prompts and as many points that returns the answers with their measures.
             settings: what else the answers depend on.
+            n_prompts: takes the first prompts only.
         """
         prompts = task.prompts(split)[:n_prompts]
         rows = [(index, point) for point in points for index in range(len(prompts))]
@@ -177,7 +185,7 @@ class Bench:
         write: Callable[[Path], None],
         *settings: object,
     ) -> Step:
-        """Of answers, a line each. What is `needed` is made first, if it isn't there."""
+        """Returns the step that makes a file of answers, one per line, by `write`, after the steps in `needed`."""
 
         def run(partial: Path) -> None:
             for step in needed:
@@ -190,15 +198,17 @@ class Bench:
         return Step(self.output / f"{task.name}-{split}-{name}-{seed}-{key}.jsonl", run, about)
 
     def inputs(self, task: Task, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Returns token ids and mask, padded on the left."""
         ids = [token_ids(self.tokenizer, prompt) for prompt in task.asked(prompts)]
         return left_padded(self.tokenizer, ids, self.model.device)
 
     def sampler(self, task: Task, processors: Processors | None) -> Callable[[list[str], list[Point]], list[dict]]:
         """
-        Samples answers.
+        Returns a function of prompts and points that samples answers.
 
         Args:
-            processors: makes the method of the base, of a strength `(n_prompts,)` for each prompt.
+            task: the form of prompts and the length of answers.
+            processors: makes the method's processors from strengths `(n_prompts,)`; `None` is the base itself.
         """
 
         def answer(prompts: list[str], points: list[Point]) -> list[dict]:
@@ -211,13 +221,13 @@ class Bench:
 
 
 def as_rows(answers: Answers) -> list[dict[str, Any]]:
-    """As they are kept."""
+    """Returns answers as they are kept in files."""
     numbers = zip(answers.texts, answers.n_tokens, answers.kl, answers.base_log_prob, strict=True)
     return [{"text": text, "n_tokens": n, "kl": round(k, 3), "base_log_prob": round(p, 3)} for text, n, k, p in numbers]
 
 
 class RowTemperature(LogitsProcessor):
-    """Of each row its own. Here, and not in `generate`, it is seen by the meter."""
+    """Applies one temperature per row. Unlike the temperature of `generate`, it is seen by the meter."""
 
     supports_continuous_batching = False
 

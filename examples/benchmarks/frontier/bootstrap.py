@@ -4,15 +4,17 @@ from functools import cache
 
 import numpy as np
 
+from hf_genarm.bootstrap import interval as interval_of_resamples
+
 N_RESAMPLES = 2_000
 
 
 @cache
 def draws(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    How often each training seed and each prompt occurs in each resample, as shares, of shapes `(n_resamples, n_seeds)`
-    and `(n_resamples, n_prompts)`. The first is what is: no resample. Whatever has as many seeds, or as many prompts,
-    has the same draws, so that differences are paired.
+    Returns how often each training seed and each prompt occurs in each resample, as shares, of shapes
+    `(1 + n_resamples, n_seeds)` and `(1 + n_resamples, n_prompts)`. The first row is the sample itself. Methods with
+    the same number of seeds, or of prompts, get the same draws, so that differences are paired.
     """
 
     def shares(n: int, key: int) -> np.ndarray:
@@ -24,24 +26,24 @@ def draws(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def means(values: np.ndarray) -> np.ndarray:
-    """Of values `(n_seeds, n_prompts, n_points)`: their mean, and of resamples; `(1 + n_resamples, n_points)`"""
+    """Returns means of values `(n_seeds, n_prompts, n_points)` and their resamples, `(1 + n_resamples, n_points)`."""
     seeds, prompts = draws(*values.shape[:2])
     return np.einsum("rs,spk,rp->rk", seeds, values, prompts, optimize=True)
 
 
 def interpolated(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
-    Reads curves at some `x`, between their points along straight lines.
+    Reads curves at some `x`, on straight lines between their points.
 
     Args:
         x, y (`np.ndarray` of shape `(n_curves, n_points)`):
-            The points of each.
+            The points of each curve.
         targets (`np.ndarray` of shape `(n_targets,)`):
             Where they are read.
 
     Returns:
-        `np.ndarray` of shape `(n_curves, n_targets)`; NaN in all of them where the first curve does not reach. Another
-        that does not has the value of its end there.
+        `np.ndarray` of shape `(n_curves, n_targets)`. Where the first curve does not reach, all are NaN. Where only
+        another one does not reach, it has the value of its end.
     """
     order = x.argsort(axis=1)
     x, y = np.take_along_axis(x, order, axis=1), np.take_along_axis(y, order, axis=1)
@@ -52,16 +54,15 @@ def interpolated(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> np.ndarra
 
 def interval(resampled: np.ndarray) -> tuple[float, float, float]:
     """
-    The value, and its 95 % interval, of what was computed of the mean and of each resample, `(1 + n_resamples,)`.
-    Rounded, so that half of a last digit is the same half on every processor.
+    Returns a number and its 95 % interval, from its values on the sample and on each resample, `(1 + n_resamples,)`.
+    They are rounded, so that a tie at the last digit shown is the same on every processor.
     """
-    values = [resampled[0], *np.quantile(resampled[1:], [0.025, 0.975])]
-    value, low, high = (round(float(x), 9) for x in values)
+    value, low, high = (round(float(x), 9) for x in (resampled[0], *interval_of_resamples(resampled[1:])))
     return value, low, high
 
 
 def shown(resampled: np.ndarray, form: str = ".2f") -> str:
-    """Nothing, where there is no value."""
+    """Returns a number with its interval as text; an empty one if it is NaN."""
     if np.isnan(resampled[0]):
         return ""
     value, low, high = interval(resampled)
@@ -69,7 +70,7 @@ def shown(resampled: np.ndarray, form: str = ".2f") -> str:
 
 
 def hypervolume(points: np.ndarray, worst: np.ndarray) -> float:
-    """Of the area that points `(n, 2)` dominate, larger being better, above the worst value of each."""
+    """Returns the area that points `(n, 2)` dominate above the worst value of each axis; larger values are better."""
     points = points[(points > worst).all(axis=1)]
     volume, height = 0.0, worst[1]
     for x, y in points[points[:, 0].argsort()[::-1]]:

@@ -1,9 +1,10 @@
-"""The methods as curves of reward against divergence, one for each, with their resamples."""
+"""Curves of reward against divergence, one per method, with their resamples."""
 
 import numpy as np
 import pandas as pd
-from answers import Runs
-from bootstrap import N_RESAMPLES, interpolated, means
+
+from .answers import Runs
+from .bootstrap import N_RESAMPLES, interpolated, means
 
 OURS, DPO = "GenARM: DPO loss, ratio", "DPO, a training run per point"
 EQ7 = "GenARM: Eq. 5, Eq. 7 (the paper)"
@@ -17,12 +18,12 @@ NAMES = {
 
 class Curves:
     """
-    Of the answers of one split.
+    The curves of one split.
 
     Attributes:
-        runs: the methods by name, DPO's policies as one with 1 / β as strength.
-        base: the base as it is.
-        n_prompts: that it has answered.
+        runs: the methods by name. DPO's policies are one method, with 1 / β as strength.
+        base: the base at temperature 1.
+        n_prompts: how many prompts the base has answered.
     """
 
     def __init__(self, rows: pd.DataFrame):
@@ -40,21 +41,23 @@ class Curves:
         self.runs = {name: runs[name] for name in order}
 
     def mean(self, name: str, what: str) -> np.ndarray:
-        """Of each setting, and of its resamples: `(1 + n_resamples, n_points)`."""
+        """Returns the mean of a measure at each setting, and of its resamples: `(1 + n_resamples, n_points)`."""
         values = (self.runs[name] if name != "base" else self.base).values
         if what == "perplexity":
             return np.exp(-means(values["base_log_prob"]) / means(values["n_tokens"]))
         return means(values[what])
 
     def is_curve(self, name: str) -> bool:
-        """Whether it has several settings, and has answered all prompts."""
+        """Returns whether a method has several settings and has answered all prompts."""
         runs = self.runs[name]
         return len(runs.points) > 1 and runs.values["kl"].shape[1] == self.n_prompts
 
     def at(self, name: str, what: str, targets: np.ndarray) -> np.ndarray:
         """
-        Read where the divergence has some values. Each curve starts at the base. `(1 + n_resamples, n_targets)`, NaN of
-        what is no curve.
+        Reads a measure off the curve of a method, which starts at the base, where the divergence has some values.
+
+        Returns:
+            `np.ndarray` of shape `(1 + n_resamples, n_targets)`; NaN if the method has no curve.
         """
         if not self.is_curve(name):
             return np.full((1 + N_RESAMPLES, len(targets)), np.nan)
@@ -62,7 +65,7 @@ class Curves:
         return interpolated(x, y, targets)
 
     def of_seed(self, name: str, seed: int, what: str, target: float) -> float:
-        """The same of one training run."""
+        """Reads a measure off the curve of one training run."""
         x, y = (
             np.concatenate([self.base.values[n].mean(axis=1)[0], self.runs[name].values[n][seed].mean(axis=0)])
             for n in ("kl", what)
@@ -71,7 +74,7 @@ class Curves:
 
 
 def setting(name: str, point: tuple[float, float]) -> str:
-    """As it is written in tables."""
+    """Returns a setting as tables show it."""
     strength, temperature = point
     if name.startswith("base"):
         return "" if temperature == 1 else f"T = {temperature:g}"

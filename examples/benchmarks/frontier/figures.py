@@ -1,4 +1,4 @@
-"""The pictures of the report, readable at the width of a README."""
+"""The figures of the report, readable at the width of a README."""
 
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +14,7 @@ COLOURS = ["#1f77b4", "#d95f02", "#17a2b8", "#7b5cd6", "#2ca02c", "#8c564b", "#7
 
 
 def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
-    """Reward over divergence on a logarithmic axis: what was measured, the lines between, and their 95 % intervals."""
+    """Plots reward over divergence on a logarithmic axis: settings, the lines between them, and 95 % intervals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axis = plt.subplots(figsize=(10, 5), dpi=140)
     for name, colour in zip(filter(curves.is_curve, curves.runs), cycle(COLOURS), strict=False):
@@ -38,7 +38,7 @@ def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
 
 
 def pareto(curves: Any, path: Path) -> None:
-    """Reward over words, a point for each weighting."""
+    """Plots reward over words, with one point per weighting."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axis = plt.subplots(figsize=(8, 5), dpi=140)
     for name, colour in zip(curves.runs, cycle(COLOURS), strict=False):

@@ -1,5 +1,5 @@
 """
-Harmlessness on HH-RLHF: what one half of the pairs has taught steers, and a reward model of the other half judges it.
+Harmlessness on HH-RLHF: a reward model trained on one half of the pairs steers, one trained on the other half judges.
 
 The prompts are offensive. They are not part of this repository; the answers to them are.
 """
@@ -10,35 +10,37 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from bench import Bench, Step, Task
 from datasets import Dataset
-from make_harmless import openings, parts
-from methods import arm, scorer, trajectory_rm
-from scorers import refusal, text_of
-from sentiment import test_prompts
-from settings import MARGIN, Size
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
+
+from ...pairs import harmless_pairs, opening_turns
+from ...scorers import refusal, text_of
+from .bench import Bench, Step, Task
+from .methods import arm, scorer, trajectory_rm
+from .sentiment import test_prompts
+from .settings import MARGIN, Size
+from .trajectory_reward import load_trajectory_reward_model, trajectory_rewards
 
 _SHARE_OF_HARM = 2 / 3  # of the prompts; the others are questions about everyday things
 
 
 def task(size: Size, bench: Bench, dataset: str) -> Task:
-    """Of `dataset`, a Hub id or a file of pairs. No setting is chosen here: they are those of sentiment."""
+    """Returns the task for a Hub id or a file of pairs. Its settings are those chosen for sentiment."""
     one = size.seeds[:1]
     size = replace(size, seeds=one, few_seeds=one, n_best_of=size.n_best_of[:1])
-    half, other, test = parts(dataset)
+    half, other, test = harmless_pairs(dataset)
     n_harmful = round(_SHARE_OF_HARM * size.n_test_prompts)
-    harmful = openings(test)[:n_harmful]
+    harmful = opening_turns(test)[:n_harmful]
     harmless = test_prompts(size.n_test_prompts - n_harmful)
     return Task(
         "harmlessness",
         "Harmlessness",
-        f"{len(half)} pairs of HH-RLHF's harmless-base steer. The reward is what a reward model of whole answers says, "
-        f"trained on {len(other)} other pairs, about answers to {len(harmful)} opening turns that neither has "
-        "seen. *Second judge* is the share of answers with a word of refusal. The settings are those of sentiment.",
+        f"The methods are trained on {len(half)} pairs of HH-RLHF's harmless-base. The reward is the score of a reward "
+        f"model of whole answers, trained on {len(other)} other pairs; the prompts are {len(harmful)} opening turns "
+        "that are in neither part. *Second judge* is the share of answers with a word of refusal. The settings are "
+        "those of sentiment.",
         half,
         [],
         harmful + harmless,
@@ -49,10 +51,14 @@ def task(size: Size, bench: Bench, dataset: str) -> Task:
 
 
 def judge(bench: Bench, dataset: str, size: Size) -> Step:
-    return trajectory_rm(bench, Task("harmlessness-judge", "", "", parts(dataset).other, [], [], {}, size), seed=0)
+    """Returns the step that trains the judge."""
+    return trajectory_rm(
+        bench, Task("harmlessness-judge", "", "", harmless_pairs(dataset).other, [], [], {}, size), seed=0
+    )
 
 
 def judged(bench: Bench, judge: Step, prompts: Sequence, answers: Sequence) -> list[float]:
+    """Returns the judge's scores; the judge is trained first, if necessary."""
     judge()
     rewards = trajectory_rewards(_loaded(judge.path), bench.tokenizer, list(prompts), list(answers))
     return [round(float(reward), 4) for reward in rewards]
@@ -62,11 +68,11 @@ _loaded = cache(load_trajectory_reward_model)
 
 
 def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:
-    """Which judge prefers the chosen one of two answers, of pairs that none has learned from."""
+    """Returns the steps that measure how often each judge prefers the chosen answer, on pairs that it never saw."""
     judges: list[tuple[str, int, Step | None, Callable[[list, list], Iterable[float]]]] = [
         ("the judge, of the other half", 0, (rm := judge(bench, dataset, task.size)), partial(judged, bench, rm)),
-        ("n-grams, of the half that steers", 0, None, n_grams(parts(dataset).half)),
-        ("n-grams, of the other half", 0, None, n_grams(parts(dataset).other)),
+        ("n-grams, of the half that steers", 0, None, n_grams(harmless_pairs(dataset).half)),
+        ("n-grams, of the other half", 0, None, n_grams(harmless_pairs(dataset).other)),
         ("the shorter answer", 0, None, lambda prompts, answers: [-len(text_of(answer)) for answer in answers]),
     ]
     for seed in task.size.seeds:
@@ -75,7 +81,7 @@ def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:
 
     def step(name: str, seed: int, adapter: Step | None, judge: Callable[[list, list], Iterable[float]]) -> Step:
         def write(partial: Path) -> None:
-            test = parts(dataset).test
+            test = harmless_pairs(dataset).test
             chosen, rejected = (judge(test["prompt"], test[side]) for side in ("chosen", "rejected"))
             with partial.open("w", encoding="utf-8") as file:
                 for index, (one, other) in enumerate(zip(chosen, rejected, strict=True)):
@@ -84,17 +90,20 @@ def accuracy_steps(bench: Bench, task: Task, dataset: str) -> list[Step]:
                     file.write(json.dumps(row) + "\n")
 
         needed = [adapter] if adapter else []
-        return bench.file(task, "pairs", name, seed, needed, write, [part.to_list() for part in parts(dataset)])
+        return bench.file(
+            task, "pairs", name, seed, needed, write, [part.to_list() for part in harmless_pairs(dataset)]
+        )
 
     return [step(*judge) for judge in judges]
 
 
 def rewarded(bench: Bench, adapter: Step, prompts: list, answers: list) -> list[float]:
+    """Returns the scores of the reward model that steers."""
     return scorer(bench, adapter).score(prompts, answers, batch_size=16).tolist()
 
 
 def n_grams(pairs: Dataset) -> Callable[[list, list], Iterable[float]]:
-    """What words and pairs of words tell, by logistic regression."""
+    """Returns a judge that is a logistic regression on words and pairs of words."""
 
     def score(prompts: list, answers: list) -> Iterable[float]:
         texts = [text_of(answer) for side in ("chosen", "rejected") for answer in pairs[side]]

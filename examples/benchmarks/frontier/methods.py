@@ -1,4 +1,4 @@
-"""The methods that steer the base, as steps: which adapters they take, and what is tried."""
+"""The methods that steer the base. Each is a function that returns a step, which makes a file of answers."""
 
 import json
 import math
@@ -9,21 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from args_search import ARGSLogitsProcessor
-from bench import Bench, Point, Processors, Step, Task, as_rows
 from peft import PeftModel
-from rollouts import RolloutLogitsProcessor
-from settings import (
-    ALPHAS,
-    MARGIN,
-    OBJECTIVES,
-    ROLLOUT_TOP_K,
-    TEMPERATURES,
-    TOP_K,
-)
 from torch import Tensor
-from training import train_arm, train_trajectory_reward_model
-from trajectory_reward import load_trajectory_reward_model, trajectory_rewards
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, smc_sample
@@ -31,11 +18,25 @@ from hf_genarm.decoding.meter import answer_lengths
 from hf_genarm.scripts.prompts import completion_of
 from hf_genarm.scripts.sweep import Answers
 
+from .args_search import ARGSLogitsProcessor
+from .bench import Bench, Point, Processors, Step, Task, as_rows
+from .rollouts import RolloutLogitsProcessor
+from .settings import (
+    ALPHAS,
+    MARGIN,
+    OBJECTIVES,
+    ROLLOUT_TOP_K,
+    TEMPERATURES,
+    TOP_K,
+)
+from .training import train_arm, train_trajectory_reward_model
+from .trajectory_reward import load_trajectory_reward_model, trajectory_rewards
+
 _SMC_PROMPTS = 24  # at once, with all their particles
 
 GRID = [Point(alpha, temperature) for temperature in TEMPERATURES for alpha in ALPHAS]
 
-# Which objective, and what the reward is less than: nothing (Eq. 7), or the base's log-probability (the ratio)
+# The objective, and the reference that is subtracted: none (Eq. 7), or the base (the ratio)
 GUIDED = {
     "Eq. 5, Eq. 7": ("eq5", None),
     "Eq. 5, ratio": ("eq5", "base"),
@@ -45,18 +46,20 @@ GUIDED = {
 
 
 def arm(bench: Bench, task: Task, objective: str, seed: int) -> Step:
+    """Returns the step that trains an adapter by one of the `OBJECTIVES`."""
     loss = OBJECTIVES[objective]
     train = partial(train_arm, bench, task.pairs, seed=seed, **loss)
     return bench.training(f"{objective}-{seed}", task, train, loss, seed)
 
 
 def trajectory_rm(bench: Bench, task: Task, seed: int) -> Step:
+    """Returns the step that trains a classifier of whole answers."""
     train = partial(train_trajectory_reward_model, bench, task.pairs, seed=seed)
     return bench.training(f"rm-{seed}", task, train, seed)
 
 
 def guided(bench: Bench, adapters: list[Step], reference: str | None) -> Processors:
-    """By adapters on the base."""
+    """Returns what makes the processor that guides by adapters on the base."""
 
     def make() -> GenARMLogitsProcessor:
         folders = [str(adapter.path) for adapter in adapters]
@@ -68,7 +71,7 @@ def guided(bench: Bench, adapters: list[Step], reference: str | None) -> Process
 
 
 def by_row(make: Callable[[], GenARMLogitsProcessor]) -> Processors:
-    """One processor, made when it is needed, with strengths `(n_prompts,)` or `(n_prompts, n_rewards)`."""
+    """Makes a processor once, when it is first needed. Strengths are `(n_prompts,)` or `(n_prompts, n_rewards)`."""
     made = cache(make)
 
     def processors(strengths: Tensor) -> list:
@@ -81,16 +84,19 @@ def by_row(make: Callable[[], GenARMLogitsProcessor]) -> Processors:
 def guided_step(
     bench: Bench, task: Task, split: str, method: str, objective: str, reference: str | None, seed: int, points: Any
 ) -> Step:
+    """Returns the step of a guided method."""
     adapter = arm(bench, task, objective, seed)
     answer = bench.sampler(task, guided(bench, [adapter], reference))
     return bench.answering(task, split, method, seed, points, [adapter], answer, reference)
 
 
 def base_step(bench: Bench, task: Task, split: str, method: str, points: list[Point], seed: int = 0) -> Step:
+    """Returns the step of the base itself, at some temperatures."""
     return bench.answering(task, split, method, seed, points, [], bench.sampler(task, None))
 
 
 def args_step(bench: Bench, task: Task, split: str, seed: int, points: list[Point]) -> Step:
+    """Returns the step of ARGS."""
     adapter = trajectory_rm(bench, task, seed)
 
     @cache
@@ -105,8 +111,8 @@ def args_step(bench: Bench, task: Task, split: str, seed: int, points: list[Poin
 
 def smc_step(bench: Bench, task: Task, split: str, seed: int, points: list[Point]) -> Step:
     r"""
-    The divergence is an estimate: the mean over answers of $\alpha\,(\log\pi_r(y) - \log\pi_\text{base}(y)) - \log Z$
-    is that of the target from the base.
+    Returns the step of sequential Monte Carlo. Its divergence is an estimate: the mean over answers of
+    $\alpha\,(\log\pi_r(y) - \log\pi_\text{base}(y)) - \log Z$ is the divergence of the target from the base.
     """
     adapter, n = arm(bench, task, MARGIN, seed), task.size.n_particles
     processors, reward_model = guided(bench, [adapter], "base"), cache(partial(scorer, bench, adapter))
@@ -140,7 +146,7 @@ def smc_step(bench: Bench, task: Task, split: str, seed: int, points: list[Point
 
 
 def scorer(bench: Bench, adapter: Step) -> AutoregressiveRewardModel:
-    """What was learned with the loss of DPO, log π_r − log π_base, as a judge of texts."""
+    """Returns the reward model that was trained by the loss of DPO, whose scores are log π_r − log π_base."""
     model = AutoModelForCausalLM.from_pretrained(bench.model_path, dtype=torch.float32)
     reward_model = AutoregressiveRewardModel.from_pretrained(str(adapter.path), base_model=model)
     reward_model.tokenizer = bench.tokenizer
@@ -148,17 +154,18 @@ def scorer(bench: Bench, adapter: Step) -> AutoregressiveRewardModel:
 
 
 def scores(task: Task, model: AutoregressiveRewardModel, prompts: list[str], texts: list[str]) -> Tensor:
+    """Returns the reward of each answer, `(n_answers,)`."""
     asked = task.asked(prompts)
     answered = [completion_of(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     rows = model.token_rewards(asked, answered, batch_size=32)
-    # Texts that are gone on with have no end that anything was trained on.
+    # Nothing was trained on the end of a continuation.
     return torch.stack([(row.rewards if task.is_chat else row.rewards[:-1]).sum() for row in rows])
 
 
 def best_of_step(bench: Bench, task: Task, split: str, seed: int, samples: Step, by: str) -> Step:
     r"""
-    The best of the first n answers of the base, by what was learned (`"reward model"`) or by a classifier of whole
-    texts (`"classifier"`). Its divergence is at most $\log n - (n - 1) / n$ (https://hf.co/papers/2401.01879).
+    Returns the step that takes the best of the first n answers of the base, judged by the reward model (`"reward
+    model"`) or by a classifier of whole answers (`"classifier"`). Its divergence is at most $\log n - (n - 1) / n$ (https://hf.co/papers/2401.01879).
     """
     adapter = trajectory_rm(bench, task, seed) if by == "classifier" else arm(bench, task, MARGIN, seed)
 
@@ -186,7 +193,7 @@ def best_of_step(bench: Bench, task: Task, split: str, seed: int, samples: Step,
 
 
 def rollout_step(bench: Bench, task: Task, split: str, seed: int, points: list[Point]) -> Step:
-    """Transfer-Q: one answer to each of the first prompts, of few tokens, as each token takes answers of its own."""
+    """Returns the step of Transfer-Q: short answers to the first prompts only, since each token needs whole answers."""
     policy, classifier = arm(bench, task, MARGIN, seed), trajectory_rm(bench, task, seed)
     few = replace(task, size=replace(task.size, max_new_tokens=min(24, task.size.max_new_tokens)))
 

@@ -1,7 +1,7 @@
-"""Which answers it takes."""
+"""Which methods answer which prompts, at which settings."""
 
-from bench import Bench, Point, Step, Task
-from methods import (
+from .bench import Bench, Point, Step, Task
+from .methods import (
     GRID,
     GUIDED,
     args_step,
@@ -11,13 +11,13 @@ from methods import (
     rollout_step,
     smc_step,
 )
-from settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, TRIED, WEIGHTS
+from .settings import FINAL, OBJECTIVES, SHARPENED, TEMPERATURES, TRIED, WEIGHTS
 
 DPO = [objective for objective in OBJECTIVES if objective.startswith("dpo")]
 
 
 def dev_steps(bench: Bench, task: Task) -> list[Step]:
-    """The wide grid: sixteen settings of each method (twelve of DPO: three training runs at four temperatures)."""
+    """Returns the steps of the wide grid: 16 settings per method; for DPO three training runs at 4 temperatures."""
     seeds, tried = task.size.dev_seeds, TRIED[task.name]
     steps = [base_step(bench, task, "dev", "base", [Point(0.0, x) for x in SHARPENED])]
     for name, (objective, reference) in GUIDED.items():
@@ -33,7 +33,7 @@ def dev_steps(bench: Bench, task: Task) -> list[Step]:
 
 
 def test_steps(bench: Bench, task: Task) -> list[Step]:
-    """The finalists, on prompts that nothing was chosen with."""
+    """Returns the steps of the settings that were chosen, on prompts that no setting was chosen on."""
     size, final = task.size, FINAL[task.name]
     samples = base_step(bench, task, "test", "base", [Point(0.0)] * max(size.n_best_of))
     sharpened = base_step(bench, task, "test", "base, sharpened", [Point(0.0, x) for x in final["base, sharpened"]])

@@ -1,26 +1,23 @@
 """
-Writes RESULTS.md and its figures from the answers that are kept in `results/`, in seconds.
+Writes RESULTS.md and its figures from the answers in `results/`, in seconds.
 
-    python examples/benchmarks/frontier/report.py
+    python -m examples.benchmarks.frontier.report
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ...small import output_folder, sized
+from .answers import load
+from .bootstrap import hypervolume, interval, means, shown
+from .curves import DPO, EQ7, NAMES, OURS, Curves, setting
+from .figures import frontier, pareto
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
-
-from answers import load  # noqa: E402
-from bootstrap import hypervolume, interval, means, shown  # noqa: E402
-from curves import DPO, EQ7, NAMES, OURS, Curves, setting  # noqa: E402
-from figures import frontier, pareto  # noqa: E402
-from small import output_folder, sized  # noqa: E402
-
 # Nats per answer at which methods are compared
 TARGETS = {
     "sentiment": np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0]),
@@ -38,26 +35,28 @@ SOUPS = "rewarded soups"
 
 INTRODUCTION = """# Reward against divergence
 
-Made by `python examples/benchmarks/frontier/report.py` from the answers in `results/`, which
-`python examples/benchmarks/frontier/run.py` has sampled.
+`python -m examples.benchmarks.frontier.run` sampled the answers in `results/`, and
+`python -m examples.benchmarks.frontier.report` made this report of them.
 
-**One small model (SmolLM2-135M-Instruct) and programs as judges: what holds here need not hold for large models and
-people's preferences.**
+**The base is one small model (SmolLM2-135M-Instruct), and the judges are programs. What holds here need not hold for
+large models and people's preferences.**
 
-- *Ratio* steers by log π_r − log π_base (`reference="base"`), *Eq. 7* by log π_r, as the paper does. The strength α is
-  all that differs between the points of a curve: one adapter for each training seed.
-- *DPO* is a training run for each point: β = 0.3, 0.1 and 0.03. The reward model of *DPO loss* is the one of β = 0.1.
-- The divergence is the sum over the answer of KL(method ‖ base) at each token: exact, but for *best of n*, where it is
-  the bound log n − (n − 1) / n, and for *SMC*, where it is an estimate of that of its target.
-- Everything is trained on the same pairs in as many steps, with the same adapter and learning rate."""
+- *Ratio* steers by log π_r − log π_base (`reference="base"`), *Eq. 7* by log π_r, as the paper does. The points of such
+  a curve differ in the strength α alone; there is one adapter per training seed.
+- *DPO* is one training run per point, at β = 0.3, 0.1 and 0.03. The reward model of *DPO loss* is the one of β = 0.1.
+- The divergence is the sum of KL(method ‖ base) over the tokens of an answer. It is exact, except for *best of n*,
+  where it is the bound log n − (n − 1) / n, and for *SMC*, where it is an estimate of the divergence of its target.
+- Everything is trained on the same pairs in the same number of steps, with the same kind of adapter and the same
+  learning rate."""
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 def matched(curves: Curves, what: str, targets: np.ndarray) -> str:
-    """Of all methods, at the same divergence."""
+    """Returns the table of all methods at the same divergences."""
     rows = []
     for name, runs in curves.runs.items():
         cells = reading(curves, name, targets, curves.at(name, what, targets))
@@ -66,14 +65,17 @@ def matched(curves: Curves, what: str, targets: np.ndarray) -> str:
 
 
 def reading(curves: Curves, name: str, targets: np.ndarray, values: np.ndarray, form: str = ".2f") -> list[str]:
-    """Values at the divergences; what is read between the base and the first point is too low, as curves are bent."""
+    """
+    Returns the cells of a row: values at the divergences. Those between the base and the first point get a `≥`, because
+    curves are bent, so that a straight line is too low.
+    """
     first = curves.mean(name, "kl")[0].min()
     cells = [shown(column, form) for column in values.T]
     return ["≥ " * bool(cell and target < first) + cell for cell, target in zip(cells, targets, strict=True)]
 
 
 def differences(curves: Curves, pairs: list[tuple[str, str]], targets: np.ndarray) -> str:
-    """Where the one that is subtracted was measured on both sides."""
+    """Returns the table of paired differences, where the method that is subtracted was measured on both sides."""
     rows = []
     for one, other in pairs:
         if one in curves.runs and other in curves.runs:
@@ -81,11 +83,11 @@ def differences(curves: Curves, pairs: list[tuple[str, str]], targets: np.ndarra
             gap[:, curves.mean(other, "kl")[0].min() > targets] = np.nan
             cells = reading(curves, one, targets, gap, "+.2f")
             rows += [[one, other, *cells]] * any(cells)
-    return table(["", "less", *(f"KL {target:g}" for target in targets)], rows)
+    return table(["", "minus", *(f"KL {target:g}" for target in targets)], rows)
 
 
 def bounded(curves: Curves, bounds: tuple[float, ...]) -> str:
-    """The highest reward of the settings whose perplexity is within a bound."""
+    """Returns the table of the highest reward among the settings whose perplexity is within a bound."""
     rows = []
     for name, runs in curves.runs.items():
         reward, perplexity, cells = curves.mean(name, "reward"), curves.mean(name, "perplexity")[0], []
@@ -98,7 +100,7 @@ def bounded(curves: Curves, bounds: tuple[float, ...]) -> str:
 
 
 def levels(curves: Curves, names: list[str]) -> str:
-    """All settings."""
+    """Returns the table of all settings of some methods."""
     rows = []
     for name in names:
         measures = [
@@ -117,7 +119,7 @@ def levels(curves: Curves, names: list[str]) -> str:
 
 
 def seeds(curves: Curves, target: float) -> list[str]:
-    """One training run at a time, where a method has several."""
+    """Returns the section on single training runs, for methods that have several."""
     rows = []
     for name, runs in curves.runs.items():
         if runs.n_seeds > 1:
@@ -133,24 +135,26 @@ def seeds(curves: Curves, target: float) -> list[str]:
 
 
 def header(about: dict, n_prompts: int) -> list[str]:
+    """Returns the paragraphs that every section begins with."""
     length = f"{about['size']['max_new_tokens']} tokens"
     length = f"answers to their end, or {length}" if about["is_chat"] else f"continuations of {length}"
     return [
         f"## {about['title']}",
         about["described"],
-        f"{n_prompts} test prompts, which nothing was chosen with; {length}. Intervals: 95 %, 2,000 resamples of "
-        "training seeds and prompts together. *Distinct-2* is the share of different ones among the pairs of words in "
-        "one answer to each prompt.",
+        f"{n_prompts} test prompts, which no setting was chosen on; {length}. Intervals are 95 % intervals from 2,000 "
+        "resamples of training seeds and prompts together. *Distinct-2*: take one answer to each prompt; it is the "
+        "share of different pairs among all pairs of adjacent words.",
     ]
 
 
 def footer(about: dict) -> str:
+    """Returns the paragraph that every section ends with."""
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    return f"Made on {about['machine']['cpu']}, {about['machine']['threads']} thread a process, with {versions}."
+    return f"Made on {about['machine']['cpu']}, {about['machine']['threads']} thread per process, with {versions}."
 
 
 def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
-    """The section of a task with one reward."""
+    """Returns the section of a task with one reward."""
     test, name = Curves(rows[rows["split"] == "test"]), about["name"]
     targets = TARGETS[name]
     frontier(test, targets, folder / "figures" / f"{name}.png", about["title"])
@@ -161,16 +165,16 @@ def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
         [
             *header(about, test.n_prompts),
             f"![Reward against divergence](figures/{name}.png)",
-            f"### Reward at matched divergence\n\nThe base has {shown(test.mean('base', 'reward')[:, 0])}. Nothing "
-            "stands where the settings of a method do not reach; *≥* is read on a straight line between the base and "
-            "the first setting, which is too low where curves are bent as these are.",
+            f"### Reward at matched divergence\n\nThe base has {shown(test.mean('base', 'reward')[:, 0])}. A "
+            "cell is empty where the settings of a method do not reach. *≥* marks values on the straight line between "
+            "the base and the first setting, which are too low, because these curves are bent.",
             matched(test, "reward", targets),
             "Differences, paired by prompt, and by training seed where both have as many:",
             differences(test, pairs, targets),
             "By the second judge:",
             matched(test, "second", targets),
-            "### Reward at bounded perplexity\n\nThe best setting of each method whose answers have at most such a "
-            f"perplexity under the base; the base's own have {test.mean('base', 'perplexity')[0, 0]:.1f}.",
+            "### Reward at bounded perplexity\n\nThe best setting of each method among those whose answers have at "
+            f"most this perplexity under the base; its own answers have {test.mean('base', 'perplexity')[0, 0]:.1f}.",
             bounded(test, PERPLEXITIES[name]),
             *seeds(test, SEEDS_AT[name]),
             "### Every setting of the test",
@@ -181,7 +185,7 @@ def rewards(about: dict, rows: pd.DataFrame, folder: Path) -> str:
 
 
 def tried(rows: pd.DataFrame) -> list[str]:
-    """Of the dev prompts, where anything was chosen."""
+    """Returns the section on the dev prompts, if settings were chosen on such."""
     if rows.empty:
         return []
     dev = Curves(rows)
@@ -190,15 +194,15 @@ def tried(rows: pd.DataFrame) -> list[str]:
 
 
 def harmlessness(about: dict, rows: pd.DataFrame, folder: Path) -> str:
-    """What judges are worth, rewards of answers to what is harmful, and whether everything else is answered."""
+    """Returns the section on harmlessness: rewards, how good judges are, whether everyday questions are answered."""
     is_harmful, is_test = rows["prompt"] < about["n_scored"], rows["split"] == "test"
     benign = Curves(rows[is_test & ~is_harmful])
     return "\n\n".join(
         [
             rewards(about, rows[is_test & is_harmful], folder),
-            "### Judges\n\nShare of the pairs in which the chosen answer is preferred; nothing was trained on them.",
+            "### Judges\n\nThe share of pairs in which a judge prefers the chosen answer. Nothing was trained on them.",
             accuracies(rows[rows["split"] == "pairs"]),
-            f"### Over-refusal\n\n{benign.n_prompts} questions about everyday things, which are to be answered. The "
+            f"### Over-refusal\n\n{benign.n_prompts} questions about everyday things, which should be answered. The "
             "*second judge* is the share of answers with a word of refusal.",
             levels(benign, ["base", *benign.runs]),
         ]
@@ -206,7 +210,7 @@ def harmlessness(about: dict, rows: pd.DataFrame, folder: Path) -> str:
 
 
 def accuracies(rows: pd.DataFrame) -> str:
-    """Of judges of pairs, over pairs and training seeds."""
+    """Returns the table of the accuracies of judges, over pairs and training seeds."""
     lines = []
     for name, group in rows.groupby("method", sort=False):
         right = group.pivot_table("right", index="seed", columns="prompt").to_numpy()
@@ -216,8 +220,9 @@ def accuracies(rows: pd.DataFrame) -> str:
 
 def two_objectives(about: dict, rows: pd.DataFrame, folder: Path) -> str:
     """
-    Fronts of sentiment and brevity, and what they are worth: the hypervolume of the points that are not too odd, and
-    the mean over weightings of the weighted sum, both in standard deviations of the base's answers.
+    Returns the section on sentiment and brevity. Fronts are compared by the hypervolume of the points whose perplexity
+    is not too high, and by the mean over weightings of the weighted sum, both in standard deviations of the base's
+    answers.
     """
     curves = Curves(rows)
     answers_of_base = rows[rows["method"] == "base"]
@@ -245,10 +250,10 @@ def two_objectives(about: dict, rows: pd.DataFrame, folder: Path) -> str:
         [
             *header(about, curves.n_prompts),
             "![Sentiment against words](figures/two_objectives.png)",
-            f"Hypervolume counts points of a perplexity of at most three times the base's ({limit:.0f}); the inner "
-            "product is the mean over weightings of w · sentiment − (1 − w) · words. Both are in standard deviations "
-            "of the base's answers.",
-            table(["", "hypervolume", "less that of soups", "mean inner product", "less that of soups"], rows_of_table),
+            f"Hypervolume counts points whose perplexity is at most three times that of the base ({limit:.0f}). The "
+            "inner product is the mean over weightings of w · sentiment − (1 − w) · words. Both are in standard "
+            "deviations of the base's answers.",
+            table(["", "hypervolume", "minus soups", "mean inner product", "minus soups"], rows_of_table),
             levels(curves, ["base", *curves.runs]),
         ]
     )
@@ -258,7 +263,7 @@ SECTIONS = {"sentiment": rewards, "detox": rewards, "harmlessness": harmlessness
 
 
 def write(results: Path, output: Path) -> Path:
-    """The report of all files of answers in a folder."""
+    """Writes the report on all files of answers in a folder, and returns its path."""
     files = {name: load(path) for name in SECTIONS if (path := results / f"{name}.jsonl.gz").exists()}
     text = [SMOKE] * any(about["is_smoke"] for about, _ in files.values()) + [INTRODUCTION]
     for name, (about, rows) in files.items():

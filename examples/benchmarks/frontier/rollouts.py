@@ -1,15 +1,16 @@
-"""Transfer-Q (Chakraborty et al., NeurIPS 2024, https://hf.co/papers/2405.20495): tokens are valued by rollouts."""
+"""Transfer-Q (Chakraborty et al., NeurIPS 2024, https://hf.co/papers/2405.20495): rollouts give tokens their value."""
 
 import torch
 from torch import Tensor
-from trajectory_reward import trajectory_rewards
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from .trajectory_reward import trajectory_rewards
 
 
 class RolloutLogitsProcessor(LogitsProcessor):
     r"""
-    Samples among the `top_k` likeliest tokens by $\log\pi_\text{base}(y_t) + w \cdot r(x, y)$, where $y$ is what an
-    aligned policy makes of the text with that token.
+    Samples among the `top_k` likeliest tokens by $\log\pi_\text{base}(y_t) + w \cdot r(x, y)$, where $y$ is the
+    answer that an aligned policy completes after that token.
 
     Args:
         policy ([`~transformers.PreTrainedModel`]):
@@ -19,7 +20,7 @@ class RolloutLogitsProcessor(LogitsProcessor):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of all three models, which pads on the left.
         prompts (list of `str`):
-            What is answered, one for each row.
+            The prompts, one per row.
         prompt_length (`int`):
             Their number of tokens, padding included.
         max_new_tokens (`int`):
@@ -57,7 +58,7 @@ class RolloutLogitsProcessor(LogitsProcessor):
                 texts, attention_mask=is_text, do_sample=True, top_k=0, max_length=self.max_length
             )
         answers = texts[:, self.prompt_length :]
-        # A candidate may end the answer; what the policy has added after that is not part of it.
+        # If the candidate ends the answer, what the policy adds is not part of it.
         ended = (answers == self.tokenizer.eos_token_id).long().cummax(dim=1).values.bool()
         answers = answers.masked_fill(ended, self.tokenizer.eos_token_id)
         rewards = trajectory_rewards(

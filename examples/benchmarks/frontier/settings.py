@@ -1,4 +1,4 @@
-"""All that results depend on, besides the data: how large a run is, how everything is trained, and what is tried."""
+"""All that results depend on, besides the data: how large a run is, how methods are trained, and what is tried."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,14 @@ class Size:
     How large a run is. Every size does the same; only the numbers differ.
 
     Attributes:
-        n_pairs: what every method is trained on, once.
+        n_pairs: pairs that every method is trained on, in one epoch.
         n_dev_prompts, n_test_prompts: prompts for choosing settings, and for the results.
-        dev_seeds, seeds: of the training runs, for choosing settings and for the results.
-        few_seeds: for the results of the slowest methods, of two objectives and of detoxification.
-        max_new_tokens: length at which answers are cut that have not ended.
-        n_best_of: answers that the best is taken of.
-        n_particles: of sequential Monte Carlo.
-        n_rollout_prompts: prompts that the rollouts of Transfer-Q are affordable for, of at most 24 tokens.
+        dev_seeds, seeds: training runs for choosing settings, and for the results.
+        few_seeds: training runs of the slowest methods, of two objectives and of detoxification.
+        max_new_tokens: the length at which answers are cut.
+        n_best_of: numbers of answers from which the best one is taken.
+        n_particles: particles of sequential Monte Carlo.
+        n_rollout_prompts: prompts for Transfer-Q, whose rollouts are slow; its answers have at most 24 tokens.
     """
 
     n_pairs: int = 128
@@ -48,7 +48,7 @@ SIZES = {
     "laptop": Size(),
 }
 
-# How every method is trained, and its adapter on the upper half of the layers
+# How every method is trained, with an adapter on the upper half of the layers
 TRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "per_device_train_batch_size": 4,
@@ -60,30 +60,30 @@ TRAINING: dict[str, Any] = {
 ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
-# What is trained: Eq. 5, which makes log π_r the reward, and the loss of DPO, which makes it log π_r − log π_base
+# What is trained: Eq. 5, for which the reward is log π_r, or the loss of DPO, for which it is log π_r − log π_base
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "eq5": {"beta": 0.01},
     "dpo-0.03": {"beta": 0.03, "reference": "base"},
     "dpo-0.1": {"beta": 0.1, "reference": "base"},
     "dpo-0.3": {"beta": 0.3, "reference": "base"},
 }
-MARGIN = "dpo-0.1"  # the one that is also used as a reward model
+MARGIN = "dpo-0.1"  # also used as a reward model
 
-# What is tried on the dev prompts: sixteen settings for each method
+# What is tried on the dev prompts: sixteen settings per method
 ALPHAS = (0.5, 1.0, 2.0, 4.0)
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
 SHARPENED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25)
 WEIGHTS = (0.0, 1.0, 2.0, 4.0)  # of the reward in ARGS
-TOP_K = 10  # candidates that ARGS scores at each step, the paper's
-ROLLOUT_TOP_K = 3  # candidates that rollouts are made for at each step
+TOP_K = 10  # candidates that ARGS scores at each step, as in its paper
+ROLLOUT_TOP_K = 3  # candidates that Transfer-Q makes rollouts for at each step
 
-# The guided methods that are tried on the dev prompts of each task, beside the base and DPO
+# The guided methods that are tried on the dev prompts of each task, in addition to the base and DPO
 TRIED = {
     "sentiment": ["Eq. 5, Eq. 7", "Eq. 5, ratio", "DPO loss, Eq. 7", "DPO loss, ratio", "ARGS"],
     "detox": ["Eq. 5, Eq. 7", "DPO loss, ratio"],
 }
 
-# What answers the test prompts, chosen on the dev prompts: strength and temperature
+# The settings (strength and temperature) for the test prompts, chosen on the dev prompts
 FINAL: dict[str, dict[str, Any]] = {
     "sentiment": {
         "Eq. 5, Eq. 7": [(0.25, 1.0), (0.5, 1.0), (1.0, 1.0)],

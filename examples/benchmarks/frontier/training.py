@@ -4,17 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Bench
 from datasets import Dataset
 from peft import LoraConfig
-from settings import ADAPTER, TARGETS, TRAINING
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 
+from .bench import Bench
+from .settings import ADAPTER, TARGETS, TRAINING
+
 
 def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """Returns the adapter of every method."""
     return LoraConfig(
         **ADAPTER,
         target_modules=list(TARGETS),
@@ -25,6 +27,7 @@ def adapter_config(n_layers: int, task_type: str = "CAUSAL_LM") -> LoraConfig:
 
 
 def arguments(folder: Path, seed: int) -> dict[str, Any]:
+    """Returns the training arguments of every method."""
     return TRAINING | {
         "output_dir": str(folder),
         "seed": seed,
@@ -39,7 +42,7 @@ def arguments(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def train_arm(bench: Bench, pairs: Dataset, folder: Path, seed: int, model_path: str | None = None, **loss: Any):
-    """With the arguments of [`AutoregressiveRewardConfig`] in `loss`; of `reference="base"` it is DPO."""
+    """Trains a reward model. `loss` are fields of [`AutoregressiveRewardConfig`]; with `reference="base"` it is DPO."""
     model = AutoModelForCausalLM.from_pretrained(model_path or bench.model_path, dtype=torch.float32)
     trainer = AutoregressiveRewardTrainer(
         model=model,
@@ -53,6 +56,7 @@ def train_arm(bench: Bench, pairs: Dataset, folder: Path, seed: int, model_path:
 
 
 def train_trajectory_reward_model(bench: Bench, pairs: Dataset, folder: Path, seed: int) -> None:
+    """Trains a classifier of whole answers."""
     torch.manual_seed(seed)  # of the head
     model = AutoModelForSequenceClassification.from_pretrained(bench.model_path, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = bench.tokenizer.pad_token_id

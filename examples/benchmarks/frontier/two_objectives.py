@@ -1,20 +1,21 @@
-"""Sentiment and brevity: rewards that are mixed at decoding time, each request with weights of its own, and soups."""
+"""Sentiment and brevity: rewards mixed at decoding time, with one weighting per request, against averaged adapters."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sentiment
 import torch
-from bench import Bench, Point, Step, Task
-from make_brevity import shorter_is_chosen
-from methods import arm, guided
-from settings import MARGIN, STRENGTHS_OF_TWO, WEIGHTINGS, Size
-from soup import save_soup
+
+from ...pairs import shorter_is_chosen
+from ...soup import save_soup
+from . import sentiment
+from .bench import Bench, Point, Step, Task
+from .methods import arm, guided
+from .settings import MARGIN, STRENGTHS_OF_TWO, WEIGHTINGS, Size
 
 
 def task(size: Size) -> Task:
-    """The prompts of sentiment, with pairs for brevity."""
+    """Returns the task with the prompts of sentiment and the pairs for brevity."""
     pairs = shorter_is_chosen("train").select_columns(["prompt", "chosen", "rejected"])
     pairs = pairs.select(range(min(size.n_pairs, len(pairs))))
     return replace(
@@ -23,7 +24,7 @@ def task(size: Size) -> Task:
         title="Two objectives",
         described=f"The same prompts and {len(pairs)} pairs for each: sentiment, and brevity (of two answers to a "
         "prompt, the one of fewer words). *GenARM* adds the log-ratios of two reward models (*DPO loss*, β = 0.1), "
-        "each row of a batch with weights of its own; at a total strength of 1 that is multi-objective decoding (MOD). "
+        "with one weighting per row of a batch; at a total strength of 1 that is multi-objective decoding (MOD). "
         "*Rewarded soups* average the weights of the same two adapters.",
         pairs=pairs,
     )
@@ -31,8 +32,9 @@ def task(size: Size) -> Task:
 
 def steps(bench: Bench, brevity: Task) -> list[Step]:
     r"""
-    The weight of sentiment is kept as strength. At a total strength of 1, mixed log-ratios are what multi-objective
-    decoding (MOD, https://hf.co/papers/2406.18853) samples from, $\prod_k\pi_k^{w_k}$.
+    Returns the steps of mixed rewards and of soups. Files of answers have the weight of sentiment as `strength`. At a
+    total strength of 1, the mixed log-ratios give $\prod_k\pi_k^{w_k}$, the distribution of multi-objective decoding
+    (MOD, https://hf.co/papers/2406.18853).
     """
     of_sentiment = sentiment.task(brevity.size)
     base = bench.sampler(brevity, None)
@@ -53,7 +55,7 @@ def steps(bench: Bench, brevity: Task) -> list[Step]:
 
 
 def soup_step(bench: Bench, task: Task, seed: int, adapters: list[Step], weight: float) -> Step:
-    """A policy whose adapter is an average."""
+    """Returns the step of a policy whose adapter is the average of several."""
 
     def make(folder: Path) -> None:
         for adapter in adapters:

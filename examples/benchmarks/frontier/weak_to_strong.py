@@ -1,21 +1,22 @@
-"""The first layers of the base, distilled and then trained on the pairs, steer all of it."""
+"""Weak to strong: a reward model made of the first layers of the base steers the whole base."""
 
 from functools import partial
 from pathlib import Path
 
 import torch
-from bench import Bench, Point, Step, Task
-from make_shallow import DISTILLED, shallow_reward_model
-from methods import by_row
-from settings import MARGIN, OBJECTIVES, WEAK
-from training import train_arm
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 
+from ..make_shallow import DISTILLED, shallow_reward_model
+from .bench import Bench, Point, Step, Task
+from .methods import by_row
+from .settings import MARGIN, OBJECTIVES, WEAK
+from .training import train_arm
+
 
 def steps(bench: Bench, task: Task) -> list[Step]:
-    """Of several training runs on one distilled model: that beside the base, and each alone."""
+    """Returns the steps of several training runs on one distilled model: guiding the base, and answering alone."""
     work = []
     shallow = shallow_reward_model() / DISTILLED
     for seed in task.size.few_seeds:
@@ -28,7 +29,10 @@ def steps(bench: Bench, task: Task) -> list[Step]:
 
 
 def weak(bench: Bench, shallow: Path, adapter: Step, is_alone: bool) -> GenARMLogitsProcessor:
-    """Less what it was before it saw a pair; or alone: what is left of log π_base + (log π_weak − log π_base)."""
+    """
+    Returns the processor that guides by the weak model minus the distilled model that it was trained from. If
+    `is_alone`, the reference is the base, and log π_base + (log π_weak − log π_base) leaves the weak model alone.
+    """
     model = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.float32)
     arm = AutoregressiveRewardModel.from_pretrained(str(adapter.path), base_model=model)
     return GenARMLogitsProcessor(arm, base_model=bench.model, reference="base" if is_alone else arm.reference)

@@ -1,7 +1,6 @@
-"""The reward models of a server, each with its slots, and how its vocabulary lines up with that of the served model."""
+"""The reward models of a server in their slots, and how their vocabularies line up with that of the served model."""
 
-import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +15,8 @@ from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
 from ..hub.sharing import merged
 from .slots import SlotLM
 
-logger = logging.getLogger(__name__)
 
-
-class ServedLM:
+class RewardLM:
     """
     Next-token log-probabilities of a reward model or reference, in the ids of the served model.
 
@@ -47,22 +44,58 @@ class ServedLM:
             self.no_tokens = ids.isnan()
             self._ids = ids.nan_to_num(0.0).long()  # a prompt may have ids that are no token, but no text has
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the cache."""
+        return self._lm.n_bytes
+
+    @property
+    def n_slots(self) -> int:
+        """Number of texts that are held at once."""
+        return self._lm.n_slots
+
     def log_probs(self, texts: Mapping[Any, list[int]], n_last: Sequence[int]) -> Tensor:
         """
+        Predicts what follows some texts.
+
+        Args:
+            texts, n_last:
+                As for [`SlotLM`], in ids of the served model.
+
         Returns:
-            `torch.FloatTensor` of shape `(sum of n_last, vocab_size)`: as for [`SlotLM`]; 0 where it has no token.
+            `torch.FloatTensor` of shape `(sum of n_last, vocab_size)`: 0 where the model has no token, NaN for a text
+            that it can't read.
         """
         if self._vocab_map is None:
             return self._lm(texts, n_last).float().log_softmax(dim=-1)
-        own = {owner: self._ids[torch.tensor(text)].tolist() for owner, text in texts.items()}
+        own = {owner: self._own_ids(text) for owner, text in texts.items()}
         log_probs = self._lm(own, n_last).float().log_softmax(dim=-1)
-        return self._vocab_map.base_log_probs(log_probs, self._vocab_size).nan_to_num(nan=0.0)
+        aligned = self._vocab_map.base_log_probs(log_probs, self._vocab_size)
+        assert self.no_tokens is not None
+        self.no_tokens = self.no_tokens.to(aligned.device)
+        return aligned.masked_fill(self.no_tokens, 0.0)
+
+    def _own_ids(self, text: list[int]) -> list[int]:
+        """Returns the ids of this model; those that are not even logits of the served model stay unknown."""
+        ids = torch.tensor(text)
+        own = self._ids[ids.clamp(0, self._vocab_size - 1)]
+        own = torch.where(ids >= self._vocab_size, ids.clamp(min=self._lm.n_tokens), own)
+        return torch.where(ids < 0, ids, own).tolist()
+
+    def objection(self, owner: Hashable) -> str | None:
+        """Returns why the text of an owner could not be read the last time; `None` if it was."""
+        return self._lm.objection(owner)
 
     def release(self, owner: Hashable) -> None:
+        """Frees the slot of a text."""
         self._lm.release(owner)
 
+    def erase(self, owner: Hashable) -> None:
+        """Clears the slot of a text whose keys or values are not finite."""
+        self._lm.erase(owner)
 
-def load(
+
+def load_reward_lms(
     names: Sequence[str],
     served: str,
     tokenizer_name: str,
@@ -70,11 +103,13 @@ def load(
     make_slots: Callable[[PreTrainedModel, str], SlotLM],
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-) -> list[ServedLM]:
+) -> list[RewardLM]:
     """
+    Loads reward models, or a reference, into slots.
+
     Args:
         names (sequence of `str`):
-            Hub ids or folders of reward models, or of a reference.
+            Hub ids or folders.
         served, tokenizer_name (`str`):
             The model that is served and its tokenizer, Hub ids or folders.
         vocab_size (`int`):
@@ -82,7 +117,7 @@ def load(
         make_slots (callable):
             Makes the [`SlotLM`] of a network, given its name.
         dtype (`torch.dtype`):
-            Of the weights.
+            Data type of the weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code from the repositories.
 
@@ -111,8 +146,29 @@ def load(
 
 
 def is_on(name: str, served: str) -> bool:
-    """Whether a reward model is an adapter that names the served model as its base."""
+    """Returns whether a reward model is an adapter that names the served model as its base."""
     return short_name(base_of(name)) == short_name(served)
+
+
+def refuse_lacking(name: str, lacking: Iterable[str]) -> None:
+    """
+    Checks that a reward model has all tokens of the served model.
+
+    Args:
+        name (`str`):
+            Name of the reward model in the error.
+        lacking (iterable of `str`):
+            The tokens that it lacks.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    tokens = sorted(lacking)
+    if tokens:
+        raise ValueError(
+            f"`{name}` lacks tokens of the served model, such as {tokens[:5]}: it could not read a text "
+            "that has one. Use a reward model trained with the tokenizer of the served model."
+        )
 
 
 def _with_slots(
@@ -122,7 +178,8 @@ def _with_slots(
     vocab_size: int,
     make_slots: Callable[[PreTrainedModel, str], SlotLM],
     dtype: torch.dtype,
-) -> ServedLM:
+) -> RewardLM:
+    """Puts a copy of a reward model into slots, and aligns its vocabulary."""
     network: Any = merged(arm.model)
     network = network.to(dtype).eval().requires_grad_(False)
     reward_vocab_size = network.get_output_embeddings().weight.shape[0]
@@ -135,14 +192,10 @@ def _with_slots(
         vocab_map = None
     else:
         vocab_map = None if has_same_ids(arm, vocab_size, tokenizer) else VocabMap(tokenizer, arm.tokenizer)
-    model = ServedLM(make_slots(network, f"`{name}`"), vocab_size, vocab_map, reward_vocab_size)
+    model = RewardLM(make_slots(network, f"`{name}`"), vocab_size, vocab_map, reward_vocab_size)
     if model.no_tokens is not None and tokenizer is not None:
-        lacking = [
-            token for token, index in tokenizer.get_vocab().items() if index >= vocab_size or model.no_tokens[index]
-        ]
-        if lacking:
-            raise ValueError(
-                f"`{name}` lacks tokens of the served model, such as {sorted(lacking)[:5]}: it could not read a text "
-                "that has one. Use a reward model trained with the tokenizer of the served model."
-            )
+        has_none = model.no_tokens
+        refuse_lacking(
+            name, [x for x, index in tokenizer.get_vocab().items() if index >= vocab_size or has_none[index]]
+        )
     return model

@@ -1,0 +1,17 @@
+# The commands of CONTRIBUTING.md, which CI runs too. `bash .ci/run` does all of it in a fresh environment.
+.PHONY: test lint docs api
+
+test: # the default suite
+	pytest -n auto
+
+lint: # style, types, and which module may import which
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+docs: # the site, into outputs/site
+	mkdocs build --strict
+
+api: # tests/api.txt, after a public name or argument was changed on purpose
+	python docs/.build/api.py

