@@ -473,27 +473,38 @@ class Fuzzer(RuleBasedStateMachine):
             oracle.check(ids, result, scores)
             ids = torch.cat([ids, result.argmax(dim=-1, keepdim=True).to(ids.dtype)], dim=1)
 
-    @rule(outer=guides, inner=guides, data=st.data(), at=st.integers(0, 3), is_before=st.booleans())
-    def nested(self, outer, inner, data, at, is_before):
-        """`generate` inside of another processor, with the same processor or another one."""
+    @rule(
+        outer=guides,
+        inner=guides,
+        data=st.data(),
+        at=st.integers(0, 3),
+        is_before=st.booleans(),
+        schedule=st.sampled_from([None, rising, turning]),
+        n_rows=st.sampled_from([1, None]),
+    )
+    def nested(self, outer, inner, data, at, is_before, schedule, n_rows):
+        """`generate` inside of another processor, with the same processor or another one, for all rows or the first."""
         COUNTS["operations"] += 1
-        n_rows = {len(x.processor.alpha) for x in (outer, inner) if isinstance(x.processor.alpha, torch.Tensor)}
-        if not outer.is_watched or not inner.is_watched or outer.base is not inner.base or len(n_rows) > 1:
+        if not outer.is_watched or not inner.is_watched or outer.base is not inner.base:
             return
-        inputs = self.inputs_for(inner if isinstance(inner.processor.alpha, torch.Tensor) else outer, data)
+        if isinstance(inner.processor.alpha, torch.Tensor):  # which has rows for other prompts
+            return
+        if schedule is not None:
+            outer.set(alpha=schedule)
+        inputs, rollouts = self.inputs_for(outer, data), []
         for guide in (outer, inner):
             guide.set(attention_mask=None)
-        rollouts = []
 
         def roll_out(input_ids):
             new = input_ids.shape[1] - inputs["input_ids"].shape[1]
             mask = torch.cat([inputs["attention_mask"], torch.ones(len(input_ids), new, dtype=torch.long)], dim=1)
-            ours = {"input_ids": input_ids, "attention_mask": mask}
+            ours = {"input_ids": input_ids[:n_rows], "attention_mask": mask[:n_rows]}
             rollouts.append((ours, self.write(inner, ours, [inner.processor], n_new=2)))
 
         around = Around(outer.processor, roll_out, at, is_before)
         self.check(outer, inputs, self.write(outer, inputs, [around]))
         for ours, output in rollouts:
+            COUNTS["nested calls"] += 1
             self.check(inner, ours, output)
 
 
