@@ -4,6 +4,7 @@ What every family of causal LMs in transformers can be: reward model, base, adap
     python tests/families.py        # writes the table into docs/support.md, in some minutes
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hf_genarm.hub.sharing import twin
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 START, END = "<!-- families: begin -->", "<!-- families: end -->"
 BATCH, N_NEW = left_padded([3, 5]), 4
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", "in_proj", "x_proj"]
 
 
 class Compare(LogitsProcessor):
@@ -56,13 +58,20 @@ def as_base(model):
     return "exact"
 
 
+def adapter_on(model):
+    """LoRA on all linear layers and experts, or on the usual ones where PEFT fails with all; `None` if with both."""
+    for targets in ("all-linear", USUAL):
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+            config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+            adapter = get_peft_model(twin(model), config).eval()
+            adapter(input_ids=BATCH["input_ids"])
+            return adapter
+    return None
+
+
 def as_adapter(model):
-    """As LoRA on all linear layers, and all experts."""
-    try:
-        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        adapter = get_peft_model(twin(model), config).eval()
-        adapter(input_ids=BATCH["input_ids"])
-    except (AttributeError, RuntimeError, ValueError):
+    adapter = adapter_on(model)
+    if adapter is None:
         return "PEFT fails"
     processor = run(model, adapter)
     ((engine, _),) = processor._machine.rewards.engines
