@@ -36,7 +36,7 @@ MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_gro
 LATENT = ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"]
 LATENT += ["sarvam_mla", "youtu", "diffllama", "dots3_note_text"]
 HYBRID = ["jamba", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
-HYBRID += ["qwen4_exp_text", "recurrent_gemma"]
+HYBRID += ["recurrent_gemma"]
 
 # Bidirectional unless their configuration says otherwise, as users must set it; all others have their own default.
 AS_DECODERS = ["bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"]
@@ -68,12 +68,20 @@ MORE = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"]},
     "hrm_text": {"initializer_range": 0.1},  # with larger ones, its cycles make rounding errors large
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"moe_topk": 2, "num_key_value_heads": 2, "num_layers": 1, "expert_ffn_hidden_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1},
     "minicpm3": {"num_key_value_heads": 2, "dim_model_base": 16},  # which its logits are multiplied by
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1},
+    "qwen4_exp_text": {
+        "num_hidden_layers": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {
         "axial_pos_embds_dim": [8, 8],
         "axial_pos_shape": [8, 8],
