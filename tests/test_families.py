@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 # One of each kind of network that has been wrong, or was said to be fused and was not.
 SAMPLE = ["bert", "bert with `is_decoder=True`", "gpt_neox", "hrm_text", "llama", "llama4_text", "mamba", "opt"]
-SAMPLE += ["phi4_multimodal", "qwen2_moe", "xlm", "xlnet"]
+SAMPLE += ["qwen2_moe", "xlm", "xlnet"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
