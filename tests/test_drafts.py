@@ -319,12 +319,12 @@ def test_the_same_seed_gives_the_same_text(arm):
     processor = GenARMLogitsProcessor(arm, base_model=BASE)
     assistant = processor.assistant()
     options = {"do_sample": True, "top_k": 0, "assistant_model": assistant} | LONG
-    first = generate([processor], **options)
-    other = generate([processor], seed=1, **options)
+    first = generate(BASE, [processor], ONE, **options)
+    other = generate(BASE, [processor], ONE, seed=1, **options)
     assert first.sequences.tolist() != other.sequences.tolist()
-    assert generate([processor], **options).sequences.tolist() == first.sequences.tolist()
+    assert generate(BASE, [processor], ONE, **options).sequences.tolist() == first.sequences.tolist()
     fresh = GenARMLogitsProcessor(arm, base_model=BASE)
-    again = generate([fresh], **options | {"assistant_model": fresh.assistant()})
+    again = generate(BASE, [fresh], ONE, **options | {"assistant_model": fresh.assistant()})
     assert again.sequences.tolist() == first.sequences.tolist()
 
 
