@@ -135,7 +135,7 @@ def test_an_adapter_is_fused_as_long_as_the_frequencies_are_fixed(kind):
     output = base.generate(**inputs, **options, logits_processor=[processor])
     oracle = RecomputeNew(lambda: adapter_on(rotating(kind)), inputs)
     expected = rotating(kind).generate(**inputs, **options, logits_processor=[oracle])
-    assert processor._rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
+    assert processor._machine.rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 

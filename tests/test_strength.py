@@ -216,3 +216,10 @@ def test_a_tensor_is_copied():
     assert processor.alpha == [0.5]
     processor.alpha = torch.tensor(0.25)
     assert processor.alpha == [0.25]
+
+
+def test_a_number_is_returned_as_it_was_given():
+    processor = GenARMLogitsProcessor(ARM, 0.3)
+    assert processor.alpha == [0.3]
+    processor.alpha = [-0.7]
+    assert processor.alpha == [-0.7]
