@@ -481,7 +481,7 @@ def test_the_distribution_of_drafts_depends_on_the_text_only(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["no end", "stop strings"])
 def test_a_wrong_acceptance_rule_is_noticed(name, monkeypatch):
-    """The control: what replaces a rejected draft is drawn from the distribution itself, not from what is left of it."""
+    """The control: what replaces a rejected draft is drawn from the whole distribution, not from what is left of it."""
     from transformers.generation import utils
 
     right = utils._speculative_sampling

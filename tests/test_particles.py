@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo: the distribution of its texts against the optimum over whole texts, on languages written out."""
+"""Sequential Monte Carlo: the distribution of its texts against the optimum over whole texts, written out."""
 
 import importlib
 
