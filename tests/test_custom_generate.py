@@ -40,7 +40,7 @@ def test_the_model_id_is_data(model_id, tmp_path):
 
 @pytest.mark.parametrize("mode", ["beams", "drafts"])
 def test_the_mask_is_handed_over(mode, tmp_path):
-    """Drafts are asked about before the base has read anything, and who calls `generate` has no processor."""
+    """The processor reads drafts before the base has read anything, and the caller of `generate` can't reach it."""
     tokenizer = tiny_tokenizer()
     reward_model = tiny_llama(1, vocab_size=len(tokenizer))
     AutoregressiveRewardModel(reward_model, tokenizer).save_pretrained(tmp_path / "arm")
