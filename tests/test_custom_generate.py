@@ -9,7 +9,7 @@ from tiny import PAD, left_padded, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel
-from hf_genarm.hub.custom_generate import write_custom_generate
+from hf_genarm.hub.card import write_custom_generate
 
 NAMES = [
     "me/my-arm",

@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.info import GuidanceWarning
 from ..hub.kv_cache import CACHE, network_of, uncompiled
-from ..hub.warning import GuidanceWarning
 from .lockstep import LockstepLM
 from .texts import Text
 

@@ -1,6 +1,7 @@
-"""The model card of an autoregressive reward model, written from what was measured."""
+"""The files of a published reward model that are made from templates: its model card, and its `custom_generate`."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -38,6 +39,7 @@ RESULTS = {
     "pair_accuracy": "Pair accuracy",
     "shorter_accuracy": "Accuracy of the shorter",
 }
+_TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 
@@ -125,7 +127,7 @@ def reward_model_card(
     return ModelCard.from_template(
         card_data,
         # As text: older versions of huggingface_hub read the file in the encoding of the locale.
-        template_str=(Path(__file__).parent / "templates" / "model_card.md").read_text(encoding="utf-8"),
+        template_str=(_TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
         info=info,
         metrics=info.metrics,
         is_measured=is_measured,
@@ -139,3 +141,22 @@ def reward_model_card(
         command=command,
         recommendation=recommendation(info),
     )
+
+
+def write_custom_generate(folder: str | Path, model_id: str) -> None:
+    """
+    Writes what `model.generate(custom_generate=..., trust_remote_code=True)` runs: guidance without an import.
+
+    Args:
+        folder (`str`):
+            The folder of the reward model.
+        model_id (`str`):
+            Hub id or folder under which the reward model is loaded.
+    """
+    target = Path(folder, "custom_generate")
+    target.mkdir(exist_ok=True)
+    template = (_TEMPLATES / "custom_generate.py").read_text(encoding="utf-8")
+    # Its Python literal, which is no code whatever characters are in it.
+    code = template.replace('"{{ model_id }}"', ascii(model_id))
+    (target / "generate.py").write_text(code, encoding="utf-8")
+    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")

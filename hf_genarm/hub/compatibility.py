@@ -7,11 +7,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
+from .info import GuidanceWarning, RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
 from .kv_cache import embeddings_of
 from .reward_model import AutoregressiveRewardModel
 from .sharing import is_plain, shares_weights
-from .warning import GuidanceWarning
 
 
 def tokenizers_to_align(

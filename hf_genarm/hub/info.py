@@ -23,6 +23,10 @@ _MAX_STRENGTH = 32
 _PACKAGES = ("hf_genarm", "trl", "transformers", "peft", "torch", "datasets")
 
 
+class GuidanceWarning(UserWarning):
+    """Warns of a setting that works against guidance; `warnings.simplefilter("ignore", GuidanceWarning)` ends that."""
+
+
 def _is_positive(value: float) -> bool:
     return 0 < value <= sys.float_info.max
 

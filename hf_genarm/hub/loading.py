@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter_config import n_added_tokens, refuse_other_dtypes, refuse_out_of_bounds
 from .base_weights import has_weights
-from .info import INFO_NAME, RewardInfo
+from .info import INFO_NAME, GuidanceWarning, RewardInfo
 from .kv_cache import embeddings_of
 from .placement import loaded_as_base
-from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
-from .warning import GuidanceWarning
+from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_adapter_changes_base
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def download(name_or_path: str, subfolder: str = "", patterns: Iterable[str] = _
     return folder
 
 
-def load_causal_lm(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
+def load_full_model(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
     """
     Loads a reward model that is not an adapter.
 
@@ -117,7 +116,7 @@ def load_adapter(
         refuse_out_of_bounds(config, base_model, name)
     if base_model is not None and objection is None:
         adds = n_added_tokens(base_model, config, folder) > 0
-        objection = "it adds tokens" if adds else why_it_changes(base_model, config, folder)
+        objection = "it adds tokens" if adds else why_adapter_changes_base(base_model, config, folder)
     if base_model is not None and objection is None:
         _refuse_not_finite(load_file(path).items(), name)
         return load_onto_shared_weights(base_model, folder)
@@ -134,7 +133,7 @@ def load_adapter(
     n_added = n_added_tokens(network, config, folder)
     if n_added > 0:  # their weights come with the adapter
         network.resize_token_embeddings(len(embeddings_of(network)) + n_added, mean_resizing=False)
-    why_it_changes(network, config, folder)  # names a tensor that doesn't fit before PEFT stumbles over it
+    why_adapter_changes_base(network, config, folder)  # names a tensor that doesn't fit before PEFT stumbles over it
     _refuse_not_finite(load_file(path).items(), name)
     model = PeftModel.from_pretrained(network, str(folder))
     check_tensors(model, folder)

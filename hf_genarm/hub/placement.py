@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .info import GuidanceWarning
 from .kv_cache import network_of
 from .sharing import shares_weights
-from .warning import GuidanceWarning
 
 # With these arguments a model is put in its place, or made to fit there, while it is loaded.
 _PLACING = {"device_map", "quantization_config", "tp_plan"}

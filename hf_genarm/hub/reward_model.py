@@ -15,7 +15,7 @@ from transformers.utils import PushToHubMixin
 from .base_weights import has_weights
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
-from .loading import download, load_adapter, load_causal_lm
+from .loading import download, load_adapter, load_full_model
 from .placement import loaded_as_base, put_with_base
 from .scoring import ScoredTexts, Texts, token_rewards
 from .sharing import without_adapter
@@ -157,7 +157,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
             model = load_adapter(folder, name, info, base_model, hub_kwargs, kwargs)
         else:
             logger.info("%s: engine `separate`, because it is not an adapter.", name)
-            model = load_causal_lm(folder, name, **loaded_as_base(base_model, kwargs))
+            model = load_full_model(folder, name, **loaded_as_base(base_model, kwargs))
             if base_model is not None and has_weights(base_model, info.base_weights):
                 reference = base_model
         put_with_base(model, base_model, kwargs)

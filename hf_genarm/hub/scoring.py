@@ -10,13 +10,12 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import token_log_probs
 from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
 from .causality import refuse_not_causal
-from .end_of_turn import end_token_ids, length_to_end
 from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 from .limits import fixed_length, refuse_out_of_range, why_no_cache
 
@@ -140,6 +139,20 @@ def token_rewards(
                 results[index] = TokenRewards(example.text, ids, example.offsets, rewards)
             progress.update(len(indices))
     return ScoredTexts(result for result in results if result is not None)
+
+
+# What chat templates write after the end token of a response is neither trained on nor scored.
+def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the tokens at which generation stops: that of the tokenizer, and those that the model names."""
+    named = generation_config.eos_token_id if generation_config is not None else None
+    ends = named if isinstance(named, list) else [named]
+    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
+
+
+def length_to_end(input_ids: Sequence[int], start: int, ends: set[int]) -> int:
+    """Returns the number of tokens of a text up to the last end token of its response; all, if it has none."""
+    last = next((at for at in range(len(input_ids) - 1, start - 1, -1) if input_ids[at] in ends), len(input_ids) - 1)
+    return last + 1
 
 
 def _listed(name: str, texts: Any) -> list:

@@ -37,7 +37,7 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
         base_model ([`~transformers.PreTrainedModel`]):
             It stays as it is, also for threads that use it meanwhile.
         folder (`str`):
-            The folder of an adapter for which [`why_it_changes`] is `None`.
+            The folder of an adapter for which [`why_adapter_changes_base`] is `None`.
     """
     network, originals = frozen_twin(base_model)
     model = PeftModel.from_pretrained(network, folder)
@@ -110,7 +110,7 @@ def follow(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> N
                 setattr(module, name, nn.Parameter(moved, requires_grad=x.requires_grad) if own else moved)
 
 
-def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str | Path) -> str | None:
+def why_adapter_changes_base(base_model: PreTrainedModel, config: PeftConfig, folder: str | Path) -> str | None:
     """
     Why an adapter may change weights of the model that it is loaded onto, instead of only adding some; `None` if it
     doesn't.

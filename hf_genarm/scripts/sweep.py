@@ -15,9 +15,9 @@ from ..decoding.meter import Meter, answer_lengths
 from ..decoding.processor import GenARMLogitsProcessor
 from ..files import write_whole
 from ..hub.base_weights import weights_fingerprint
-from ..hub.end_of_turn import end_token_ids
 from ..hub.info import chat_template_fingerprint, package_versions
 from ..hub.placement import device_of
+from ..hub.scoring import end_token_ids
 from ..hub.sharing import adapter_tensors
 from .prompts import left_padded, token_ids
 

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
-from ..hub.warning import GuidanceWarning
+from ..hub.info import GuidanceWarning
 
 SIDES = ("chosen_ids", "rejected_ids")
 # The names of columns that are added begin with `genarm_`; any other may be one of the user's.

@@ -11,11 +11,16 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
-from ..hub.card import METRICS, OPTIONAL_METRICS, reward_model_card
-from ..hub.custom_generate import write_custom_generate
-from ..hub.info import INFO_NAME, RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
+from ..hub.card import METRICS, OPTIONAL_METRICS, reward_model_card, write_custom_generate
+from ..hub.info import (
+    INFO_NAME,
+    GuidanceWarning,
+    RewardInfo,
+    chat_template_fingerprint,
+    package_versions,
+    tokenizer_fingerprint,
+)
 from ..hub.kv_cache import network_of
-from ..hub.warning import GuidanceWarning
 
 if TYPE_CHECKING:
     from .trainer import AutoregressiveRewardTrainer

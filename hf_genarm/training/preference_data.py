@@ -17,7 +17,7 @@ from trl.data_utils import get_dataset_column_names, is_conversational
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import remove_none_values
 
-from ..hub.end_of_turn import length_to_end
+from ..hub.scoring import length_to_end
 from .columns import PROMPT_LENGTH, SIDES
 from .config import AutoregressiveRewardConfig
 

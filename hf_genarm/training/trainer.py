@@ -19,9 +19,9 @@ from trl import RewardTrainer
 from ..functional import preference_loss
 from ..hub.base_weights import weights_fingerprint
 from ..hub.card import TAGS
-from ..hub.end_of_turn import end_token_ids
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of
+from ..hub.scoring import end_token_ids
 from .columns import PROMPT_LENGTH, SIDES, check_pairs
 from .config import AutoregressiveRewardConfig
 from .description import Description
