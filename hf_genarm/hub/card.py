@@ -45,7 +45,7 @@ TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 @dataclass
 class Steered:
-    """What guidance at one strength did on held-out prompts. `effect` and `kl` are text, with their intervals."""
+    """Holds what guidance at one strength did on held-out prompts. `effect` and `kl` are text, with their intervals."""
 
     alpha: float
     effect: str
@@ -68,6 +68,8 @@ def reward_model_card(
     command: str | None = None,
 ) -> ModelCard:
     """
+    Writes the model card of a reward model from what was measured.
+
     Args:
         info ([`RewardInfo`]):
             What is known about the reward model.
@@ -78,15 +80,15 @@ def reward_model_card(
         is_adapter (`bool`):
             Whether the weights are a PEFT adapter.
         tags (list of `str`, *optional*):
-            Besides those that every reward model has.
+            Tags in addition to those that every reward model has.
         license, language (`str`, *optional*):
             For the Hub.
         effect_name (`str`, *optional*):
             What was measured in steered text.
         unguided (`str`, *optional*):
-            That measure of unguided text.
+            The value of this measure for unguided text.
         steered (list of [`Steered`], *optional*):
-            That measure at several strengths.
+            Its values at several strengths.
         notes (`str`, *optional*):
             Markdown that follows what was measured.
         command (`str`, *optional*):
