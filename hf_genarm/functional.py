@@ -243,7 +243,7 @@ def kl_divergence(log_probs: Tensor, base_log_probs: Tensor) -> Tensor:
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     r"""
-    Log-probability $\log\pi_r(y_t \mid x, y_{<t})$ of each given token, computed in float32.
+    Returns the log-probability $\log\pi_r(y_t \mid x, y_{<t})$ of each given token, computed in float32.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
@@ -260,7 +260,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def selected_log_probs(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     """
-    Log-probability of one token each under some rows of logits, computed in float32.
+    Returns the log-probability of one token each under some rows of logits, computed in float32.
 
     The backward pass needs the logits and two numbers per row, and makes one gradient, that of the logits;
     `log_softmax` would keep a copy of them in float32 and make two gradients. The gradient is rounded once, at the end:

@@ -76,12 +76,12 @@ class DraftingAssistant:
 
     @property
     def device(self) -> torch.device:
-        """That of the base; the reward model moves what it reads."""
+        """The device of the base; inputs are moved to that of the reward model."""
         device: torch.device = self._base.device
         return device
 
     def _supports_logits_to_keep(self) -> bool:
-        """Tells `generate` that its arguments fit, which it checks for assistants that are models."""
+        """Does nothing: `generate` calls it to check the arguments of an assistant that is a model."""
         return True
 
     @torch.no_grad()

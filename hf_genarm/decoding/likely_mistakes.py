@@ -21,7 +21,7 @@ class LikelyMistakes:
         base ([`~transformers.PreTrainedModel`], *optional*):
             The model to be steered.
         generation_prompt_ids (list of `int`, *optional*):
-            Tokens with which a chat template asks for an answer, if the reward model was trained on chats. A prompt
+            Tokens that a chat template adds as a generation prompt, if the reward model was trained on chats. A prompt
             without them is warned about.
     """
 

@@ -26,7 +26,7 @@ from .processor import GenARMLogitsProcessor
 @dataclass
 class SMCOutput(ModelOutput):
     r"""
-    What [`smc_sample`] returns with `return_dict_in_generate=True`.
+    Holds what [`smc_sample`] returns with `return_dict_in_generate=True`.
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, length)`):

@@ -167,7 +167,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 As for the class. An adapter that was trained on it shares its weights; another reward model is put on
-                its device and into its dtype, unless `**kwargs` say otherwise.
+                its device and into its dtype, unless `**kwargs` choose others.
             alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
                 As for the class. Defaults to the strength that a reward model recommends (`recommended` in its
                 `genarm_config.json`), which is then logged, or else to 1.

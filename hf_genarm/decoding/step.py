@@ -31,7 +31,7 @@ class Run:
 
     Attributes:
         depth (`int`):
-            How many `generate` calls of the base were going on inside each other, its own included.
+            How many `generate` calls of the base were running inside each other, its own included.
         n_prompts (`int`, *optional*):
             The number of prompts that `generate` was given, of which each can have several rows.
         outer ([`Run`], *optional*):

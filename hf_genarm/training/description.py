@@ -30,7 +30,7 @@ class Description(TrainerCallback):
     """
     Describes the reward model of a trainer as it is at the moment.
 
-    What was measured belongs to the weights of one step, and is not said of those of another.
+    What was measured belongs to the weights of one step, and is not reported for those of another.
 
     Args:
         trainer ([`AutoregressiveRewardTrainer`]):

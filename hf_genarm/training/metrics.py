@@ -33,7 +33,7 @@ def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     r"""
-    Measures how well rewards tell chosen from rejected responses.
+    Measures how well rewards distinguish chosen from rejected responses.
 
     Args:
         prediction ([`~transformers.EvalPrediction`]):
@@ -87,7 +87,7 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _measured(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of values that are 0, 0.5 (a tie) or 1, or differences of such, and the bounds of its interval."""
+    """Returns the mean of values that are 0, 0.5 (a tie) or 1, or of differences of such values, and its interval."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), mean_with_interval(values), strict=True))
 
 

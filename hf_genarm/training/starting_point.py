@@ -1,4 +1,4 @@
-"""The model as it was before training, with which rewards are contrasted."""
+"""The starting point of training: the model as it was before, with which rewards are contrasted."""
 
 import copy
 from collections.abc import Iterator

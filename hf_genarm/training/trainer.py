@@ -41,7 +41,7 @@ from .starting_point import StartingPoint
 
 class AutoregressiveRewardTrainer(RewardTrainer):
     r"""
-    Trainer for autoregressive reward models (ARM), from [GenARM](https://hf.co/papers/2410.08193).
+    Trains autoregressive reward models (ARM), from [GenARM](https://hf.co/papers/2410.08193).
 
     It is a [`~trl.RewardTrainer`] in which the reward of a response is its log-probability under a causal LM, scaled by
     `beta`. So the loss is Eq. 5 of the paper, that of a reference-free DPO:
@@ -119,7 +119,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             args.model_init_kwargs = None  # used; RewardTrainer warns about those that it can't use
         elif quantization_config is not None:
             raise ValueError(
-                "`quantization_config` says how to load a model, but `model` is loaded already. Pass its id instead, "
+                "`quantization_config` is about loading a model, but `model` is loaded already. Pass its id instead, "
                 "or give `quantization_config` to its `from_pretrained`."
             )
         peft_config = peft_config and as_causal_lm(peft_config)
@@ -283,7 +283,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
     @property
     def reward_info(self) -> RewardInfo:
-        """What is saved next to the weights: from the arguments, the data and an evaluation of these weights."""
+        """Returns what is saved next to the weights: from the arguments, the data and an evaluation."""
         return self._description.info
 
     def create_model_card(  # type: ignore[override]  # as TRL's trainers do

@@ -1,5 +1,5 @@
 """
-Base and reward adapters in one forward pass.
+The joint pass: when it is run, and the patch of the base that runs it.
 
 Decoding is bound by reading weights, so that more rows in a batch cost little. A reward model that is an adapter on the
 base reads the base's own weights: its rows can ride along in the base's forward pass. The batch is repeated once for
