@@ -53,7 +53,7 @@ LABELS = ["--response_columns", "first", "second", "--preferred_column", "better
 # Arguments after good ones, the exit code, and what the line says
 TRAIN = [
     (["--lerning_rate", "0.1"], 2, "`--lerning_rate`.*Is it `--learning_rate`"),
-    (["my-arm"], 2, "`my-arm`.*no argument"),
+    (["my-arm"], 2, "`my-arm`.*not an argument"),
     (["--beta", "much"], 2, "--beta.*'much'"),
     (["--beta", "-1"], 2, "`beta` is -1.0.*positive"),
     (["--reference", "me"], 2, "--reference.*'me'.*'base'"),
@@ -117,7 +117,7 @@ TRAIN = [
 EVALUATE = [
     (["--batch_size", "-1"], 2, "`batch_size` is -1.*at least 1"),
     (["--max_pairs", "0"], 2, "`max_pairs` is 0.*at least 1"),
-    (["--learning_rate", "1"], 2, "`--learning_rate`.*no argument"),
+    (["--learning_rate", "1"], 2, "`--learning_rate`.*not an argument"),
     (["--output_dir", "pairs.jsonl"], 1, "`pairs.jsonl` can't be the folder"),
     (["--dataset_test_split", "test"], 1, "split `test` of `pairs.jsonl`.*one split"),
     (["--dataset", "null.jsonl"], 1, "`rejected` is None in row 2"),

@@ -1,4 +1,4 @@
-"""What is published about a reward model, next to its weights: its configuration, its card, and how to generate."""
+"""What is published next to the weights of a reward model: its configuration, its card, and code that generates."""
 
 import math
 import os
@@ -48,7 +48,7 @@ class Description(TrainerCallback):
 
     def record(self, metrics: dict[str, float], prefix: str) -> None:
         """Keeps what was measured with the current weights, of metrics whose names begin with `prefix`."""
-        names = METRICS + OPTIONAL_METRICS  # some data have not all, such as `length_matched_accuracy`
+        names = METRICS + OPTIONAL_METRICS  # some are missing for some data, such as `length_matched_accuracy`
         self._measured = {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         self._measured_at = self._trainer.state.global_step
 

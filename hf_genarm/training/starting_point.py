@@ -17,7 +17,7 @@ from .prefix_sharing import evaluating
 
 class StartingPoint:
     """
-    Keeps a model as it was before training: of an adapter the model without it, otherwise a copy.
+    Keeps a model as it was before training: for an adapter the model without it, otherwise a copy.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -91,7 +91,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     """
 
     _tag_names, _name = TAGS, "GenARM"
-    # Declared for all trainers at once, they could be anything.
+    # The parent class declares these for all trainers, with wider types.
     args: AutoregressiveRewardConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         check_adapter(self.model, args)
 
         multiple: Any = args.pad_to_multiple_of
-        if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
+        if kwargs.get("data_collator") is None:  # the pad token is known now
             self.data_collator: Any = DataCollatorForPairs(self.processing_class.pad_token_id, multiple)
         self._starting_point = StartingPoint(self.model, self.accelerator) if has_base else None
         self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
@@ -182,13 +182,13 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             loss = loss - args.sft_coefficient * log_probs.chunk(2)[0].sum() / n_tokens
         if not return_outputs:
             return loss
-        # One row for each pair, by whose number the Trainer gathers and cuts predictions.
+        # One row for each pair, since the Trainer gathers and cuts predictions by rows.
         return loss, SequenceClassifierOutput(logits=torch.stack(rewards.chunk(2), dim=1))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Returns the batches of a step, and the mean number of tokens that the chosen responses of one have."""
+        """Returns the batches of a step, and the mean over batches of the number of tokens in chosen responses."""
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.sft_coefficient and batches:
             n_tokens = torch.stack([_pairs(batch).n_chosen_tokens for batch in batches]).float().mean()

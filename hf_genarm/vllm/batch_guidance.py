@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.hf_genarm")  # below the logger that vLLM sets 
 @dataclass
 class GuidedRequest:
     """
-    A guided request in a step.
+    Holds what is guided in a step of a request.
 
     Parameters:
         settings ([`RequestSettings`]):

@@ -1,4 +1,4 @@
-"""From the configuration of an engine to its guidance."""
+"""Loading of guidance into an engine, as the configuration of the engine describes it."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""The reward models of a server in their slots, and how their vocabularies line up with that of the served model."""
+"""The reward models of a server, in their slots and in the vocabulary of the served model."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from .slots import SlotLM
 
 class RewardLM:
     """
-    Next-token log-probabilities of a reward model or reference, in the ids of the served model.
+    Computes next-token log-probabilities of a reward model or reference, in the ids of the served model.
 
     Args:
         lm ([`SlotLM`]):

@@ -22,7 +22,7 @@ _EXAMPLE = '--additional-config \'{"genarm": {"reward_models": "FOLDER_OR_HUB_ID
 @dataclass
 class ServerConfig:
     """
-    The object `genarm` in `additional_config` of an engine.
+    Holds the object `genarm` in `additional_config` of an engine.
 
     Parameters:
         reward_models (`str` or list of `str`):

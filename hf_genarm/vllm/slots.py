@@ -14,7 +14,7 @@ from .attention import NAME, Packed, Part, SlotKeysAndValues
 
 class SlotLM:
     """
-    Next-token logits of a causal LM for a changing set of texts, at the cost of their new tokens only.
+    Computes next-token logits of a causal LM for a changing set of texts, at the cost of their new tokens only.
 
     The keys and values of each text are in its slot; all slots are allocated once. A slot is keyed by the tokens that
     are in it: what a text shares with them is kept, the rest is read. So a request that was interrupted, drafts that

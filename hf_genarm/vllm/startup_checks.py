@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a server before any weights are loaded."""
+"""Checks of the configuration of a server, before any weights are loaded."""
 
 import math
 from collections.abc import Sequence

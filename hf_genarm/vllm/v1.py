@@ -1,4 +1,4 @@
-"""For the first model runner of vLLM, which reports to a processor how the rows of its batch move."""
+"""The logits processor for the first model runner of vLLM, which reports how the rows of its batch move."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .request_settings import RequestSettings
 
 @dataclass
 class _Row:
-    """A row of the batch that is guided."""
+    """Holds a row of the batch that is guided."""
 
     settings: RequestSettings
     prompt: list[int]
@@ -26,8 +26,8 @@ class _Row:
 
 class V1GenARM(LogitsProcessor):
     """
-    See [`GenARM`]. The rows of prompts that the engine has not yet read to their end look like any others: reward
-    models read the whole prompt at once, in parts of `chunk` tokens.
+    Guides the batches of the first model runner; see [`GenARM`]. Rows whose prompts the engine has not yet read to
+    their end look like any others: reward models read the whole prompt at once, in parts of `chunk` tokens.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):

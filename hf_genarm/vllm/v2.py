@@ -1,4 +1,4 @@
-"""For the second model runner of vLLM, which has the tokens of its requests on the device."""
+"""The logits processor for the second model runner of vLLM, which has the tokens of requests on the device."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from .request_settings import RequestSettings
 
 
 class V2GenARM(LogitsProcessor):
-    """See [`GenARM`]. Reward models read a prompt in step with the engine, and drafts of speculative decoding too."""
+    """
+    Guides the batches of the second model runner; see [`GenARM`]. Reward models read a prompt in step with the engine,
+    and drafts of speculative decoding too.
+    """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
         self._guidance, self._defaults = load_guidance(vllm_config, req_states.device)
