@@ -434,12 +434,18 @@ def test_no_weight_is_copied(base, adapters):
 def test_memory_of_the_caches(base, adapters):
     """The rows of the reward models are kept once: in the tensor that the base's rows are a part of."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
-    output = generate(base, [processor])
-    keys = output.past_key_values.layers[0].keys
-    assert keys.untyped_storage().nbytes() == 3 * keys.numel() * keys.element_size()
-    for reward_model in processor._machine.rewards.models:
-        own = reward_model._state.cache.layers[0].keys
-        assert own.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+    shared = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            keys = processor._machine.watch.step.run.cache.layers[0].keys
+            owns = [x._state.cache.layers[0].keys for x in processor._machine.rewards.models]
+            is_one = all(x.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr() for x in owns)
+            shared.append(is_one and keys.untyped_storage().nbytes() == 3 * keys.numel() * keys.element_size())
+            return scores
+
+    generate(base, [processor, Look()])
+    assert shared == [False] + 9 * [True]
 
 
 def test_padding_columns_that_no_row_uses(base, adapters, models):

@@ -6,30 +6,11 @@ import pytest
 import torch
 from helpers import batch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import VOCAB_SIZE, tiny_llama
+from tiny import tiny_llama, tiny_model
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_genarm.functional import selected_log_probs
 from hf_genarm.training.prefix_sharing import PairBatch, PairLogProbs
-
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.4,
-}
-
-
-def tiny(model_type, **config):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type, **{**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config}
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def naive(model, pairs, scored):
@@ -150,7 +131,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architectures(model_type):
     pairs = batch([(9, 4, 5), (8, 3, 2)])
-    assert_like_naive(tiny(model_type, **ARCHITECTURES[model_type]), True, pairs, pairs.is_own)
+    assert_like_naive(tiny_model(model_type, **ARCHITECTURES[model_type]), True, pairs, pairs.is_own)
 
 
 APART = {
@@ -167,7 +148,7 @@ APART = {
 def test_models_that_cannot_share(model_type, monkeypatch):
     """Their texts are forwarded one by one, and right."""
     config, could = APART[model_type]
-    model = tiny(model_type, **config)
+    model = tiny_model(model_type, **config)
     pairs = batch([(40, 20, 15), (30, 13, 12)])
     monkeypatch.setattr(PairLogProbs, "_joint_inputs", spy := Spy(PairLogProbs._joint_inputs))
     method = PairLogProbs(model)
@@ -231,7 +212,7 @@ def test_lower_precision(dtype):
     assert method._may_share
     expected = naive(tiny_llama(initializer_range=0.1), pairs, pairs.is_own)
     torch.testing.assert_close(result, expected, rtol=0, atol=0.05)
-    bloom = tiny("bloom").to(torch.bfloat16)
+    bloom = tiny_model("bloom").to(torch.bfloat16)
     assert PairLogProbs(bloom)._why_not_shared(bloom, "cpu") is not None
 
 

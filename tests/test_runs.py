@@ -1,6 +1,7 @@
 """Which run a text belongs to: `generate` inside of `generate`, loops after it, other dtypes, copies."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from oracle import Recompute
 from peft import PeftModel
 from tiny import PAD, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.hub.kv_cache import CACHE
 
 BASE, ARM = tiny_llama(0), tiny_llama(1)
@@ -158,3 +160,30 @@ def test_strengths_for_each_beam_are_refused():
         processor.alpha = torch.tensor([[0.5], [1.0], [0.5], [2.0]])
         with pytest.raises(ValueError, match=r"`alpha` has 4 rows.*was given 2 prompts"):
             six_tokens([processor], **options)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["text alone", "with its cache"])
+@pytest.mark.parametrize("reference", [None, "base", ARM], ids=["no reference", "base", "a model"])
+def test_memory_is_given_back(tmp_path, kept, reference):
+    """Keys and values of reward models and reference, and what a returned cache holds beside its own rows."""
+    BASE.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fused = AutoregressiveRewardModel.from_pretrained(adapter, base)
+    processor = GenARMLogitsProcessor([fused, tiny_llama(2)], base_model=base, reference=reference)
+    gc.collect()
+    before = n_keys_and_values()
+    output = six_tokens([processor], base=base, return_dict_in_generate=kept)
+    assert max(getattr(x, "joint_passes", 0) for x in processor._machine.rewards.models) > 3
+    gc.collect()
+    cache = output.past_key_values if kept else None
+    own = 0 if cache is None else sum(x.keys.numel() + x.values.numel() for x in cache.layers)
+    assert n_keys_and_values() - before == own
+
+
+def n_keys_and_values():
+    """Numbers in the storage of all keys and values that are alive."""
+    layers = [x for x in gc.get_objects() if isinstance(x, DynamicLayer)]
+    tensors = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
+    storages = {x.untyped_storage().data_ptr(): x for x in tensors}
+    return sum(x.untyped_storage().nbytes() // x.element_size() for x in storages.values())

@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from pairs import STANDARD, TEMPLATES, TOOLS, conversational, implicit
 from peft import LoraConfig, get_peft_model
-from tiny import save_llama, tiny_llama
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config, Qwen3MoeConfig
+from tiny import save_llama, tiny_llama, tiny_model
+from transformers import GPTNeoXConfig, Qwen2Config, Qwen3MoeConfig
 
 from hf_genarm.hub.card import TAGS
 from hf_genarm.training.preference_data import DataCollatorForPairs
@@ -25,22 +25,6 @@ FORMATS = {
     "standard, implicit prompt": implicit(),
     "conversational, implicit prompt": conversational(False),
 }
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def tiny_model(config_class, tokenizer, **config):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **SIZES, **config))
 
 
 @pytest.fixture
@@ -87,7 +71,9 @@ def test_collator(pad_token_id, multiple, width, n_pairs, margins):
 @pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3MoeConfig, GPTNeoXConfig])
 def test_architectures(make_trainer, tokenizer, config_class):
     experts = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    model = tiny_model(config_class, tokenizer, **(experts if config_class is Qwen3MoeConfig else {}))
+    model = tiny_model(
+        config_class.model_type, vocab_size=len(tokenizer), **(experts if config_class is Qwen3MoeConfig else {})
+    )
     assert_trains(make_trainer(model=model))
 
 
@@ -121,7 +107,7 @@ def test_peft(make_trainer, tokenizer, given_as, checkpointing):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_peft_on_experts(make_trainer, tokenizer):
     experts = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
-    model = tiny_model(Qwen3MoeConfig, tokenizer, **experts)
+    model = tiny_model("qwen3_moe", vocab_size=len(tokenizer), **experts)
     config = LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj", "lm_head"])
     assert_trains(make_trainer(model=model, peft_config=config, num_train_epochs=2))
 

@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 48
 PAD, BOS, EOS = 0, 1, 2
@@ -37,6 +44,22 @@ def tiny_llama(seed: int = 0, **config) -> LlamaForCausalLM:
     }
     tokens = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **tokens, **config})).eval()
+
+
+def tiny_model(model_type: str, **config) -> PreTrainedModel:
+    """A tiny causal LM of a type that goes by this name in transformers."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.4,
+    }
+    tokens = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | tokens | config)).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .step import Step, StepWatch
+from .step import Step
+from .step_watch import StepWatch
 
 
 class Draft:

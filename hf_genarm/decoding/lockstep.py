@@ -64,6 +64,10 @@ class LockstepLM:
         """Forgets what has been read."""
         self._state = None
 
+    def release(self) -> None:
+        """Gives back the memory of what has been read, when nothing continues it."""
+        self._state = None
+
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, n_logits: int = 1) -> Tensor:
         """

@@ -15,7 +15,7 @@ from .likely_mistakes import LikelyMistakes
 from .reference import Reference
 from .rewards import NextTokenRewards
 from .statistics import Statistics
-from .step import StepWatch
+from .step_watch import StepWatch
 from .texts import Text, TextReader
 from .vocab import VocabMap
 
@@ -76,6 +76,12 @@ class GuidanceMachine:
         if self.reference is not None:
             self.reference.reset()
 
+    def release(self) -> None:
+        """Gives back the memory of keys and values, when the `generate` call that filled them returns."""
+        self.rewards.release()
+        if self.reference is not None:
+            self.reference.release()
+
     def begin_with_drafts(self, input_ids: Tensor) -> None:
         """Begins a run whose first tokens are drafted before the base has read anything of it."""
         self._reader.begin_with_drafts(input_ids)
@@ -89,6 +95,8 @@ class GuidanceMachine:
     def read(self, input_ids: Tensor, scores: Tensor) -> Text:
         """Finds out what is known about the texts of a call. At the beginning of a run, models forget the last one."""
         text = self._reader(input_ids, scores)
+        if self.watch is not None:
+            self.watch.call_when_over(self.release)
         if text.is_new:
             self.reset()
         self.product = _unguided(scores)

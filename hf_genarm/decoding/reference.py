@@ -10,7 +10,7 @@ from ..hub.kv_cache import network_of
 from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
 from .lockstep import LockstepLM
-from .step import StepWatch
+from .step_watch import StepWatch
 from .texts import Text
 
 
@@ -42,6 +42,11 @@ class Reference:
             self._lockstep = None
         elif self._lockstep is not None:
             self._lockstep.reset()
+
+    def release(self) -> None:
+        """Gives back the memory of its cache."""
+        if self._lockstep is not None:
+            self._lockstep.release()
 
     def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
         """Reads drafts in one pass, as reward models do, unless the base reads them itself."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..hub.sharing import shares_weights
 from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
-from .step import StepWatch
+from .step_watch import StepWatch
 from .vocab import VocabMap
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ class NextTokenRewards:
             model.reset()
             if isinstance(model, FusedLM):
                 model.follow_base()
+
+    def release(self) -> None:
+        """Gives back the memory of all caches."""
+        for model in self.models:
+            model.release()
 
     @property
     def engines(self) -> list[tuple[str, str]]:

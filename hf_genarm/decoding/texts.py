@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .step import Run, Step, StepWatch
+from .step import Run, Step
+from .step_watch import StepWatch
 
 
 def text_keys(input_ids: Tensor, n_requests: int = 1) -> list[tuple[int, int]]:

@@ -46,6 +46,17 @@ def split(joint: DynamicCache, caches: Sequence[DynamicCache], n_read: int, n_ne
                 own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
 
 
+def detach(cache: DynamicCache) -> None:
+    """Copies keys and values that are part of a joint cache, whose other rows can then be freed."""
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer):
+            continue
+        for name in ("keys", "values"):
+            x = getattr(layer, name)
+            if x is not None and x.untyped_storage().nbytes() > x.numel() * x.element_size():
+                setattr(layer, name, x.clone())
+
+
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Concatenates along the rows, without copying parts that an earlier joint cache was split into."""
     first = parts[0]

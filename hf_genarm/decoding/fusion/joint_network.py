@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from ...hub.kv_cache import CACHE, network_of
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM
-from ..step import StepWatch
+from ..step_watch import StepWatch
 
 # `W x` is 2 to 3 times as fast as `x W` for 2 to 4 rows, and as fast for 32 (`decode_cost.py --products`: MKL, EPYC).
 _FEW_ROWS = 32

@@ -23,8 +23,9 @@ from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM, State, position_ids
-from ..step import Step, StepWatch
-from .joint_cache import join, split
+from ..step import Step
+from ..step_watch import StepWatch
+from .joint_cache import detach, join, split
 from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,11 @@ class Fusion:
     def forget(self) -> None:
         """Forgets what the modules of the base and of reward models were like."""
         self._local.products, self._local.networks = {}, {}
+
+    def release(self, cache: Any) -> None:
+        """Leaves a cache of the base that outlives its `generate` call with its own rows only."""
+        if isinstance(cache, DynamicCache):
+            detach(cache)
 
     def _products(self, reward_model: FusedLM) -> list[tuple[str, LowRankProduct]] | None:
         """Returns the low-rank products of a reward model; `None` if it can't be fused."""
