@@ -38,7 +38,7 @@ class LikelyMistakes:
             text ([`Text`]):
                 What the processor was called with.
             reward_models (list of [`LockstepLM`]):
-                All of them.
+                All reward models.
 
         Raises:
             ValueError: if the base model has read more than the text.
