@@ -70,9 +70,9 @@ def request_settings(extra_args: Mapping[str, Any] | None, defaults: ServerDefau
 
     Args:
         extra_args (`dict`, *optional*):
-            Those of the sampling parameters, `vllm_xargs` over HTTP. Keys that are meant for others are ignored.
+            Extra arguments of the sampling parameters, `vllm_xargs` over HTTP. Keys for other purposes are ignored.
         defaults ([`ServerDefaults`]):
-            Those of the server.
+            The defaults of the server.
 
     Raises:
         ValueError: if a key is unknown, or its value is not possible on this server.

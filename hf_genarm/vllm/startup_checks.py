@@ -36,7 +36,7 @@ def check_reward_models(
 
     Args:
         config ([`ServerConfig`]):
-            Of the server.
+            The configuration of the server.
         served, tokenizer_name (`str`):
             The model that is served and its tokenizer, Hub ids or folders.
         max_model_len (`int`, *optional*):

@@ -36,7 +36,7 @@ class V1GenARM(LogitsProcessor):
         handshake.post(self, self._defaults)
 
     def is_argmax_invariant(self) -> bool:
-        """Returns whether greedy texts stay the same, which they don't."""
+        """Returns `False`, since guidance changes greedy texts too."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

@@ -25,7 +25,7 @@ class V2GenARM(LogitsProcessor):
         handshake.post(self, self._defaults)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Takes a request in the place of another, and returns whether it is guided."""
+        """Puts a request into a slot of the engine, in place of an earlier one; returns whether it is guided."""
         if req_idx in self._settings:
             self._guidance.release(self._settings.pop(req_idx))
         settings = settings_in_engine(sampling_params, self._defaults)
