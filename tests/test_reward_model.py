@@ -156,7 +156,7 @@ def test_pickled_weights_are_refused(saved, tmp_path):
     ("text", "message"),
     [
         ('{"format_version": 2, "something": 1}', r"format 2, .* formats up to 1. Update it"),
-        ('{"format_version": 1, "gamma": 1}', r"does not know: \['gamma'\]"),
+        ('{"format_version": 1, "gamma": 1}', r"does not have: \['gamma'\]"),
         ('{"format_version"', "not valid JSON"),
     ],
 )
