@@ -57,7 +57,7 @@ def test_joint_passes_equal_recomputation(mode, base, adapters, models):
     assert processor.engine == "fused"
     assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
     output = generate(base, [processor], mode.inputs, **mode.kwargs() | assistant)
-    if not mode.name.startswith("assisted"):  # where an assistant may have asked first
+    if not mode.name.startswith("assisted"):  # where an assistant may have been first
         assert (joint_passes(processor) > 0) == (mode.name not in APART)
     oracle = Recompute(models, [1.0, 0.5], mode.inputs["attention_mask"])
     expected = generate(base, [oracle], mode.inputs, **mode.kwargs() | assistant)
@@ -277,7 +277,7 @@ def test_the_base_unguided_in_another_thread(base, adapters, models):
 
 
 def test_the_base_is_used_in_the_middle(base, adapters, models, tmp_path):
-    """Copied, saved, and asked for something else in the same thread, between two steps of a guided generation."""
+    """Copied, saved, and used for something else in the same thread, between two steps of a guided generation."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     ids, copies = random_prompts(2, 6), []
     expected = base(input_ids=ids).logits

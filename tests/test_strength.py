@@ -61,7 +61,7 @@ def test_a_batch_equals_single_runs(base, adapters, options):
 
 
 def test_a_request_without_guidance_is_untouched():
-    """Bit for bit, beside others that are guided."""
+    """Bit for bit, in a batch with others that are guided."""
     ids = FOUR["input_ids"]
     scores = torch.randn(4, VOCAB_SIZE)
     scores[:, 5] = -torch.inf

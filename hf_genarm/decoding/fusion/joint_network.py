@@ -150,16 +150,16 @@ class JointNetwork:
 
 
 class NotFusableError(Exception):
-    """The reason why base and reward models can't share a forward pass."""
+    """Gives the reason why base and reward models can't share a forward pass."""
 
 
 class _NotRowByRowError(Exception):
-    """An adapted layer was called with something other than the rows of the batch, such as the tokens of one expert."""
+    """Is raised if an adapted layer gets something other than the rows of the batch, such as tokens of one expert."""
 
 
 def refuse_hooks(model: nn.Module, what: str) -> None:
     """
-    Refuses a model on which something acts that other modules around its weights would not run.
+    Refuses a model with hooks or patches, which other modules around its weights would not run.
 
     Raises:
         NotFusableError: if there is a hook, a replaced `forward` or another such thing.
@@ -180,7 +180,7 @@ def _is_harmless(hook: Callable) -> bool:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Returns what the layer returns, by the order of factors that is faster on a CPU."""
+    """Computes a linear layer, in the order of factors that is faster on a CPU."""
     n_rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or x.dtype != torch.float32 or n_rows > _FEW_ROWS:
         return nn.functional.linear(x, layer.weight, layer.bias)
@@ -190,9 +190,10 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _other_modules(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
     """
-    Returns the modules of a network a second time: another tree, which shares all that is in it. A deep copy around the
-    same weights takes twenty times as long, and copies whatever is attached to the modules; this is made again for
-    each `generate` call, so that it is never stale.
+    Returns a second tree of modules, which shares everything in the modules of the first.
+
+    It is made again for each `generate` call, so that it is never stale. A deep copy around the same weights would take
+    twenty times as long, and copy whatever is attached to the modules.
     """
     if module not in made:
         other = made[module] = object.__new__(type(module))
