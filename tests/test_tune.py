@@ -1,4 +1,4 @@
-"""The recommended setting: how it is found, written, told and taken."""
+"""The recommended setting: how it is found, written, reported and used."""
 
 import json
 import re
@@ -232,7 +232,7 @@ def test_what_is_known_late_changes_nothing(folder, capfd, scorer, line):
     assert (folder / "tuning" / "tuning.png").exists() == (scorer != "few")
 
 
-# --- what is recommended is taken, and told ---
+# --- what is recommended is used, and reported ---
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
     try:
         if isinstance(alpha, str):
             raise TypeError
-        values = torch.as_tensor(alpha).detach().to("cpu", torch.float64)
+        dtype = None if isinstance(alpha, Tensor) else torch.float64
+        values = torch.as_tensor(alpha, dtype=dtype).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"`alpha` is {alpha!r}, but must be a number, a list with one for each reward model, an array or tensor of "

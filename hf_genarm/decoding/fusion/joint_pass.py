@@ -251,7 +251,8 @@ class Fusion:
             split(joint, caches, n_read, 0 if output is None else n_new)
         if output is None:
             self._local.networks[tuple(armed.reward_models)] = None
-            reason = f"`{type(self.base).__name__}` mixes the rows of a batch, or returns more than logits"
+            name = type(self.base).__name__
+            reason = f"`{name}` mixes the rows of a batch, skips adapted layers, or returns more than logits"
             for reward_model in armed.reward_models:
                 reward_model.last_obstacle = reason
             logger.info(_SEPARATELY, reason)
