@@ -144,7 +144,7 @@ GENERATE = [
     (["--output", "."], 1, "`.` is a folder"),
     (["--output", "there.jsonl/answers.jsonl"], 1, "`there.jsonl/answers.jsonl.partial` can't be made.*`--output`"),
     (["--prompts", "no.jsonl"], 1, "`no.jsonl` can't be read: No such file.*`--prompts`"),
-    (["--prompts", "binary.jsonl"], 1, "`binary.jsonl` can't be read: it is no text"),
+    (["--prompts", "binary.jsonl"], 1, "`binary.jsonl` can't be read: it is not text"),
     (["--prompts", "blank.jsonl"], 1, "`blank.jsonl` is empty"),
     (["--prompts", "broken.jsonl"], 1, "Line 1 of `broken.jsonl` is not JSON.*one object in each line"),
     (["--prompts", "list.jsonl"], 1, r"Line 1 of `list.jsonl` is \[1, 2\].*object"),

@@ -244,7 +244,7 @@ class _PreparePatch(InstancePatch):
 
 
 def _refuse_continuous_batching(method: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Refuses a decoding loop that would drop processors in silence."""
+    """Refuses a decoding loop that would drop processors silently."""
     raise NotImplementedError(
         "Continuous batching (`generate_batch`, or `cache_implementation='paged'`) ignores logits processors, so that "
         "its text would be unguided, and a `GenARMLogitsProcessor` guides this model. Use another cache; "

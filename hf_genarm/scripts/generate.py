@@ -51,7 +51,7 @@ class GenerateArguments:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}, but must be above 0, and at most 1.")
         if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}, but must be 0, which keeps all tokens, or more.")
+            raise ValueError(f"`top_k` is {self.top_k}, but must be at least 0, which keeps all tokens.")
 
 
 _WHERE = ("output", "device", "device_map")  # what answers don't depend on
