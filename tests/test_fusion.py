@@ -28,7 +28,7 @@ from tiny import PAD, left_padded, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteriaList
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.hub.kv_cache import CACHE
 from hf_genarm.hub.sharing import follow, twin
 
@@ -165,10 +165,9 @@ def test_trained_biases(tmp_path):
 
 
 def test_engines_mix(base, folder, adapters, models, tmp_path):
-    tiny_llama(7).save_pretrained(tmp_path / "full")
     dora = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
-    names = [adapters[0], dora, str(tmp_path / "full")]
-    processor = GenARMLogitsProcessor.from_pretrained(names, base_model=base)
+    shared = [AutoregressiveRewardModel.from_pretrained(name, base) for name in (adapters[0], dora)]
+    processor = GenARMLogitsProcessor([*shared, tiny_llama(7)], base_model=base)
     assert processor.engine == "fused, shared, separate"
     oracle = Recompute([models[0], separate(folder / "base", dora), tiny_llama(7)], [1.0] * 3, BATCH["attention_mask"])
     assert_same(generate(base, [processor]), generate(base, [oracle]))
