@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .decoding.particles import SMCOutput, smc_sample
     from .decoding.processor import GenARMLogitsProcessor
-    from .hub.info import RewardInfo
+    from .hub.info import GuidanceWarning, RewardInfo
     from .hub.reward_model import AutoregressiveRewardModel
-    from .hub.warning import GuidanceWarning
     from .training.config import AutoregressiveRewardConfig
     from .training.trainer import AutoregressiveRewardTrainer
 
@@ -31,7 +30,7 @@ _MODULES = {
     "AutoregressiveRewardModel": "hub.reward_model",
     "AutoregressiveRewardTrainer": "training.trainer",
     "GenARMLogitsProcessor": "decoding.processor",
-    "GuidanceWarning": "hub.warning",
+    "GuidanceWarning": "hub.info",
     "RewardInfo": "hub.info",
     "SMCOutput": "decoding.particles",
     "smc_sample": "decoding.particles",

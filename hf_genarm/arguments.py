@@ -62,9 +62,9 @@ def refuse_no_seed(seed: int) -> None:
         raise ValueError(f"`seed` is {seed}, but must be from 0 to {2**31 - 1}.")
 
 
-def as_tensor(name: str, value: Any, rule: str) -> Tensor:
+def as_tensor(name: str, value: Any, rule: str, dtype: torch.dtype | None = None) -> Tensor:
     """
-    Returns a tensor of numbers: a tensor, an array, or nested lists.
+    Returns a tensor of numbers: a tensor as it is, an array or nested lists in a dtype.
 
     Raises:
         TypeError: if it is none, or a tensor without values in memory.
@@ -72,7 +72,7 @@ def as_tensor(name: str, value: Any, rule: str) -> Tensor:
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        tensor = torch.as_tensor(value).detach()
+        tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else dtype).detach()
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
             raise TypeError
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -32,7 +32,7 @@ _WRONG_INPUT = (ValueError, OSError, ImportError)
 
 
 class UsageError(ValueError):
-    """The command line itself is wrong."""
+    """Is raised when the command line itself is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _take_debug(arguments: list[str]) -> bool:
-    """Removes `--debug`, unless a value follows it: `transformers` has an argument of that name, which takes one."""
+    """Removes `--debug`, unless a value follows: `transformers` has an argument of that name with a value."""
     for index, argument in enumerate(arguments):
         following = arguments[index + 1 : index + 2]
         if argument == "--debug" and (index == 0 or not following or following[0].startswith("-")):
@@ -119,7 +119,9 @@ def parse(script: ModuleType, name: str, arguments: list[str]) -> tuple[Any, ...
     if "--config" in arguments:
         recipe = "".join(arguments[arguments.index("--config") + 1 :][:1])
         if not Path(recipe).is_file():
-            raise UsageError(f"`--config` is `{recipe}`, which is no file. Name a YAML file: `--config recipe.yaml`.")
+            raise UsageError(
+                f"`--config` is `{recipe}`, which is not a file. Name a YAML file: `--config recipe.yaml`."
+            )
     parser = Parser(script.ARGUMENTS, prog=name, description=script.__doc__)
     try:
         *parsed, of_config, of_command_line = parser.parse_args_and_config(
@@ -137,7 +139,7 @@ def parse(script: ModuleType, name: str, arguments: list[str]) -> tuple[Any, ...
         similar = difflib.get_close_matches(given.split("=")[0], known, n=1)
         hint = f" Is it `{similar[0]}`?" if similar else ""
         where = "the file of `--config`" if of_config else "the command line"
-        raise UsageError(f"`{given}`, from {where}, is no argument.{hint} `{name} --help` lists the arguments.")
+        raise UsageError(f"`{given}`, from {where}, is not an argument.{hint} `{name} --help` lists the arguments.")
     return tuple(parsed)
 
 

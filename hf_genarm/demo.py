@@ -41,7 +41,7 @@ _TINY_TEMPLATE = (
 
 
 def is_smoke() -> bool:
-    """Whether `HF_GENARM_SMOKE=1` is set: everything runs once and fast, with a tiny model; numbers mean nothing."""
+    """Returns whether `HF_GENARM_SMOKE=1` is set: all runs are short, with a tiny model, and numbers mean nothing."""
     return os.environ.get("HF_GENARM_SMOKE") == "1"
 
 
@@ -53,7 +53,7 @@ def demo_model() -> str:
     dequantised to float32, once, and kept as safetensors under `~/.cache/hf_genarm` (`XDG_CACHE_HOME` is respected).
     The two differ by the 4-bit rounding, so numbers measured on one are close to, not equal to, those on the other.
 
-    With `HF_GENARM_SMOKE=1` in the environment it is a tiny model with random weights, which writes nonsense.
+    With `HF_GENARM_SMOKE=1` in the environment, it is a tiny model with random weights, which writes nonsense.
 
     Returns:
         `str`: the path of the folder.
@@ -101,7 +101,7 @@ def _made_once(folder: Path, make: Callable[[str], None]) -> str:
 
 def _convert_gguf(source: str, target: str) -> None:
     dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_FILE, dtype=torch.float32)
-    # A model that came from a GGUF file refuses to be saved; a clean one with the same weights does not.
+    # A model that was loaded from a GGUF file can't be saved; a new one with the same weights can.
     config = dequantised.config.to_dict()
     del config["quantization_config"], config["_model_name_or_path"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
@@ -112,7 +112,7 @@ def _convert_gguf(source: str, target: str) -> None:
 
 
 def _make_tiny(target: str) -> None:
-    """Two layers, and a token for each byte; the large weights keep its distributions far from uniform."""
+    """Saves a model with two layers, a token for each byte, and weights large enough to avoid uniform distributions."""
     alphabet = [*_TINY_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytes_only = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

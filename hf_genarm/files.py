@@ -1,4 +1,4 @@
-"""How results get onto the disk: into a folder that is known to take them, and whole or not at all."""
+"""Writing of results: into a folder that was checked before, and complete or not at all."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 def make_output_dir(folder: str | Path) -> None:
     """
-    Makes the folder of results, before the work that takes hours.
+    Makes the folder of results, before hours of work whose results would be lost.
 
     Raises:
         ValueError: if files can't be written there.

@@ -167,9 +167,9 @@ def guided_product(
 
 def contrast(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     r"""
-    Returns $\log\pi_r - \log\pi_\text{ref}$, the reward that DPO implies
-    ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)), and what proxy tuning and emulated fine-tuning steer
-    with. Tokens that the reference excludes have none.
+    Returns $\log\pi_r - \log\pi_\text{ref}$, the implicit reward of DPO
+    ([Rafailov et al., 2023](https://hf.co/papers/2305.18290)), by which proxy tuning and emulated fine-tuning also
+    steer. It is 0 for tokens that the reference excludes.
     """
     return torch.where(reference_log_probs == -torch.inf, 0.0, log_probs - reference_log_probs)
 
@@ -195,7 +195,7 @@ def ratio_equivalent(alpha: float, temperature: float = 1.0) -> tuple[float, flo
         $T/(1+\alpha)$ for `generate`.
 
     Raises:
-        ValueError: if there is none, as the likelier tokens of the base would be the less likely ones.
+        ValueError: if `alpha` is -1 or less, where tokens that the base prefers would become the less likely ones.
     """
     if not alpha > -1:
         raise ValueError(f"`alpha` is {alpha}, but only above -1 is Eq. 7 a ratio that is sampled at a temperature.")
@@ -209,16 +209,17 @@ def weighted(log_probs: Tensor, alpha: float | Tensor) -> Tensor:
 
 def fill_unscored(log_probs: Tensor, alpha: float | Tensor, scores: Tensor) -> Tensor:
     r"""
-    Gives the tokens that a reward model can't score the log-probability that leaves their guided probability as it is.
+    Fills in log-probabilities for tokens that a reward model can't score, so that guidance doesn't change their share.
 
     Guidance multiplies the probability of the scored tokens $S$ by $\sum_{v \in S} \pi_\text{base}(v) \pi_r(v)^\alpha /
-    \sum_{v \in S} \pi_\text{base}(v)$ before it normalises; with this factor as their own, the others keep their share.
+    \sum_{v \in S} \pi_\text{base}(v)$ before it normalises. The other tokens get the same factor, so that they keep
+    their share.
 
     Args:
         log_probs (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Next-token log-probabilities of the reward model, NaN where unknown.
         alpha (`float` or `torch.Tensor` of shape `(batch_size, 1)`):
-            Strength of the reward. Where it is 0, what is filled in means nothing.
+            Strength of the reward. Where it is 0, the filled-in values mean nothing.
         scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Logits or log-probabilities of the base model.
 
@@ -243,7 +244,7 @@ def kl_divergence(log_probs: Tensor, base_log_probs: Tensor) -> Tensor:
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     r"""
-    Log-probability $\log\pi_r(y_t \mid x, y_{<t})$ of each given token, computed in float32.
+    Returns the log-probability $\log\pi_r(y_t \mid x, y_{<t})$ of each given token, computed in float32.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
@@ -260,7 +261,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def selected_log_probs(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     """
-    Log-probability of one token each under some rows of logits, computed in float32.
+    Returns the log-probability of one token each under some rows of logits, computed in float32.
 
     The backward pass needs the logits and two numbers per row, and makes one gradient, that of the logits;
     `log_softmax` would keep a copy of them in float32 and make two gradients. The gradient is rounded once, at the end:

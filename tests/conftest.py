@@ -6,7 +6,7 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Read when trackio is imported, whoever does it first; nothing is made unless it writes.
+# Read when trackio is imported for the first time; nothing is made unless it writes.
 os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), f"trackio-{os.getpid()}"))
 
 import pytest

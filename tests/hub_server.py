@@ -18,7 +18,7 @@ class HubServer(ThreadingHTTPServer):
         repos (`dict[str, Repo]`): by id.
         collections (`dict[str, dict]`): by slug.
         cut_after (`int` or `None`): downloads of weights break off after so many bytes.
-        requests (list of `str`): methods and paths that were asked for.
+        requests (list of `str`): methods and paths of all requests.
     """
 
     daemon_threads = True

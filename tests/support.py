@@ -315,12 +315,15 @@ OTHER_REWARD_MODELS = [
         "decoders without `position_ids` (BART, Marian, MPT, Whisper, …), RoBERTa and similar models as decoders",
         "exact; the whole text is read again for every token, row by row",
     ),
-    ("every other type of causal LM of which transformers can build a tiny one: more than 150", "exact"),
+    (
+        "every other type of causal LM of which transformers can build a tiny one: more than 150",
+        "exact, or refused as bidirectional: listed below",
+    ),
     (
         "an adapter whose base was changed under the same name",
         "exact, with its own weights, if the adapter has a fingerprint",
     ),
-    ("encoder-decoder or classifier; `is_decoder=False`", "refused: not a causal LM"),
+    ("encoder-decoder, classifier, or bidirectional model", "refused: not a causal LM"),
     ("pickled, damaged, incomplete or infinite weights", "refused"),
 ]
 PROMPTS_AND_VOCABULARIES = [

@@ -135,7 +135,7 @@ def test_an_adapter_is_fused_as_long_as_the_frequencies_are_fixed(kind):
     output = base.generate(**inputs, **options, logits_processor=[processor])
     oracle = RecomputeNew(lambda: adapter_on(rotating(kind)), inputs)
     expected = rotating(kind).generate(**inputs, **options, logits_processor=[oracle])
-    assert processor._rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
+    assert processor._machine.rewards.models[0].joint_passes == 3  # with 13, 14 and 15 tokens in the longest text
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -225,6 +225,7 @@ def test_a_tokenizer_that_can_not_be_loaded_does_not_stop_the_model(name, tmp_pa
 # --- bases ---
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning:peft.peft_model")
 def test_a_base_with_virtual_tokens_is_guided_from_outside():
     base, reward_model = adapted("prompt tuning"), tiny_llama(1)
     with pytest.raises(ValueError, match=r"adapter of the kind PROMPT_TUNING.*without `base_model`"):
@@ -255,4 +256,4 @@ def test_what_the_base_reads_besides_tokens_is_refused(given):
         base, name = BartForCausalLM(BartConfig(vocab_size=VOCAB_SIZE, **sizes)).eval(), "encoder_hidden_states"
         one[name] = torch.randn(1, 4, 16)
     with pytest.raises(ValueError, match=f"The base model reads .*`{name}`.* in addition to tokens"):
-        base.generate(**one, logits_processor=[GenARMLogitsProcessor(tiny_llama(1), base_model=base)])
+        base.generate(**one, max_new_tokens=4, logits_processor=[GenARMLogitsProcessor(tiny_llama(1), base_model=base)])

@@ -210,7 +210,7 @@ def test_html_stays_text_and_limits_are_said(open_page):
         "field.dispatchEvent(new Event('input'))"
     )
     page.press("#run")
-    wait_for(lambda: "at most 512 are taken" in page.text("body"))
+    wait_for(lambda: "at most 512 are allowed" in page.text("body"))
     assert page.errors() == []
 
 
@@ -289,7 +289,7 @@ def test_an_exported_space_answers(tmp_path):
         try:
             page.write("#own", str(ROOT / "model_cards" / "arm-smollm2-135m-brevity"))
             page.press("#load")
-            wait_for(lambda: "folder of the machine" in page.text("body"))
+            wait_for(lambda: "folders of the machine" in page.text("body"))
             unguided, guided = page.run(PROMPT, 1)
             assert unguided != guided
             assert "adapters/arm-smollm2-135m-sentiment" in page.text("#code")

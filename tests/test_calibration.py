@@ -153,9 +153,9 @@ def test_divergence_where_there_is_no_choice():
     ids = left_padded([5, 5])["input_ids"]
     guided = GenARMLogitsProcessor(ARM, target_kl=0.5)(ids, scores)
     assert torch.equal(guided, scores)
-    control, uniform = KLControl(0.5), torch.zeros(1, VOCAB_SIZE)
+    control, uniform = KLControl(), torch.zeros(1, VOCAB_SIZE)
     text = TextReader(None)(ONE["input_ids"], torch.zeros(1, VOCAB_SIZE))
-    scale = control(text, 1, torch.randn(1, VOCAB_SIZE), [uniform], [1.0])
+    scale = control(text, 1, 0.5, torch.randn(1, VOCAB_SIZE), [uniform], [1.0])
     assert scale.isfinite().all()
 
 

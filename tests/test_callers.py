@@ -118,7 +118,7 @@ def test_two_processors_on_one_base_both_join(base, adapters, models):
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that older loops use
 @pytest.mark.parametrize("has_base", [True, False])
 def test_a_custom_loop_that_prefills_and_steers(has_base, base, adapters, models):
-    """With left padding, for which the processor asks where nobody tells it."""
+    """With left padding: without a base, the processor requires the mask."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base if has_base else None)
     oracle = Recompute(models, [1.0, 1.0], BATCH["attention_mask"])
     ids, mask = BATCH["input_ids"], BATCH["attention_mask"]
@@ -629,9 +629,7 @@ def test_rewards_that_leave_no_token():
 
 @pytest.mark.parametrize("model", [None, "my-arm", 3])
 def test_invalid_reward_models(model):
-    with pytest.raises(
-        TypeError, match=r"`reward_model` is (None|'my-arm'|3), which is no language model"
-    ):
+    with pytest.raises(TypeError, match=r"`reward_model` is (None|'my-arm'|3), which is no language model"):
         GenARMLogitsProcessor(model)
 
 

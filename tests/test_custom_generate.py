@@ -9,7 +9,7 @@ from tiny import PAD, left_padded, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import AutoregressiveRewardModel
-from hf_genarm.hub.custom_generate import write_custom_generate
+from hf_genarm.hub.card import write_custom_generate
 
 NAMES = [
     "me/my-arm",
@@ -40,12 +40,14 @@ def test_the_model_id_is_data(model_id, tmp_path):
 
 @pytest.mark.parametrize("mode", ["beams", "drafts"])
 def test_the_mask_is_handed_over(mode, tmp_path):
-    """Drafts are asked about before the base has read anything, and who calls `generate` has no processor."""
+    """The processor reads drafts before the base has read anything, and the caller of `generate` can't reach it."""
     tokenizer = tiny_tokenizer()
     reward_model = tiny_llama(1, vocab_size=len(tokenizer))
     AutoregressiveRewardModel(reward_model, tokenizer).save_pretrained(tmp_path / "arm")
     write_custom_generate(tmp_path / "arm", str(tmp_path / "arm"))
+    tokenizer.save_pretrained(tmp_path / "base")
     tiny_llama(0, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     batch, options = left_padded([3, 6]), {"max_new_tokens": 6}
     if mode == "beams":

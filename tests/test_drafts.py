@@ -1,4 +1,4 @@
-"""Text that a reward model drafts: the same tokens without sampling, and the same law with it."""
+"""Text that a reward model drafts: the same tokens without sampling, and the same distribution with it."""
 
 import copy
 import pickle
@@ -148,7 +148,7 @@ def test_stop_strings_within_drafts(tokenizer):
 
 
 def test_a_new_call_after_a_draft_that_ended():
-    """What was of no use for a draft is asked for in the next call."""
+    """What was of no use for a draft is read in the next call."""
     processor = GenARMLogitsProcessor(ARM, base_model=BASE)
     drafted = {"assistant_model": processor.assistant(3)}
     first = generate(BASE, [processor], ONE, forced_eos_token_id=EOS, max_new_tokens=4, **drafted).sequences
@@ -319,23 +319,23 @@ def test_the_same_seed_gives_the_same_text(arm):
     processor = GenARMLogitsProcessor(arm, base_model=BASE)
     assistant = processor.assistant()
     options = {"do_sample": True, "top_k": 0, "assistant_model": assistant} | LONG
-    first = generate([processor], **options)
-    other = generate([processor], seed=1, **options)
+    first = generate(BASE, [processor], ONE, **options)
+    other = generate(BASE, [processor], ONE, seed=1, **options)
     assert first.sequences.tolist() != other.sequences.tolist()
-    assert generate([processor], **options).sequences.tolist() == first.sequences.tolist()
+    assert generate(BASE, [processor], ONE, **options).sequences.tolist() == first.sequences.tolist()
     fresh = GenARMLogitsProcessor(arm, base_model=BASE)
-    again = generate([fresh], **options | {"assistant_model": fresh.assistant()})
+    again = generate(BASE, [fresh], ONE, **options | {"assistant_model": fresh.assistant()})
     assert again.sequences.tolist() == first.sequences.tolist()
 
 
-# --- the same law ---
+# --- the same distribution ---
 
 VOCAB, LENGTH = 6, 3
 SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FEW = [tiny_llama(seed, **SIZES, initializer_range=0.3, num_hidden_layers=n) for seed, n in ((3, 2), (4, 1), (5, 2))]
 PROMPT = torch.tensor([[3, 4, 5, 3, 4]])
 
-# The last one is what transformers takes the strings of tokens apart with.
+# transformers splits the strings of tokens with the last one.
 LETTERS = Tokenizer(
     WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "x": 3, "y": 4, "z": 5, "abcdef": 6}, unk_token="<pad>")
 )
@@ -365,7 +365,7 @@ def has_ended(setting, text):
 
 
 class Contrast(LogitsProcessor):
-    """The law of a reference that is the base, written out: base and reward model at strengths 0.3 and 0.7."""
+    """The distribution with the base as reference, written out: base and reward model at strengths 0.3 and 0.7."""
 
     def __call__(self, input_ids, scores):
         with torch.no_grad():
@@ -481,7 +481,7 @@ def test_the_distribution_of_drafts_depends_on_the_text_only(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["no end", "stop strings"])
 def test_a_wrong_acceptance_rule_is_noticed(name, monkeypatch):
-    """The control: what replaces a rejected draft is drawn from the law itself, not from what is left of it."""
+    """The control: what replaces a rejected draft is drawn from the whole distribution, not from what is left of it."""
     from transformers.generation import utils
 
     right = utils._speculative_sampling

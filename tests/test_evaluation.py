@@ -1,4 +1,4 @@
-"""What is measured on held-out pairs, and which of it the card tells."""
+"""What is measured on held-out pairs, and which of it the card reports."""
 
 import copy
 import warnings
@@ -87,7 +87,7 @@ def test_the_card_reports_evaluations_in_training(make_trainer, pairs):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_metrics_of_other_data_stay_out_of_the_card(make_trainer, pairs, several):
-    """Neither their metrics nor what was left out of them is told of the trainer's own."""
+    """Neither their metrics nor what was left out of them is reported as the trainer's own."""
     long = Dataset.from_dict({name: [*column, column[0] * 9] for name, column in STANDARD.items()})
     with pytest.warns(UserWarning, match="1 longer than `max_length` and left out"):
         trainer = make_trainer(eval_dataset={"one": long} if several else long, max_length=60)

@@ -264,7 +264,7 @@ def test_template_arguments_about_the_end(trainer, tokenizer, kwargs):
 @pytest.mark.parametrize("kind", ["list", "torch", "numpy", "stream"])
 @pytest.mark.filterwarnings("ignore:Detected legacy:FutureWarning")
 def test_given_tokens_stay_as_they_are(trainer, tokenizer, names, kind):
-    """Also after their last end token, and beside texts, or columns that are called as some of ours might be."""
+    """Also after their last end token, next to texts, and next to columns with names that ours might have."""
     chosen, rejected = [5, 6, EOS, 7, EOS, 8, 9], [5, 6, EOS, 7, 9]
     columns = dict(zip(names.split(), ([chosen, rejected], [rejected, chosen]), strict=True))
     texts = {"prompt": ["How?", "What?"], "prompt_length": [1, 1], "content": ["a", "b"], "is_empty": [True, False]}

@@ -9,7 +9,7 @@ from hf_genarm.functional import guided_log_probs, shared_prefix_length, token_l
 def test_guided_log_probs_of_two_tokens():
     """
     Two tokens: base (3/4, 1/4), reward (1/5, 4/5), alpha 2.
-    Products: 3/4 · 1/25 = 3/100 and 1/4 · 16/25 = 16/100, so the guided law is (3/19, 16/19).
+    Products: 3/4 · 1/25 = 3/100 and 1/4 · 16/25 = 16/100, so the guided distribution is (3/19, 16/19).
     """
     base = torch.tensor([[0.75, 0.25]]).log()
     reward = torch.tensor([[0.2, 0.8]]).log()

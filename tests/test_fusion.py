@@ -28,9 +28,9 @@ from tiny import PAD, left_padded, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteriaList
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.hub.kv_cache import CACHE
-from hf_genarm.hub.sharing import follow
+from hf_genarm.hub.sharing import follow, twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -57,7 +57,7 @@ def test_joint_passes_equal_recomputation(mode, base, adapters, models):
     assert processor.engine == "fused"
     assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
     output = generate(base, [processor], mode.inputs, **mode.kwargs() | assistant)
-    if not mode.name.startswith("assisted"):  # where an assistant may have asked first
+    if not mode.name.startswith("assisted"):  # where an assistant may have been first
         assert (joint_passes(processor) > 0) == (mode.name not in APART)
     oracle = Recompute(models, [1.0, 0.5], mode.inputs["attention_mask"])
     expected = generate(base, [oracle], mode.inputs, **mode.kwargs() | assistant)
@@ -165,10 +165,9 @@ def test_trained_biases(tmp_path):
 
 
 def test_engines_mix(base, folder, adapters, models, tmp_path):
-    tiny_llama(7).save_pretrained(tmp_path / "full")
     dora = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
-    names = [adapters[0], dora, str(tmp_path / "full")]
-    processor = GenARMLogitsProcessor.from_pretrained(names, base_model=base)
+    shared = [AutoregressiveRewardModel.from_pretrained(name, base) for name in (adapters[0], dora)]
+    processor = GenARMLogitsProcessor([*shared, tiny_llama(7)], base_model=base)
     assert processor.engine == "fused, shared, separate"
     oracle = Recompute([models[0], separate(folder / "base", dora), tiny_llama(7)], [1.0] * 3, BATCH["attention_mask"])
     assert_same(generate(base, [processor]), generate(base, [oracle]))
@@ -277,7 +276,7 @@ def test_the_base_unguided_in_another_thread(base, adapters, models):
 
 
 def test_the_base_is_used_in_the_middle(base, adapters, models, tmp_path):
-    """Copied, saved, and asked for something else in the same thread, between two steps of a guided generation."""
+    """Copied, saved, and used for something else in the same thread, between two steps of a guided generation."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     ids, copies = random_prompts(2, 6), []
     expected = base(input_ids=ids).logits
@@ -329,22 +328,61 @@ def test_a_base_that_moves_takes_its_reward_models_along(base, adapters):
         assert {x.device.type for x in tensors} == {"meta"}
 
 
-class FlatMLP(LlamaMLP):
-    """Runs its layers on tokens without rows."""
+class MixingMLP(LlamaMLP):
+    """Runs its layers on the tokens of all rows as if they were one text."""
 
     def forward(self, x):
-        return super().forward(x.flatten(0, 1)).view(x.shape)
+        return super().forward(x.flatten(0, 1)[None]).view(x.shape)
 
 
 def test_a_network_that_can_not_be_joined(base, adapters, models, caplog):
     """Found out in the first joint pass, which then counts for nothing; nor is it tried at every step."""
     caplog.set_level("INFO", "hf_genarm")
-    base.model.layers[0].mlp.__class__ = FlatMLP
+    base.model.layers[0].mlp.__class__ = MixingMLP
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     output = generate(base, [processor])
     assert joint_passes(processor) == 0
     assert sum("mixes the rows" in record.message for record in caplog.records) == 1
+    assert processor.engine == "shared"
     assert_same(output, generate(base, [Recompute(models, [1.0, 1.0], BATCH["attention_mask"])]))
+
+
+class FlatMLP(LlamaMLP):
+    """Runs its layers on tokens without rows, and the first of them twice."""
+
+    def forward(self, x):
+        self.gate_proj(x)
+        return super().forward(x.flatten(0, 1)).view(x.shape)
+
+
+class Experts(torch.nn.Module):
+    """Gives its one expert all tokens, in an order of their own."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp])
+
+    def forward(self, x):
+        return self.experts[0](x.flatten(0, 1).flip(0)).flip(0).view(x.shape)
+
+
+@pytest.mark.parametrize("kind", ["tokens without rows", "experts"])
+def test_layers_that_get_tokens_without_rows(base, kind):
+    """They are in the order of the rows if each row has one, but not where they are sorted by experts."""
+    if kind == "experts":
+        base.model.layers[0].mlp = Experts(base.model.layers[0].mlp)
+    else:
+        base.model.layers[0].mlp.__class__ = FlatMLP
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapter = get_peft_model(twin(base), config).eval()
+    processor = GenARMLogitsProcessor(adapter, base_model=base)
+    oracle = Recompute([adapter], [1.0], BATCH["attention_mask"])
+    assert_same(generate(base, [processor]), generate(base, [oracle]))
+    assert (joint_passes(processor) > 0) == (kind != "experts")
+    assert processor.engine == ("shared" if kind == "experts" else "fused")
+    one = Recompute([adapter], [1.0])
+    lookup = {"prompt_lookup_num_tokens": 3, "min_new_tokens": 10}  # drafts: several tokens in each row
+    assert_same(generate(base, [processor], ONE, **lookup), generate(base, [one], ONE, **lookup))
 
 
 def test_one_row_of_positions_for_all_texts(base, adapters, models):

@@ -167,7 +167,7 @@ def test_a_run_continues_without_losing_or_repeating_a_line(folders, tmp_path, m
     monkeypatch.setattr(generate, "answer", lambda *args: answered.append(args[2]) or answer(*args))
     run(*call, "--output", output)
     assert read(output) == read(whole)
-    assert len(answered) == 3  # the batch of the line that was cut, and the two that nobody had begun
+    assert len(answered) == 3  # the batch of the line that was cut, and the two that had not begun
     assert "answered before: 3," in capsys.readouterr().out
 
 

@@ -149,7 +149,7 @@ def test_custom_generate_takes_the_reward_model_of_its_own_revision(server, clie
     push = """
 import pathlib
 from huggingface_hub import HfApi
-from hf_genarm.hub.custom_generate import write_custom_generate
+from hf_genarm.hub.card import write_custom_generate
 from tiny import save_adapter
 write_custom_generate(arm_folder, "me/arm")
 for seed in (0, 1):

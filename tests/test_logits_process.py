@@ -282,7 +282,7 @@ def test_the_mask_of_generate_is_known_whatever_the_tokens_are(name, options):
 
 def test_a_mask_that_the_base_does_not_share_is_refused():
     processor = GenARMLogitsProcessor(ARM, base_model=BASE, attention_mask=torch.ones(2, 8, dtype=torch.long))
-    with pytest.raises(ValueError, match="other tokens for padding than the base model does"):
+    with pytest.raises(ValueError, match="other tokens as padding than the base model does"):
         generate(BASE, [processor], MASKS["a hole"])
 
 

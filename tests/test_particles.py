@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo: the law of its texts against the optimum over whole texts, on languages written out."""
+"""Sequential Monte Carlo: the distribution of its texts against the optimum over whole texts, written out."""
 
 import importlib
 
@@ -21,7 +21,7 @@ def sample(base, processor, inputs=BATCH, seed=0, **options):
     return generate(base, [processor], inputs, seed, **options)
 
 
-# --- the law ---
+# --- the distribution ---
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_prompts_have_limits(models):
     for prompt in ("", "  \n"):
         with pytest.raises(ValueError, match="prompt is empty"):
             Answer(models, prompt, settings_of(models, 1.0, 0.0))
-    with pytest.raises(ValueError, match=f"at most {MAX_PROMPT_TOKENS} are taken"):
+    with pytest.raises(ValueError, match=f"at most {MAX_PROMPT_TOKENS} are allowed"):
         Answer(models, "train " * 2000, settings_of(models, 1.0, 0.0))
 
 
@@ -179,7 +179,7 @@ def test_adapters_of_visitors(folders, tmp_path):
     base, adapters, other = folders
     models = Models(load_base(base), adapters[:1])
     assert models.reward_model(adapters[1]) is models.reward_model(adapters[1])
-    with pytest.raises(ValueError, match="is no adapter: it has no"):
+    with pytest.raises(ValueError, match="is not an adapter: it has no"):
         models.reward_model(other)
     with pytest.raises(ValueError, match=r"because it was trained on `.*other`"):
         models.reward_model(save_adapter(other, str(tmp_path / "of-another")))
@@ -194,7 +194,7 @@ def test_adapters_of_visitors(folders, tmp_path):
         models.reward_model(biased)
     closed = Models(load_base(base), adapters[:1], takes_folders=False)
     for name in (adapters[1], "/no/such/folder"):
-        with pytest.raises(ValueError, match="no folder of the machine"):
+        with pytest.raises(ValueError, match="folders of the machine"):
             closed.reward_model(name)
     for seed in range(Models.KEPT + 2):
         models.reward_model(save_adapter(base, str(tmp_path / f"guest-{seed}"), seed))

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit, message
 from tiny import EOS, tiny_tokenizer
 
-from hf_genarm.hub.end_of_turn import end_token_ids, length_to_end
+from hf_genarm.hub.scoring import end_token_ids, length_to_end
 from hf_genarm.training.preference_data import PairCounts, truncate
 
 

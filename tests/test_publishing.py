@@ -190,7 +190,7 @@ def test_tokens_of_a_chat_template(make_trainer, folders):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.tuners.tuners_utils")  # about merging tied layers
 def test_tokens_of_a_chat_template_and_tied_embeddings(make_trainer, folders, tokenizer):
-    """PEFT can't do what TRL asks of it; the way that the error names works."""
+    """PEFT can't do what TRL requires; the way out that the error names works."""
     base, other = folders(tied=True)
     data = conversational(True)
     with pytest.raises(ValueError, match=r"tied to its embeddings.*clone_chat_template.*trainable_token_indices"):

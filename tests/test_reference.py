@@ -63,7 +63,7 @@ def test_the_base_as_reference_takes_no_pass(base, adapters, options):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, reference="base")
     generate(base, [processor], FOUR, max_new_tokens=8, min_new_tokens=8, **options)
     assert joint_passes(processor) == 7
-    assert processor._reference._lockstep is None
+    assert processor._machine.reference._lockstep is None
 
 
 def test_other_weights_between_calls(base, adapters, models):

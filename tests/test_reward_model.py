@@ -156,7 +156,7 @@ def test_pickled_weights_are_refused(saved, tmp_path):
     ("text", "message"),
     [
         ('{"format_version": 2, "something": 1}', r"format 2, .* formats up to 1. Update it"),
-        ('{"format_version": 1, "gamma": 1}', r"does not know: \['gamma'\]"),
+        ('{"format_version": 1, "gamma": 1}', r"does not have: \['gamma'\]"),
         ('{"format_version"', "not valid JSON"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_subfolder_that_is_not_there(saved):
 
 @pytest.mark.parametrize("what", ["nothing", "the tokens", "the template"])
 def test_what_the_reward_model_was_trained_with(tokenizer, tmp_path, what):
-    """Compared with the base by fingerprint, and told once if it differs."""
+    """It is compared with the base by fingerprint, with one warning if it differs."""
     base = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "base"))
     adapter = save_adapter(tmp_path / "base", tmp_path / "arm")
     other = copy.deepcopy(tokenizer)

@@ -162,6 +162,7 @@ def test_strengths_for_each_beam_are_refused():
             six_tokens([processor], **options)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")  # met among all objects
 @pytest.mark.parametrize("kept", [False, True], ids=["text alone", "with its cache"])
 @pytest.mark.parametrize("reference", [None, "base", ARM], ids=["no reference", "base", "a model"])
 def test_memory_is_given_back(tmp_path, kept, reference):

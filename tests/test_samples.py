@@ -92,7 +92,7 @@ def test_prompts_and_what_is_refused(base_folder, tmp_path, make_trainer):
     for nothing in (None, pairs.remove_columns("prompt")):
         with pytest.raises(ValueError, match="no held-out pairs with a column `prompt`"):
             sample_prompts(nothing, 2)
-    with pytest.raises(ValueError, match="samples take an adapter"):
+    with pytest.raises(ValueError, match="samples need an adapter"):
         SamplesCallback(make_trainer(), PROMPTS)
 
 

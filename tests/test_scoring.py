@@ -157,7 +157,7 @@ ROPES = {
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize(("batch_size", "chunk_length"), [(1, 1024), (3, 5), (2, 17)])
 def test_frequencies_that_depend_on_the_length(tokenizer, kind, batch_size, chunk_length):
-    """A text is read as if nothing else were there: neither beside it nor before."""
+    """A text is read as if nothing else were there: no other row, and no earlier text."""
     sizes = {"vocab_size": len(tokenizer), "rope_parameters": ROPES[kind], "max_position_embeddings": 16}
 
     def score(prompt, response):

@@ -61,7 +61,7 @@ def test_a_batch_equals_single_runs(base, adapters, options):
 
 
 def test_a_request_without_guidance_is_untouched():
-    """Bit for bit, beside others that are guided."""
+    """Bit for bit, in a batch with others that are guided."""
     ids = FOUR["input_ids"]
     scores = torch.randn(4, VOCAB_SIZE)
     scores[:, 5] = -torch.inf
@@ -216,3 +216,10 @@ def test_a_tensor_is_copied():
     assert processor.alpha == [0.5]
     processor.alpha = torch.tensor(0.25)
     assert processor.alpha == [0.25]
+
+
+def test_a_number_is_returned_as_it_was_given():
+    processor = GenARMLogitsProcessor(ARM, 0.3)
+    assert processor.alpha == [0.3]
+    processor.alpha = [-0.7]
+    assert processor.alpha == [-0.7]

@@ -116,7 +116,7 @@ def test_many_threads_each_with_its_own_instance(reference):
 
 
 class Recording(GenARMLogitsProcessor):
-    """Remembers every text that it was asked about."""
+    """Remembers every text that it was called with."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -153,13 +153,13 @@ def test_each_token_is_forwarded_once(options):
     rows = len(inputs["input_ids"]) * options.get("num_beams", 1)
     prompt = rows * inputs["input_ids"].shape[1]
     if "assistant_model" in options:
-        # One forward pass for each text that was asked about, drafted or accepted; the prompt is one of them.
+        # One forward pass for each text that it was called with, drafted or accepted; the prompt is one of them.
         assert sum(forwarded) <= prompt + len(processor.texts) - 1
     else:
         assert sum(forwarded) == prompt + rows * (len(output.scores) - 1)
 
 
-# --- beside other processors, criteria and streamers ---
+# --- together with other processors, criteria and streamers ---
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])

@@ -58,7 +58,7 @@ class TableLM(PreTrainedModel):
 
 
 def guided_log_probs_of_texts(base, processor):
-    """The law of texts that are sampled token by token through the processor."""
+    """The distribution of texts that are sampled token by token through the processor."""
     total = []
     for text in TEXTS:
         log_prob = 0.0
@@ -93,7 +93,7 @@ def test_the_distribution_of_texts_is_the_product_over_tokens(alpha):
 
 
 def test_weighting_texts_by_their_normalisers_gives_the_sequence_level_optimum():
-    """Π Z_t is what importance sampling from the token-level law needs."""
+    """Π Z_t is what importance sampling from the token-level distribution needs."""
     base, arm = TableLM.random(0), TableLM.random(1)
     processor = GenARMLogitsProcessor(arm, 1.0, pad_token_id=99)
     processor.keeps_statistics = True

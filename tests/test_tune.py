@@ -1,4 +1,4 @@
-"""The recommended setting: how it is found, written, told and taken."""
+"""The recommended setting: how it is found, written, reported and used."""
 
 import json
 import re
@@ -187,7 +187,7 @@ WRONG = [
     (["--scorer", "my_scorer:not_a_function"], 1, "which is a int, but must be a function"),
     (["--pairs", "prompts.jsonl"], 2, "`scorer` is 'my_scorer:rising' and `pairs` is 'prompts.jsonl', but one"),
     (["--prompts", "no.jsonl"], 1, "`no.jsonl` can't be read.*one prompt in each row"),
-    (["--prompts", "one.jsonl", "--prompts_split", "test"], 1, "a file is one split, `train`.*`test.jsonl`\\)\\.$"),
+    (["--prompts", "one.jsonl", "--prompts_split", "test"], 1, "has only one split, `train`.*`test.jsonl`\\)\\.$"),
     (["--prompts", "bare.jsonl"], 1, r"`bare.jsonl` has the columns \['question'\], but not `prompt`"),
     (["--prompts", "one.jsonl"], 1, "`one.jsonl` has 1 prompt.*at least 2"),
     (["--base", "no/model"], 1, "`no/model` can't be loaded.*`--base`"),
@@ -217,7 +217,7 @@ def test_wrong_calls(folder, monkeypatch, capfd, call, code, line):
 @pytest.mark.parametrize(
     ("scorer", "line"),
     [
-        ("few", "gave .* for 3 answers, but must give a finite number for each"),
+        ("few", "returned .* for 3 answers, but must return a finite number for each"),
         ("worse", "Nothing is recommended"),
         ("unclear", "Nothing is recommended"),  # +0.33 [-1, 3]
     ],
@@ -232,7 +232,7 @@ def test_what_is_known_late_changes_nothing(folder, capfd, scorer, line):
     assert (folder / "tuning" / "tuning.png").exists() == (scorer != "few")
 
 
-# --- what is recommended is taken, and told ---
+# --- what is recommended is used, and reported ---
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_an_added_token(setup):
 
 @pytest.mark.parametrize("side", ["base", "reward model", "both"])
 def test_added_tokens_without_logits(setup, side):
-    """A pad token that was added to a tokenizer, and nobody resized the model."""
+    """A pad token that was added to a tokenizer, while the model was not resized."""
     tokenizer, base, arm = setup
     with_pad = copy.deepcopy(tokenizer)
     with_pad.add_special_tokens({"pad_token": "[PAD]"})

@@ -29,11 +29,13 @@ SIZES = {
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("linear_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
+    **dict.fromkeys(("layer_group_size", "attn_layer_period"), 2),
+    "attn_layer_offset": 1,
 }
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
 LATENT = ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"]
 LATENT += ["sarvam_mla", "youtu", "diffllama", "dots3_note_text"]
-HYBRID = ["bailing_hybrid", "jamba", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
+HYBRID = ["jamba", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
 HYBRID += ["recurrent_gemma"]
 
 # Bidirectional unless their configuration says otherwise, as users must set it; all others have their own default.
@@ -45,7 +47,8 @@ AS_DECODERS += ["xlm-roberta-xl", "xmod"]
 MORE = {
     **{name: {"num_key_value_heads": 2} for name in LATENT},
     **{name: {"num_hidden_layers": 4} for name in HYBRID},
-    "bamba": MAMBA,
+    "bailing_hybrid": {"num_hidden_layers": 4, "num_key_value_heads": 2},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
@@ -65,10 +68,20 @@ MORE = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"]},
     "hrm_text": {"initializer_range": 0.1},  # with larger ones, its cycles make rounding errors large
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"moe_topk": 2, "num_key_value_heads": 2, "num_layers": 1, "expert_ffn_hidden_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1},
+    "minicpm3": {"num_key_value_heads": 2, "dim_model_base": 16},  # which its logits are multiplied by
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1},
+    "qwen4_exp_text": {
+        "num_hidden_layers": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {
         "axial_pos_embds_dim": [8, 8],
         "axial_pos_shape": [8, 8],
@@ -114,7 +127,7 @@ def shrunken(config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
     sizes = {config_class.attribute_map.get(name, name): size for name, size in SIZES.items() if name not in names}
     sizes |= SIZES
     parts = {name: part for name, part in config_class.sub_configs.items() if issubclass(part, PreTrainedConfig)}
-    sizes |= {name: shrunken(part).to_dict() for name, part in parts.items()}
+    sizes |= {name: shrunken(part, **MORE.get(part.model_type, {})).to_dict() for name, part in parts.items()}
     return config_class(**{name: size for name, size in sizes.items() if name in names} | more)
 
 

@@ -1,1 +1,1 @@
-"""Steering: what runs in lockstep with `generate`."""
+"""Guided decoding: what runs in step with `generate`."""

@@ -1,4 +1,4 @@
-"""From reward models to the arguments of a processor: one way for Python, the commands, the harness and the page."""
+"""The one way from reward models to the arguments of a processor, for all callers."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .strength import Alpha
 @dataclass
 class Assembly:
     """
-    What a processor is made of: each field is an argument of [`GenARMLogitsProcessor`] with the same name.
+    Holds the arguments of a [`GenARMLogitsProcessor`], in fields with the same names.
 
     Parameters:
         reward_model (list of [`AutoregressiveRewardModel`]):
@@ -29,11 +29,12 @@ class Assembly:
         base_model ([`~transformers.PreTrainedModel`], *optional*):
             The base.
         reference (`"base"`, [`~transformers.PreTrainedModel`] or another, *optional*):
-            What they are contrasted with.
+            The model that they are contrasted with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of the base.
+            The tokenizer of the base.
         reward_tokenizer (list of [`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of each reward model, `None` where its ids are those of the base; none at all if `tokenizer` is `None`.
+            The tokenizer of each reward model, `None` where its ids are those of the base; `None` instead of a list if
+            all ids are.
     """
 
     reward_model: list[AutoregressiveRewardModel]
@@ -53,11 +54,11 @@ def assemble(
     reference: Any = "auto",
 ) -> Assembly:
     """
-    Aligns tokenizers, and takes what is left open from what the reward models recommend, which is logged.
+    Aligns tokenizers, and fills in the settings that are not given, as the reward models recommend; this is logged.
 
     Args:
         reward_models (sequence of [`AutoregressiveRewardModel`]), names (sequence of `str`):
-            The reward models, and what to call them.
+            The reward models, and their names in messages.
         base_model ([`~transformers.PreTrainedModel`], *optional*), tokenizer \
         ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The base and its tokenizer.
@@ -106,12 +107,12 @@ def load_reward_models(
         The reward models, and the tokenizer of the base, `None` if there is none.
 
     Raises:
-        TypeError: if the base is no model, or the tokenizer none.
+        TypeError: if the base is not a model, or the tokenizer is not a tokenizer.
     """
     refuse_no_tokenizer("tokenizer", tokenizer)
     known: dict[str, Any] = {}
     if base_model is not None:
-        refuse_hidden_text(base_model)  # also what is no model, such as an id
+        refuse_hidden_text(base_model)  # also what is not a model, such as an id
         if tokenizer is None:  # looked up once, as it takes a minute where the Hub can't be reached
             access = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
             tokenizer = find_tokenizer(str(base_model.name_or_path), **access)
@@ -123,7 +124,7 @@ def load_reward_models(
 
 def names_of(given: Any) -> list[str]:
     """
-    The Hub ids or folders that a user gives, one or several.
+    Returns the Hub ids or folders that a user gives, one or several, as a list.
 
     Raises:
         TypeError: if it is something else.

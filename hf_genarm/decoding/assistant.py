@@ -24,8 +24,8 @@ class DraftingAssistant:
     base, and writes up to K + 1 tokens. The text has exactly the distribution that it has without drafts, or without
     sampling exactly the same tokens: `generate`'s own assisted decoding accepts or rejects them.
 
-    Drafts are drawn from $\pi_r^{1 + \alpha}$, which the guided distribution would be if base and reward model agreed
-    (with a reference from $\pi_r$), through the other processors of the call; if there are stop strings, among the
+    Drafts are drawn from $\pi_r^{1 + \alpha}$, the guided distribution if base and reward model agree, or from $\pi_r$
+    if there is a reference. The other processors of the call act on it. If there are stop strings, drafts are among the
     likeliest tokens that complete none.
 
     It is not a model, but has what `generate` needs of one that assists: `config`, `generation_config`, `device`,
@@ -35,7 +35,7 @@ class DraftingAssistant:
         processor ([`GenARMLogitsProcessor`]):
             The one in `logits_processor`.
         machine ([`GuidanceMachine`]):
-            That of the processor.
+            The machine of the processor.
         num_assistant_tokens (`int`, *optional*):
             The number of drafts. By default it follows from how many of the call's drafts were accepted.
 
@@ -47,7 +47,7 @@ class DraftingAssistant:
         ValueError: if no reward model is smaller than the base, the base is not known, or the number is not positive.
     """
 
-    # Where there are stop strings, so many tokens are checked for whether they complete one.
+    # If there are stop strings, this many of the likeliest tokens are checked for whether they complete one.
     N_LIKELIEST = 64
 
     def __init__(self, processor: LogitsProcessor, machine: GuidanceMachine, num_assistant_tokens: int | None = None):
@@ -75,12 +75,12 @@ class DraftingAssistant:
 
     @property
     def device(self) -> torch.device:
-        """That of the base; the reward model moves what it reads."""
+        """The device of the base; inputs are moved to that of the reward model."""
         device: torch.device = self._base.device
         return device
 
     def _supports_logits_to_keep(self) -> bool:
-        """Tells `generate` that its arguments fit, which it checks for assistants that are models."""
+        """Does nothing: `generate` calls it to check the arguments of an assistant that is a model."""
         return True
 
     @torch.no_grad()
@@ -101,9 +101,9 @@ class DraftingAssistant:
                 The text so far.
             generation_config ([`~transformers.GenerationConfig`]), logits_processor (list of \
             [`~transformers.LogitsProcessor`]):
-                Those of the call.
+                The configuration and the processors of the call.
             max_new_tokens (`int`):
-                How many there may be.
+                The largest number of drafts.
             attention_mask (`torch.LongTensor` of shape `(1, prompt_length)`, *optional*):
                 The mask of the prompt, if it is padded.
 
@@ -145,7 +145,7 @@ class DraftingAssistant:
             distributions, is_over = [distribution], bool(ends)
         draft.close(text, is_over, self._is_greedy(generation_config, logits_processor))
         self._fusion.hasten_next_pass()
-        # They are said to be a `LongTensor`, which no tensor is for mypy, and a tuple of one.
+        # The fields are annotated with `LongTensor`, which no tensor is for mypy, and with a tuple of one.
         return GenerateDecoderOnlyOutput(sequences=text, scores=tuple(distributions))  # type: ignore[arg-type]
 
     def _is_greedy(self, generation_config: GenerationConfig, logits_processor: list[LogitsProcessor]) -> bool:
@@ -172,8 +172,10 @@ class DraftingAssistant:
         self, text: Tensor, ends: list[int], stops: StopStringCriteria | None
     ) -> tuple[Tensor, Tensor]:
         """
-        Returns the end of the text as a draft with probability 1, since there must be one: it is exact like any other,
-        and no reward is needed for what follows. Without an end token, it is any that completes no stop string.
+        Returns the text with one draft of probability 1, since `generate` needs a draft. It is verified like any other.
+
+        The draft is an end token, after which no reward is needed; if there is none, a token that completes no stop
+        string.
         """
         vocab_size = self.config.get_text_config().vocab_size
         for token in ends or range(vocab_size):
@@ -201,7 +203,7 @@ class DraftingAssistant:
         tokenizer = self._machine.tokenizer
         if tokenizer is None:
             raise ValueError(
-                f"`stop_strings` is {strings!r}, but the processor has no tokenizer, and drafts could run over them. "
+                f"`stop_strings` is {strings!r}, but the processor has no tokenizer, and drafts could go beyond them. "
                 "Pass that of the base: `GenARMLogitsProcessor(reward_model, base_model=model, tokenizer=tokenizer)`."
             )
         key = (strings,) if isinstance(strings, str) else tuple(strings)
@@ -232,9 +234,10 @@ def _smallest(machine: GuidanceMachine, base: Any) -> int:
 
 def _without_stops(distribution: Tensor, text: Tensor, stops: StopStringCriteria) -> Tensor:
     """
-    Leaves the likeliest tokens that complete no stop string: what ends a text must be the last token of a cycle, which
-    is not a draft. Nothing is left if the likeliest one completes one. If drafts were dropped by which token was drawn,
-    and not by which could be drawn, the text would have another distribution.
+    Keeps the likeliest tokens that complete no stop string, or none if the very likeliest token completes one.
+
+    The token that ends a text must be the last one of a cycle, which is not a draft. Tokens are excluded before a draft
+    is drawn, since dropping it afterwards would change the distribution of the text.
     """
     likeliest = distribution.topk(min(DraftingAssistant.N_LIKELIEST, distribution.shape[-1])).indices[0]
     ends = stops(torch.cat([text.expand(len(likeliest), -1), likeliest[:, None]], dim=1), None)

@@ -25,7 +25,7 @@ class DraftLength:
         return (self._accepted + 1) / (self._accepted + self._rejected + 2)
 
     def record(self, n_drafts: int, n_accepted: int) -> None:
-        """Counts the drafts of a cycle; those after the first rejected one say nothing about the rate."""
+        """Counts the drafts of a cycle; those after the first rejected one carry no information about the rate."""
         self._accepted = self.FADING * self._accepted + n_accepted
         self._rejected = self.FADING * self._rejected + (n_accepted < n_drafts)
 

@@ -13,11 +13,11 @@ class Draft:
 
     Args:
         watch ([`StepWatch`]):
-            That of the base.
+            The watch of the base.
         writer (`int`):
             Index of the reward model that writes it.
         exponent (`float`):
-            What the log-probabilities of the reward model are multiplied with, to draw drafts.
+            The factor of the log-probabilities of the reward model from which drafts are drawn.
 
     Attributes:
         text (`torch.LongTensor` of shape `(1, length)`, *optional*):

@@ -22,7 +22,7 @@ class GuidedTokens(Drawing, dict):
         columns (`dict[str, list]`):
             The table, a row for each token.
         texts (list of `str`):
-            What each token adds to its text; `None` for what comes after the end of a text, and is not drawn.
+            What each token adds to its text; `None` for a token after the end of a text, which is not drawn.
         likeliest (list of `tuple`):
             For each token, the three likeliest before and after guidance.
     """

@@ -12,7 +12,7 @@ from ..functional import kl_divergence, weighted
 from .step import Run
 from .texts import RecentTexts, Text, text_keys
 
-# What is missing is made up for over so many tokens; and no strength is more than so many times the given one.
+# Over how many tokens a text catches up with the target, and how many times as large a strength may become.
 _HORIZON, _LARGEST = 4, 16.0
 
 
@@ -56,7 +56,7 @@ class KLControl:
                 Their strengths relative to each other.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, 1)`: what the strengths are to be multiplied with.
+            `torch.Tensor` of shape `(batch_size, 1)`: the factors of the strengths.
         """
         of_run = self._missing.setdefault(text.run, RecentTexts())
         before = text_keys(text.input_ids[:, :-1], n_requests)
@@ -89,7 +89,7 @@ def controlled_scale(
     scores: Tensor, rewards: Sequence[Tensor], alphas: Sequence[float | Tensor], target: Tensor, missing: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
-    Returns the factors at which each row spends what it may, and what is missing from the target afterwards.
+    Returns the factors at which each row spends its budget, and what is missing from the target afterwards.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
@@ -99,7 +99,7 @@ def controlled_scale(
         target (`torch.Tensor` of shape `(batch_size,)`):
             Mean divergence per token, in nats.
         missing (`torch.Tensor` of shape `(batch_size,)`):
-            How much less than that the tokens before have spent in all.
+            By how much the earlier tokens have fallen short of the target, in sum.
 
     Returns:
         Two `torch.Tensor` of shape `(batch_size,)`: the factors of the strengths, and what is missing after this token.

@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.info import GuidanceWarning
 from ..hub.kv_cache import CACHE, network_of, uncompiled
-from ..hub.warning import GuidanceWarning
 from .lockstep import LockstepLM
 from .texts import Text
 
@@ -21,7 +21,7 @@ class LikelyMistakes:
         base ([`~transformers.PreTrainedModel`], *optional*):
             The model to be steered.
         generation_prompt_ids (list of `int`, *optional*):
-            Tokens with which a chat template asks for an answer, if the reward model was trained on chats. A prompt
+            Tokens that a chat template adds as a generation prompt, if the reward model was trained on chats. A prompt
             without them is warned about.
     """
 
@@ -38,7 +38,7 @@ class LikelyMistakes:
             text ([`Text`]):
                 What the processor was called with.
             reward_models (list of [`LockstepLM`]):
-                All of them.
+                All reward models.
 
         Raises:
             ValueError: if the base model has read more than the text.

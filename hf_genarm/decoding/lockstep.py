@@ -24,8 +24,8 @@ class LockstepLM:
     There is no notion of a step. The cache is keyed by the tokens that are in it: each row of a call is matched with
     the cached row that shares its longest prefix, the cache is reordered and cropped to what is shared, and the rest is
     forwarded. So beams that permute, drafts that are rejected and a new prompt are all the same case, and the result
-    is always that of a forward pass from scratch. A model that was changed must be followed by
-    [`~LockstepLM.reset`], since what is in the cache is of the model as it was.
+    is always that of a forward pass from scratch. After a change of the model, call
+    [`~LockstepLM.reset`], since the cache holds what the model has computed before.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -79,13 +79,13 @@ class LockstepLM:
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 1 for tokens, 0 for padding. The last column must be all ones.
             n_logits (`int`, *optional*, defaults to 1):
-                For how many of the last lengths logits are computed, when one text with drafts is read in one pass.
+                Number of last tokens whose logits are computed: several when a text is read together with its drafts.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, vocab_size)`: the logits of the next token, in the dtype and on the
             device of the model's output.
         """
-        first_token = int(attention_mask.any(dim=0).nonzero()[0])  # columns that only pad carry nothing
+        first_token = int(attention_mask.any(dim=0).nonzero()[0])  # leading columns of padding alone are left out
         # Offloaded weights are on no device until they are needed; hooks then fetch the inputs too.
         device = input_ids.device if self.model.device.type == "meta" else self.model.device
         input_ids = input_ids[:, first_token:].to(device, torch.long)
@@ -118,12 +118,14 @@ class LockstepLM:
 
     def take(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> "State | None":
         """
-        Takes the state out, if it has read the leading columns of a coming call and none that follow, so that another
-        network can read these. Return it with [`~LockstepLM.put_back`]; otherwise it is computed again.
+        Takes the state out, so that another network can read the rest of a coming call.
+
+        That is possible if it has read exactly the leading columns of the call; otherwise `None` is returned. Return it
+        with [`~LockstepLM.put_back`], or it is computed again.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, longer)`):
-                Those of the call.
+                The tokens of the coming call and their mask.
             length (`int`):
                 The number of columns that must have been read.
         """

@@ -35,20 +35,20 @@ class GuidanceMachine:
         reference (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The model that rewards are contrasted with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of the base.
+            The tokenizer of the base.
         generation_prompt_ids (list of `int`, *optional*):
             As for [`LikelyMistakes`].
 
     Attributes:
         watch ([`StepWatch`], *optional*):
-            That of the base.
+            The watch of the base.
         rewards ([`NextTokenRewards`]), reference ([`Reference`], *optional*), kl_control ([`KLControl`]), \
         statistics ([`Statistics`]):
             What a step of guidance consists of.
         product ([`~hf_genarm.functional.GuidedProduct`]):
             The guided distribution of the last call.
         draft ([`Draft`], *optional*):
-            What an assistant has drafted last.
+            The last draft of an assistant.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GuidanceMachine:
         return None if self.draft is None else self.draft.scores_without_product(input_ids, scores)
 
     def read(self, input_ids: Tensor, scores: Tensor) -> Text:
-        """Finds out what is known about the texts of a call. At the beginning of a run, models forget the last one."""
+        """Finds out what is known about the texts of a call; when a run begins, models forget the last one."""
         text = self._reader(input_ids, scores)
         if self.watch is not None:
             self.watch.call_when_over(self.release)
@@ -120,7 +120,7 @@ class GuidanceMachine:
             indices (iterable of `int`):
                 Which reward models are needed.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-                Those of the base, for their shape and device.
+                The scores of the base, for their shape and device.
         """
         indices = list(indices)
         if self.draft is not None:
@@ -135,7 +135,7 @@ class GuidanceMachine:
             self.draft.record(input_ids, product.log_probs)
 
     def _read_draft(self, draft: Draft, input_ids: Tensor, mask: Tensor, indices: Iterable[int]) -> None:
-        """When the verification of a draft begins, lets the models that have not written it read it in one pass."""
+        """Lets the models that have not written a draft read it in one pass, when its verification begins."""
         text = draft.text_to_read(input_ids)
         if text is None:
             return

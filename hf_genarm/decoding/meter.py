@@ -1,6 +1,6 @@
 """Measures what any method does to the base while it generates: one processor before it, and one after."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,19 @@ def answer_lengths(answers: Tensor, end_token_ids: Collection[int]) -> Tensor:
     return (ended.cumsum(dim=1) - ended == 0).sum(dim=1)
 
 
+class _Observer(LogitsProcessor):
+    """Calls a function with texts and scores, and returns the scores as they are."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, function: Callable[[Tensor, Tensor], None]):
+        self._function = function
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._function(input_ids, scores)
+        return scores
+
+
 class Meter:
     """Measures the exact divergence from the base at each step, and the base's log-probability of each token."""
 
@@ -24,25 +37,16 @@ class Meter:
         self._base: Tensor | None = None  # of the step that has no token yet
 
     def around(self, processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
-        meter = self
+        """Returns processors together with those that measure what they do."""
+        return [_Observer(self._before), *processors, _Observer(self._after)]
 
-        class Before(LogitsProcessor):
-            supports_continuous_batching = False
+    def _before(self, input_ids: Tensor, scores: Tensor) -> None:
+        self._settle(input_ids[:, -1])
+        self._base = scores.float().log_softmax(dim=-1)
 
-            def __call__(self, input_ids, scores):
-                meter._settle(input_ids[:, -1])
-                meter._base = scores.float().log_softmax(dim=-1)
-                return scores
-
-        class After(LogitsProcessor):
-            supports_continuous_batching = False
-
-            def __call__(self, input_ids, scores):
-                assert meter._base is not None
-                meter._divergences.append(kl_divergence(scores.float().log_softmax(dim=-1), meter._base))
-                return scores
-
-        return [Before(), *processors, After()]
+    def _after(self, input_ids: Tensor, scores: Tensor) -> None:
+        assert self._base is not None
+        self._divergences.append(kl_divergence(scores.float().log_softmax(dim=-1), self._base))
 
     def _settle(self, tokens: Tensor) -> None:
         if self._base is not None:

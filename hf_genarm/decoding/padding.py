@@ -1,4 +1,4 @@
-"""Which columns of a text are padding: as the base reads it, or as the user gives it where the base is not watched."""
+"""Which columns of a text are padding: as the base reads it, or if that is not watched, as the user gives it."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class PromptMask:
     """
     Returns the attention mask of the texts that a processor is called with.
 
-    In `generate` it is that of the base. Elsewhere it is the one that is given, and without one all tokens are text;
-    a text that could be padded is then an error.
+    In `generate` it is the mask of the base. Elsewhere it is the given one. If none is given, all tokens are text, and
+    a text that could be padded is an error.
 
     Args:
         pad_token_id (`int`, *optional*):
@@ -39,10 +39,10 @@ class PromptMask:
     @attention_mask.setter
     def attention_mask(self, attention_mask: Any) -> None:
         self._attention_mask = None if attention_mask is None else _check(attention_mask)
-        self._prompts: Tensor | None = None  # those that the mask belongs to, once seen
+        self._prompts: Tensor | None = None  # the first prompts that the mask was used with, to which it belongs
 
     def copy(self) -> "PromptMask":
-        """Returns another one with the same mask, which can belong to other prompts."""
+        """Returns a copy with the same mask, which can be used with other prompts."""
         return PromptMask(self.pad_token_id, self._attention_mask)
 
     def __call__(self, text: Text) -> Tensor:
@@ -67,7 +67,7 @@ class PromptMask:
             raise _padded_on_the_right("The mask of `generate`")
         if given is not None and not torch.equal(given, text.base_mask):
             raise ValueError(
-                "`processor.attention_mask` takes other tokens for padding than the base model does. Pass the same one "
+                "`processor.attention_mask` marks other tokens as padding than the base model does. Pass the same one "
                 "to `generate`, or set `processor.attention_mask` to `None`: that of `generate` is then used."
             )
         return text.base_mask

@@ -27,7 +27,7 @@ from .processor import GenARMLogitsProcessor
 @dataclass
 class SMCOutput(ModelOutput):
     r"""
-    What [`smc_sample`] returns with `return_dict_in_generate=True`.
+    Holds what [`smc_sample`] returns with `return_dict_in_generate=True`.
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, length)`):
@@ -66,9 +66,9 @@ def smc_sample(
 
     $$\pi(y) \propto \prod_t \pi_\text{base}(y_t \mid y_{<t})\, \pi_r(y_t \mid y_{<t})^\alpha$$
 
-    Each prompt has `n_particles` texts, which are written token by token as ever, and weighted by $Z_t$ before a token
+    Each prompt has `n_particles` texts, which are written token by token as usual, and weighted by $Z_t$ before a token
     is drawn. When the weights have become too uneven, texts are resampled by them. With one particle this is guided
-    sampling, to the token; with many it is the distribution above.
+    sampling, token for token; with many it is the distribution above.
 
     What the target is, exactly:
 
@@ -146,7 +146,7 @@ def smc_sample(
         outputs = model(**inputs, return_dict=True)
 
     particles = input_ids.view(batch_size, n_particles, -1)
-    # No number is drawn for one particle: what is generated next is what it would be without all this.
+    # With one particle no random number is drawn here, so that what is generated next doesn't change.
     chosen = systematic_resampling(log_weights, 1) if n_particles > 1 else torch.zeros_like(particles[:, :, 0])
     sequences = particles[torch.arange(batch_size, device=device), chosen[:, 0]]
     if not generation_config.return_dict_in_generate:
@@ -179,7 +179,7 @@ def _log_mean(log_weights: Tensor) -> Tensor:
 
 
 def _resample(log_weights: Tensor, ess_threshold: float) -> tuple[Tensor | None, Tensor]:
-    """Returns which row each row continues, `None` if all continue themselves; and the weights that they then have."""
+    """Returns which row each row continues, `None` if all continue themselves, and their weights afterwards."""
     batch_size, n_particles = log_weights.shape
     effective_size = (2 * log_weights.logsumexp(dim=-1) - (2 * log_weights).logsumexp(dim=-1)).exp()
     is_uneven = (effective_size < ess_threshold * n_particles)[:, None]
@@ -249,7 +249,7 @@ def _refuse_inputs(model: Any, model_kwargs: dict[str, Any]) -> None:
         )
     if n_read(_cache(model_kwargs)):
         raise ValueError(
-            "`generate` was given the cache of an earlier text, which is of one row for each prompt. Leave it out: "
+            "`generate` was given the cache of an earlier text, which has one row for each prompt. Leave it out: "
             "the particles read the whole text."
         )
 
@@ -284,7 +284,7 @@ def _refuse(
     requested = [f"`output_{name}`" for name in outputs if getattr(config, f"output_{name}")]
     if config.return_dict_in_generate and requested:
         raise ValueError(
-            f"{', '.join(requested)} can't be served: particles are exchanged on the way, and what they were drawn by "
-            "is not kept. With `processor.keeps_statistics`, `processor.statistics` returns what guidance did to each "
-            "of their tokens."
+            f"{', '.join(requested)} can't be served: particles are exchanged while they are written, and what they "
+            "were drawn from is not kept. With `processor.keeps_statistics`, `processor.statistics` returns what "
+            "guidance did to each of their tokens."
         )

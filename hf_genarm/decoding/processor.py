@@ -45,7 +45,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             One or several decoder-only language models with the tokenizer of the base model.
         alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*, defaults to 1.0):
             Strength of the guidance, $\beta_r/\beta$ for a KL temperature $\beta$; one for all rewards, or one for
-            each. A tensor of shape `(n_requests, n_rewards)` has a row for each request of a batch; a callable gives
+            each. A tensor of shape `(n_requests, n_rewards)` has a row for each request of a batch; a callable returns
             any of these for a step, the number of tokens that the `generate` call has added. At 0 a reward model is not
             run, and with all at 0 `generate` returns exactly what it does without the processor; negative values steer
             away. Can be set at any time: `processor.alpha = 0.5`.
@@ -63,7 +63,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
             A model that the reward models are contrasted with: rewards are then $\log\pi_r - \log\pi_\text{ref}$. So
             any DPO or SFT adapter steers by what it has learned (with the base as reference, as in
             [DeRa](https://hf.co/papers/2402.02992)), and a small pair of tuned and untuned model steers a large one
-            ([proxy tuning](https://hf.co/papers/2401.08565)). It has the tokenizer of the base, which is `"base"`.
+            ([proxy tuning](https://hf.co/papers/2401.08565)). Its tokenizer must be that of the base; `"base"` is the
+            base itself.
         pad_token_id (`int`, *optional*):
             The token that pads prompts: where the mask is not known, a text that starts with it is refused.
             Defaults to the pad (or, as in `generate`, eos) token of `tokenizer`, or else of the first reward model.
@@ -170,7 +171,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
                 Hub ids or local folders.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 As for the class. An adapter that was trained on it shares its weights; another reward model is put on
-                its device and into its dtype, unless `**kwargs` say otherwise.
+                its device and into its dtype, unless `**kwargs` choose others.
             alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*):
                 As for the class. Defaults to the strength that a reward model recommends (`recommended` in its
                 `genarm_config.json`), which is then logged, or else to 1.
@@ -230,11 +231,13 @@ class GenARMLogitsProcessor(GuidanceSettings):
 
     def statistics(self, sequences: Tensor) -> GuidedTokens:
         """
-        Returns what guidance did to each generated token, as columns for a `pandas.DataFrame`: `sequence`, `position`
-        and `token`; its `base_log_prob`, `guided_log_prob` and for each reward model `reward_log_prob_0`, … (minus that
-        of the reference, if there is one) and `alpha_0`, …, the strengths in force; and of the distribution that it was
-        drawn from `kl`, the divergence from the base, `log_z`, the logarithm of the sum that normalises Eq. 7,
-        `entropy`, `base_entropy`, and `top_token_changed`. All in nats, before temperature and top-k. It draws itself.
+        Returns what guidance did to each generated token, as columns for a `pandas.DataFrame` that draw themselves.
+
+        They are `sequence`, `position` and `token`; the `base_log_prob` and the `guided_log_prob` of the token; for
+        each reward model `reward_log_prob_0`, … (minus that of the reference, if there is one) and `alpha_0`, …, the
+        strength in force; and for the distribution that the token was drawn from `kl`, the divergence from the base,
+        `log_z`, the logarithm of the sum that normalises Eq. 7, `entropy`, `base_entropy` and `top_token_changed`. All
+        are in nats, before temperature and top-k.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
@@ -257,8 +260,10 @@ class GenARMLogitsProcessor(GuidanceSettings):
 
     def reset(self) -> None:
         """
-        Forgets what reward models have read. Needed only after one was changed in the middle of a text: each
-        `generate` call begins without it.
+        Forgets what reward models have read.
+
+        It is needed only after a model was changed in the middle of a text, since each `generate` call begins anyway
+        with nothing read.
         """
         self._machine.reset()
 

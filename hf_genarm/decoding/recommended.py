@@ -16,22 +16,22 @@ logger = logging.get_logger(__name__)
 
 
 def recommended_alpha(infos: Sequence[RewardInfo]) -> list[float]:
-    """The strength that each reward model recommends, or else 1."""
+    """Returns the strength that each reward model recommends, or else 1."""
     return [1.0 if x.recommended is None else x.recommended["alpha"] for x in infos]
 
 
 def wanted_reference(infos: Sequence[RewardInfo], names: Sequence[str]) -> str | None:
     """
-    The reference that reward models recommend, or else were trained with: `"base"` or `None`.
+    Returns the reference that reward models recommend, or else were trained with: `"base"` or `None`.
 
     Raises:
-        ValueError: if they differ, because one reference serves all.
+        ValueError: if they differ, since there is one reference for all.
     """
     wanted = [(x.recommended or {"reference": x.reference})["reference"] for x in infos]
     if len(set(wanted)) > 1:
         listed = ", ".join(f"{x!r} for `{name}`" for x, name in zip(wanted, names, strict=True))
         raise ValueError(
-            f"The reward models are used with different references ({listed}), but one serves all. Choose it: "
+            f"The reward models are used with different references ({listed}), but there is one for all. Choose it: "
             '`reference="base"` or `reference=None`.'
         )
     return wanted[0]
@@ -44,10 +44,10 @@ def recommended_reference(
     reward_tokenizers: Sequence[Any] | None,
 ) -> Any:
     """
-    The [`base_reference`] if reward models recommend a reference, or else were trained with one; `None` otherwise.
+    Returns the [`base_reference`] if reward models recommend a reference, or else were trained with one; `None` if not.
 
     Raises:
-        ValueError: if they differ, because one reference serves all.
+        ValueError: if they differ, since there is one reference for all.
     """
     if wanted_reference([x.info for x in arms], names) is None:
         return None
@@ -61,22 +61,22 @@ def base_reference(
     reward_tokenizers: Sequence[Any] | None,
 ) -> Any:
     """
-    `"base"`, or the model that a reward model was trained from, if that is not the base.
+    Returns `"base"`, or the model that a reward model was trained from, if that is not the base.
 
     Raises:
-        ValueError: if there are several such models, or the one is not known or has other tokens.
+        ValueError: if there are several such models, or the only one is unknown or has other tokens.
     """
     if base_model is not None and all(_is_on(arm, base_model) for arm in arms):
         return "base"
     if len(arms) > 1:
         raise ValueError(
             f"Not all of {', '.join(f'`{name}`' for name in names)} were trained on the base, so that their rewards "
-            "are contrasts with different models, but one reference serves all. Choose it: pass `reference`."
+            "are contrasts with different models, but there is one reference for all. Choose it: pass `reference`."
         )
     if reward_tokenizers is not None and reward_tokenizers[0] is not None:
         raise ValueError(
             f"The rewards of `{names[0]}` are contrasts with the model that it was trained from, whose tokens are not "
-            "those of the base, as a reference needs. Choose it: pass `reference`, `None` for none."
+            "those of the base, so that it can't be the reference. Choose one: pass `reference`, `None` for none."
         )
     return arms[0].reference
 

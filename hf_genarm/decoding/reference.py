@@ -25,13 +25,13 @@ class Reference:
         model (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The reference.
         watch ([`StepWatch`], *optional*):
-            That of the base; needed for `"base"`.
+            The watch of the base; needed for `"base"`.
     """
 
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
         self._watch = watch if model == "base" else None
         self._lockstep = None if model == "base" else LockstepLM(model)
-        # Reward models read a text as in training. Where `generate` does not, its logits are no reference for them.
+        # Reward models read a text as in training. If `generate` reads it otherwise, its logits can't be the reference.
         self._keeps_logits = watch is not None and not is_read_otherwise_by_generate(network_of(watch.model))
         if self._watch is not None and self._keeps_logits:
             self._watch.keep_logits()
@@ -63,7 +63,7 @@ class Reference:
             attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 Their mask.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
-                Those of the base, for their shape and device.
+                The scores of the base, for their shape and device.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`.

@@ -26,7 +26,7 @@ class NextTokenRewards:
         vocab_maps (list of [`VocabMap`] or `None`):
             How the vocabulary of each lines up with that of the base; `None` where the ids are the same.
         watch ([`StepWatch`], *optional*):
-            That of the base. Reward models that share its weights are run in its passes where that is possible.
+            The watch of the base. Reward models that share its weights are run in its passes where that is possible.
 
     Attributes:
         models (list of [`LockstepLM`]):
@@ -90,7 +90,7 @@ class NextTokenRewards:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 The texts so far, in ids of the base.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
-                Those of the base, for their shape and device.
+                The scores of the base, for their shape and device.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: NaN for tokens that the reward model can't score.

@@ -22,14 +22,14 @@ class Statistics:
     r"""
     Keeps, for each text that a processor was called with, what it did to the next token.
 
-    Texts are distinguished by their run, their request and their tokens. So the order, the number and the rows of the
-    calls make no difference: rejected drafts and abandoned beams are just never read.
+    Texts are distinguished by their run, their request and their tokens, so that the order of calls and of rows makes
+    no difference. What is kept about rejected drafts and abandoned beams is never read.
 
     Args:
         n_rewards (`int`):
             Number of reward models.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of the base model, for the tokens as text.
+            The tokenizer of the base model, to show tokens as text.
     """
 
     # Likeliest tokens that are kept of each distribution
@@ -109,7 +109,7 @@ class Statistics:
         runs = list(reversed(self._runs.values()))
         by_run = [run.read(sequences) for run in runs]
         for index in range(len(sequences)):
-            # Of several runs with the same beginning, the latest that wrote most of it
+            # Of several runs with the same beginning, the one that wrote most of the sequence; of equal ones the latest
             rows = max((of_sequence[index] for of_sequence in by_run), key=len, default=[])
             if not rows and self._has_forgotten:
                 raise ValueError(
@@ -154,7 +154,7 @@ class _RunStatistics:
         self._pending: dict[int, tuple[dict[Key, int], dict[str, Tensor]]] = {}
 
     def record(self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor]) -> None:
-        """Records values for each text, and log-probabilities of which one will be kept."""
+        """Records values for each text, and the log-probabilities of all tokens until one of them is taken."""
         n_texts, length = input_ids.shape
         texts = text_keys(input_ids, self._n_requests)
         self._settle(input_ids)

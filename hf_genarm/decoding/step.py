@@ -22,11 +22,11 @@ class Run:
 
     Attributes:
         depth (`int`):
-            How many `generate` calls of the base were going on inside each other, its own included.
+            How many `generate` calls of the base were running inside each other, its own included.
         n_prompts (`int`, *optional*):
             The number of prompts that `generate` was given, of which each can have several rows.
         outer ([`Run`], *optional*):
-            The run that was going on when this one began, if this one continues its texts, as drafts do.
+            The run in which this one began, if this one continues its texts, as drafts do.
         step ([`Step`], *optional*):
             Its latest pass.
         drafts_itself (`bool`):
@@ -99,7 +99,7 @@ class Step:
         run ([`Run`]):
             The `generate` call that it belongs to.
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
-            All that the base has read after it.
+            All tokens that the base has read after this pass.
         attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
             Which of these tokens are not padding.
         is_first (`bool`):
@@ -132,7 +132,7 @@ class Step:
         return self.attention_mask[:, :length]
 
     def base_logits(self, length: int) -> Tensor | None:
-        """Returns the logits of the base `(batch_size, vocab_size)` after so many tokens, if they were kept."""
+        """Returns the logits of the base `(batch_size, vocab_size)` after `length` tokens, if they were kept."""
         ahead = self.input_ids.shape[1] - length
         if self.logits is None or not 0 <= ahead < self.logits.shape[1]:
             return None

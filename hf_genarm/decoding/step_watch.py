@@ -1,4 +1,4 @@
-"""Watches what `generate` lets the base read, and which of its calls are going on."""
+"""Watches what `generate` lets the base read, and which of its calls are running."""
 
 import threading
 import weakref
@@ -28,11 +28,11 @@ class _ThreadState(threading.local):
         runs (list of [`Run`]):
             The latest runs. Those that began inside of another one come after it.
         n_prompts (list of `int`, *optional*):
-            The number of prompts of each `generate` call that is going on, the outermost first.
+            The number of prompts of each `generate` call that is running, the outermost first.
         when_over (list of callable):
             Called when the outermost of these returns.
         handle ([`~torch.utils.hooks.RemovableHandle`], *optional*):
-            That of the hook that waits for the logits of the next pass.
+            The handle of the hook that waits for the logits of the next pass.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class StepWatch:
             What runs reward adapters inside the passes of the model, once there are some.
     """
 
-    # `generate` calls can run inside each other; so many of the latest runs are kept for each thread.
+    # `generate` calls can run inside each other. This many of the latest runs are kept for each thread.
     KEPT_RUNS = 8
 
     def __init__(self, model: PreTrainedModel):
@@ -115,7 +115,7 @@ class StepWatch:
         return next((step for step in steps if step.mask_of(input_ids) is not None), next(iter(steps), latest))
 
     def keep_logits(self) -> None:
-        """Makes each step from now on keep the logits of the base."""
+        """Makes each later step keep the logits of the base."""
         self._keeps_logits = True
 
     def _record_logits(self, step: Step) -> None:
@@ -191,7 +191,7 @@ class StepWatch:
             listener(step, inputs)
 
     def _changed_inputs(self, step: Step, inputs: dict[str, Any], embedded: Tensor | None) -> list[str]:
-        """Returns the names of inputs by which the base reads the tokens of a prompt in another way than models do."""
+        """Returns the names of inputs that make the base read a prompt in another way than reward models do."""
         names, positions, mask = [], inputs.get("position_ids"), step.attention_mask
         if embedded is not None and embedded.shape[1] == step.input_ids.shape[1] > 0:
             usual: Tensor = self.model.get_input_embeddings()(step.input_ids)
@@ -244,7 +244,7 @@ class _PreparePatch(InstancePatch):
 
 
 def _refuse_continuous_batching(method: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Refuses a decoding loop that would drop processors in silence."""
+    """Refuses a decoding loop that would drop processors silently."""
     raise NotImplementedError(
         "Continuous batching (`generate_batch`, or `cache_implementation='paged'`) ignores logits processors, so that "
         "its text would be unguided, and a `GenARMLogitsProcessor` guides this model. Use another cache; "

@@ -42,7 +42,7 @@ def check_alpha(alpha: Any, n_rewards: int) -> list[float] | Tensor | Callable[[
         raise TypeError(f"`alpha` is {shown(alpha)}, but must be {rule}. Pass models and tokenizers by their names.")
     if callable(alpha):
         return alpha
-    values = as_tensor("alpha", alpha, rule).to("cpu", torch.float64)
+    values = as_tensor("alpha", alpha, rule, dtype=torch.float64).to("cpu", torch.float64)
     is_list = not isinstance(alpha, Tensor) and values.ndim == 1
     if is_list and len(values) != n_rewards:
         raise ValueError(

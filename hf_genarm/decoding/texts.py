@@ -48,17 +48,17 @@ class Text:
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
             Their tokens.
         run ([`Run`]):
-            To which they belong.
+            The run that they belong to.
         n_new (list of `int`):
             The number of tokens that each of them has beyond its prompt.
         step ([`Step`], *optional*):
-            The pass of the base that has read them, or what they continue; `None` where the base is not watched.
+            The pass of the base that has read them, or the texts that they continue; `None` if the base is not watched.
         base_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
-            Which tokens are no padding for the base, where it is known.
+            Which tokens are not padding for the base, if that is known.
         is_drafted (`bool`):
             Whether the base has read drafts beyond them in its first pass.
         is_new (`bool`):
-            Whether the call before was about another run, so that what was cached is of no use.
+            Whether the last call was about another run, so that what was cached is useless.
     """
 
     input_ids: Tensor
@@ -84,17 +84,17 @@ class TextReader:
     """
     Finds the run that the texts of a call belong to.
 
-    `generate` shows it by what it lets the base read. Where the base is not watched, as in a custom decoding loop, the
-    tokens show it: a text continues an earlier one if it is that text and one more token.
+    In `generate`, it is known from what the base reads. If the base is not watched, as in a custom decoding loop, it is
+    found by the tokens: a text continues an earlier one if it is that text and one more token.
 
     Args:
         watch ([`StepWatch`], *optional*):
-            That of the base.
+            The watch of the base.
     """
 
     def __init__(self, watch: StepWatch | None):
         self._watch = watch
-        self._run: Run | None = None  # that of the last call
+        self._run: Run | None = None  # the run of the last call
         self._earlier = RecentTexts()  # runs and lengths of prompts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Text:
@@ -117,8 +117,8 @@ class TextReader:
             )
         text = self._read(input_ids)
         # What was drafted before the first pass of the base is part of the run.
-        goes_on = text.is_drafted and self._run is not None and self._run.is_custom_loop
-        text.is_new = (self._run is None or text.run.root is not self._run.root) and not goes_on
+        continues = text.is_drafted and self._run is not None and self._run.is_custom_loop
+        text.is_new = (self._run is None or text.run.root is not self._run.root) and not continues
         self._run = text.run
         return text
 
@@ -138,7 +138,7 @@ class TextReader:
         if len(input_ids) == 1:  # drafts may follow
             self._earlier.record(text_keys(input_ids), [(run, run.prompt_length)])
         if run.outer is not None or run.drafts_itself:
-            # Where `generate` infers the mask of drafts, it takes pad tokens that were generated for padding.
+            # For drafts, `generate` infers a mask in which pad tokens that were generated count as padding.
             mask = run.root.mask_of(input_ids)
         return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), step, mask, is_drafted)
 

@@ -1,1 +1,1 @@
-"""What is published: weights, what they say about themselves, and the rewards that they give."""
+"""What is published: the weights of a reward model, what is recorded about them, and the rewards that they give."""

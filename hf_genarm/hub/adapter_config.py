@@ -1,4 +1,4 @@
-"""What the files of an adapter ask of a base: within its bounds, in floating-point numbers, and in finite time."""
+"""Checks of the files of an adapter before it is loaded onto a base: bounds, dtypes, and regular expressions."""
 
 import json
 import subprocess
@@ -61,7 +61,8 @@ def refuse_out_of_bounds(config: PeftConfig, network: PreTrainedModel, name: str
         if not isinstance(index, int) or not 0 <= index < 2 * n_tokens:  # those from n_tokens on were added
             raise ValueError(
                 f"`{name}` has trained the token {index!r} (`trainable_token_indices`), but its base has {n_tokens} "
-                "tokens, to which at most as many can be added. Correct its `adapter_config.json` or give its own base."
+                "tokens, to which at most as many can be added. Correct its `adapter_config.json`, or give the "
+                "base that it was trained on."
             )
     n_layers = getattr(network.config.get_text_config(), "num_hidden_layers", None)
     for part in getattr(config, "layer_replication", None) or []:
@@ -92,7 +93,7 @@ def refuse_out_of_bounds(config: PeftConfig, network: PreTrainedModel, name: str
 
 def refuse_other_dtypes(folder: str | Path) -> None:
     """
-    Refuses LoRA factors in a folder that are not floating-point numbers, which would be cast without a word.
+    Refuses LoRA factors in a folder that are not floating-point numbers, which would be cast silently.
 
     Raises:
         ValueError: if there are some.
@@ -111,13 +112,14 @@ def refuse_other_dtypes(folder: str | Path) -> None:
 
 
 def _trained_tokens(config: PeftConfig) -> list[Any]:
+    """Returns the indices of tokens whose embeddings the adapter trained, unchecked."""
     values = [getattr(config, name, None) or [] for name in ("trainable_token_indices", "token_indices")]
     lists = [part for value in values for part in (value.values() if isinstance(value, dict) else [value])]
     return [index for tokens in lists for index in tokens]
 
 
 def _patterns(config: PeftConfig) -> list[str]:
-    """What PEFT reads as regular expressions."""
+    """Returns what PEFT reads as regular expressions."""
     given = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
     found = [x for x in given if isinstance(x, str)]
     for name in ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern"):

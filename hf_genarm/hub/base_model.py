@@ -20,7 +20,7 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 @dataclass(frozen=True)
 class Base:
     """
-    A base that is ready to be steered. As text: its name, its devices and its dtype.
+    Holds a base that is ready to be steered. As text it is its name, its devices and its dtype.
 
     Parameters:
         name (`str`):
@@ -40,7 +40,7 @@ class Base:
 
 
 def where_and_how(model: PreTrainedModel | PeftModel) -> str:
-    """The devices and the dtype of a model, as in "on cuda:0 in bfloat16"."""
+    """Returns the devices and the dtype of a model, as in "on cuda:0 in bfloat16"."""
     devices = dict.fromkeys(str(x.device) for x in model.parameters())
     return f"on {', '.join(devices)} in {str(model.dtype).removeprefix('torch.')}"
 
@@ -117,7 +117,7 @@ def load_base(
 
 def named_base(reward_models: Sequence[str], revision: str | None = None) -> tuple[str, str | None]:
     """
-    The base that reward models name, a Hub id or folder, and the revision of it that they were trained on, if known.
+    Returns the base that reward models name, a Hub id or folder, and the revision that they were trained on, if known.
 
     Raises:
         ValueError: if they name different ones, or none.
@@ -154,7 +154,7 @@ def _named_by(reward_model: str, revision: str | None) -> tuple[str | None, str 
 
 def usable_device(device: str | None, name: str = "device") -> torch.device:
     """
-    The device of a name, or else the one that accelerate chooses.
+    Returns the device of a name, or else the one that accelerate chooses.
 
     Raises:
         ValueError: if it can't be used.

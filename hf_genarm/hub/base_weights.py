@@ -1,4 +1,4 @@
-"""Whether a model has the weights and settings that another was trained on: names and folders don't show it."""
+"""Fingerprints of weights and settings: whether a model is the one that another was trained on, whatever its name."""
 
 import hashlib
 import json
@@ -29,12 +29,13 @@ _MORE_SETTINGS = re.compile(r"attention_bias|is_causal|is_decoder|bidirectional|
 
 def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
     """
-    A text by which [`has_weights`] recognises the weights of a model and the settings that change what they compute.
+    Returns a text by which [`has_weights`] recognises the weights of a model, and the settings that change what they
+    compute.
 
     Each tensor is read at places that are spread over all of its rows, experts and columns, rounded to bfloat16: a copy
     in float32 or bfloat16 has the same sums, and one in float16 nearly. A model of 8 billion weights takes less than a
-    second. What an adapter trained is not part of it: neither its own tensors nor the biases of the base, if it trained
-    some of these. Of the embeddings only a multiple of 64 rows is read, so that a few tokens may be added.
+    second. What an adapter trained is left out: its own tensors, and the biases of the base if it trained some of
+    these. Of the embeddings only a multiple of 64 rows is read, so that a few tokens may be added.
 
     Returns:
         `str`, or `None` if it can't be computed: the weights are quantised, offloaded or sharded, or there are several
@@ -53,7 +54,7 @@ def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def has_weights(model: PreTrainedModel | PeftModel, fingerprint: str | None) -> bool | None:
-    """Whether a model has the weights and settings of a fingerprint; `None` if that can't be told."""
+    """Returns whether a model has the weights and settings of a fingerprint; `None` if that can't be found out."""
     network, own = network_of(model), _of_adapter(model)
     if fingerprint is None or own is None:
         return None
@@ -76,7 +77,7 @@ def has_weights(model: PreTrainedModel | PeftModel, fingerprint: str | None) -> 
 
 
 class _Section:
-    """The sums of the tensors of one kind, the squares of what was summed, and its numbers, one for each slot."""
+    """Holds sums over the tensors of one kind: of their samples and of the squares of these, and how many there are."""
 
     def __init__(self) -> None:
         self.sums: list[float] = []
@@ -108,8 +109,8 @@ class _Section:
 
 def _sums(network: PreTrainedModel, own: set[int], n_rows: int) -> dict[str, _Section] | None:
     """
-    The sums of each section, where `n_rows` rows of embeddings are read; none for a section that an adapter trained
-    something in, and `None` if a tensor can't be read.
+    Returns the sums of each section, with `n_rows` rows of embeddings; a section is empty if an adapter trained a part
+    of it. `None` if a tensor can't be read.
     """
     if getattr(network.config, "quantization_config", None) is not None:
         return None
@@ -132,7 +133,7 @@ def _sums(network: PreTrainedModel, own: set[int], n_rows: int) -> dict[str, _Se
 
 
 def _tensors(network: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers with their names without an adapter, in the order of these names, each once."""
+    """Yields each parameter and saved buffer once, sorted by the names that they have without an adapter."""
     seen = set()
     for name, x in sorted((_plain_name(name), x) for name, x in network.state_dict(keep_vars=True).items()):
         if isinstance(x, Tensor) and id(x) not in seen and (isinstance(x, torch.nn.Parameter) or is_plain(x)):
@@ -141,7 +142,7 @@ def _tensors(network: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _samples(x: Tensor) -> np.ndarray:
-    """Values from all rows and columns, rounded to bfloat16, `(n,)`, in float64."""
+    """Returns values from all rows and columns, rounded to bfloat16, `(n,)`, in float64."""
     flat = x.detach().reshape(-1)
     n_columns = x.shape[-1] if x.ndim > 1 else 1
     step = max(1, min(n_columns, len(flat) // _N_SAMPLES))
@@ -151,7 +152,7 @@ def _samples(x: Tensor) -> np.ndarray:
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, str]:
-    """A few characters for each setting that changes what weights compute."""
+    """Returns a few characters for each setting that changes what weights compute."""
 
     def leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
@@ -170,7 +171,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def _of_adapter(model: PreTrainedModel | PeftModel) -> set[int] | None:
-    """The tensors that an adapter has or trained; `None` if there are several adapters."""
+    """Returns the ids of the tensors that an adapter has or trained; `None` if there are several adapters."""
     if not isinstance(model, PeftModel):
         return set()
     return None if len(model.peft_config) > 1 else {id(x) for x in adapter_tensors(model).values()}
@@ -192,13 +193,13 @@ def _plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
-# --- fingerprints of before: some numbers of each matrix ---
+# --- fingerprints of earlier versions: some numbers of each matrix ---
 
 _STRIDE = 7919
 
 
 def _has_matrices(network: PreTrainedModel, own: set[int], values: str, in_half: bool) -> bool | None:
-    """Whether a model has the matrices of a fingerprint that was made by an earlier version of this package."""
+    """Returns whether a model has the matrices of a fingerprint made by an earlier version of this package."""
     if getattr(network.config, "quantization_config", None) is not None:
         return None
     matrices = {_plain_name(name): x for name, x in network.named_parameters() if x.ndim > 1 and id(x) not in own}

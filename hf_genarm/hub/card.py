@@ -1,6 +1,7 @@
-"""The model card of an autoregressive reward model, written from what was measured."""
+"""The files of a published reward model that are made from templates: its model card, and its `custom_generate`."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -38,12 +39,13 @@ RESULTS = {
     "pair_accuracy": "Pair accuracy",
     "shorter_accuracy": "Accuracy of the shorter",
 }
+_TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 
 @dataclass
 class Steered:
-    """What guidance at one strength did on held-out prompts. `effect` and `kl` are text, with their intervals."""
+    """Holds what guidance at one strength did on held-out prompts. `effect` and `kl` are text, with their intervals."""
 
     alpha: float
     effect: str
@@ -66,6 +68,8 @@ def reward_model_card(
     command: str | None = None,
 ) -> ModelCard:
     """
+    Writes the model card of a reward model from what was measured.
+
     Args:
         info ([`RewardInfo`]):
             What is known about the reward model.
@@ -76,15 +80,15 @@ def reward_model_card(
         is_adapter (`bool`):
             Whether the weights are a PEFT adapter.
         tags (list of `str`, *optional*):
-            Besides those that every reward model has.
+            Tags in addition to those that every reward model has.
         license, language (`str`, *optional*):
             For the Hub.
         effect_name (`str`, *optional*):
             What was measured in steered text.
         unguided (`str`, *optional*):
-            That measure of unguided text.
+            The value of this measure for unguided text.
         steered (list of [`Steered`], *optional*):
-            That measure at several strengths.
+            Its values at several strengths.
         notes (`str`, *optional*):
             Markdown that follows what was measured.
         command (`str`, *optional*):
@@ -125,7 +129,7 @@ def reward_model_card(
     return ModelCard.from_template(
         card_data,
         # As text: older versions of huggingface_hub read the file in the encoding of the locale.
-        template_str=(Path(__file__).parent / "templates" / "model_card.md").read_text(encoding="utf-8"),
+        template_str=(_TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
         info=info,
         metrics=info.metrics,
         is_measured=is_measured,
@@ -139,3 +143,22 @@ def reward_model_card(
         command=command,
         recommendation=recommendation(info),
     )
+
+
+def write_custom_generate(folder: str | Path, model_id: str) -> None:
+    """
+    Writes what `model.generate(custom_generate=..., trust_remote_code=True)` runs: guidance without an import.
+
+    Args:
+        folder (`str`):
+            The folder of the reward model.
+        model_id (`str`):
+            Hub id or folder under which the reward model is loaded.
+    """
+    target = Path(folder, "custom_generate")
+    target.mkdir(exist_ok=True)
+    template = (_TEMPLATES / "custom_generate.py").read_text(encoding="utf-8")
+    # Its Python literal, which is no code whatever characters are in it.
+    code = template.replace('"{{ model_id }}"', ascii(model_id))
+    (target / "generate.py").write_text(code, encoding="utf-8")
+    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")

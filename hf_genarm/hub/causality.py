@@ -1,4 +1,4 @@
-"""Whether a model is causal, tested on a few tokens: configurations don't say it reliably."""
+"""A test on a few tokens whether a model is causal, which its configuration doesn't show reliably."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +75,7 @@ def refuse_not_causal(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _texts(network: PreTrainedModel) -> Tensor:
-    """Two texts that differ in their last token, `(2, _LENGTH)`, without the special tokens of the model."""
+    """Returns two texts that differ in their last token, `(2, _LENGTH)`, without the special tokens of the model."""
     vocab_size = len(embeddings_of(network))
     special = {x for name, x in vars(network.config.get_text_config()).items() if name.endswith(("_id", "_index"))}
     spread = [(index * vocab_size) // (_LENGTH + 2) for index in range(1, _LENGTH + 2)]
@@ -102,7 +102,7 @@ def _is_close(one: Tensor, other: Tensor, network: PreTrainedModel, tolerances: 
 
 @contextmanager
 def _left_as_it_is(network: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into evaluation mode, and everything that its modules hold back to what it was."""
+    """Puts a model into evaluation mode; at the end, restores everything that its modules hold."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in network.modules()]
     devices = {x.device for x in network.parameters() if x.device.type == "cuda"}
     with torch.random.fork_rng([device.index for device in devices]):

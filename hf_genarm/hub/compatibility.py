@@ -1,4 +1,4 @@
-"""Whether a reward model fits a base model: the same tokens, and the same chat template."""
+"""Checks that a reward model fits a base: the same tokens, and the same chat template."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,11 +7,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .info import RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
+from .info import GuidanceWarning, RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
 from .kv_cache import embeddings_of
 from .reward_model import AutoregressiveRewardModel
 from .sharing import is_plain, shares_weights
-from .warning import GuidanceWarning
 
 
 def tokenizers_to_align(
@@ -21,8 +20,7 @@ def tokenizers_to_align(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[PreTrainedTokenizerBase | None]:
     """
-    The tokenizer of each reward model, `None` where its ids are those of the base. Warns of differences under the same
-    ids.
+    Returns the tokenizer of each reward model, `None` where its ids are those of the base, and warns of differences.
 
     Args:
         reward_models (sequence of [`AutoregressiveRewardModel`]), names (sequence of `str`):
@@ -33,14 +31,14 @@ def tokenizers_to_align(
             The tokenizer of the base.
 
     Raises:
-        ValueError: if the tokens of a reward model with embeddings of its own can't be compared with those of the base.
+        ValueError: if a reward model doesn't share the embeddings of the base, and their tokens can't be compared.
     """
     tokenizers: list[PreTrainedTokenizerBase | None] = []
     for arm, name in zip(reward_models, names, strict=True):
         # Ids that index the same embeddings are the same ids.
         is_shared = base_model is not None and shares_weights(arm.model, base_model)
         if base_model is None:
-            is_same = tokenizer is None or arm.tokenizer is None  # as the caller of the processor says
+            is_same = tokenizer is None or arm.tokenizer is None  # taken for granted, as the processor documents
         else:
             is_same = (
                 is_shared or _has_embeddings_of(arm, base_model) or _has_same_ids(arm, name, base_model, tokenizer)
@@ -74,15 +72,15 @@ def _has_same_ids(
         lacking = f"the base (`{base_model.name_or_path}`)" if tokenizer is None else f"the reward model (`{name}`)"
         way_out = "Pass `tokenizer`" if tokenizer is None else "Save its tokenizer in its folder"
         raise ValueError(
-            f"No tokenizer of {lacking} was found, and `{name}` has embeddings of its own, so that the same ids may be "
-            f"other tokens. {way_out}. If their tokens are the same ones under the same ids, give the models to the "
+            f"No tokenizer of {lacking} was found, and `{name}` doesn't share its embeddings, so that the same ids may "
+            f"be other tokens. {way_out}. If their tokens are the same ones under the same ids, give the models to the "
             "class itself: `GenARMLogitsProcessor(reward_model, base_model=...)`."
         )
     return has_same_ids(reward_model, vocab_size, tokenizer)
 
 
 def has_same_ids(reward_model: AutoregressiveRewardModel, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a reward model has as many embeddings as the base, and the same tokens under the same ids."""
+    """Returns whether a reward model has as many embeddings as the base, and the same tokens under the same ids."""
     own = reward_model.tokenizer
     same_size = len(embeddings_of(reward_model.model)) == vocab_size
     return own is not None and same_size and tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
@@ -90,8 +88,8 @@ def has_same_ids(reward_model: AutoregressiveRewardModel, vocab_size: int, token
 
 def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedTokenizerBase, shares_weights: bool) -> None:
     """
-    Warns if a reward model was trained with other tokens under the same embeddings, or another chat template, than the
-    base has. Both can be right, when tokens were added or a template was replaced on purpose.
+    Warns if a reward model was trained with another chat template than the base has, or with other tokens for the same
+    embeddings. Both can be right, when tokens were added or a template was replaced on purpose.
     """
     known = info.tokenizer is not None and shares_weights
     if known and info.tokenizer != tokenizer_fingerprint(tokenizer):
@@ -113,18 +111,19 @@ def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedToken
 
 def generation_prompt_ids(info: RewardInfo, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """
-    The tokens with which the chat template asks for an answer, if the reward model was trained on chats; `None` if
-    they can't be found, because the template refuses a chat of one question or ends it in two ways.
+    Returns the tokens that the chat template adds as a generation prompt, if the reward model was trained on chats.
+
+    `None` if they can't be found, because the template refuses a chat of one question or writes its end in two ways.
     """
     if info.chat_template is None or tokenizer.chat_template is None:
         return None
     chat = [{"role": "user", "content": "?"}]
     try:
-        question, asked = (
-            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_asked))
-            for is_asked in (False, True)
+        question, prompted = (
+            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_added))
+            for is_added in (False, True)
         )
     except (TemplateError, TypeError, ValueError, KeyError):  # it only serves a warning
         return None
-    added = asked.removeprefix(question)
-    return tokenizer(added, add_special_tokens=False)["input_ids"] if added and added != asked else None
+    added = prompted.removeprefix(question)
+    return tokenizer(added, add_special_tokens=False)["input_ids"] if added and added != prompted else None

@@ -1,4 +1,4 @@
-"""What a published reward model says about itself: a small JSON file beside the weights."""
+"""What is recorded about a published reward model: a small JSON file next to the weights."""
 
 import hashlib
 import json
@@ -24,6 +24,10 @@ _MAX_STRENGTH = 32
 _PACKAGES = ("hf_genarm", "trl", "transformers", "peft", "torch", "datasets")
 
 
+class GuidanceWarning(UserWarning):
+    """Warns of a setting that works against guidance; `warnings.simplefilter("ignore", GuidanceWarning)` ends that."""
+
+
 def _is_positive(value: float) -> bool:
     return 0 < value <= sys.float_info.max
 
@@ -41,7 +45,7 @@ def _is_setting(value: dict[str, Any]) -> bool:
 
 
 def _is_measured(value: dict[str, Any]) -> bool:
-    """Whether a table of settings, and examples, are those that `hf-genarm tune` writes; both may be missing."""
+    """Returns whether settings and examples have the form that `hf-genarm tune` writes; both may be missing."""
     settings, examples = value.get("settings", []), value.get("examples", [])
     if not isinstance(settings, list) or not isinstance(examples, list):
         return False
@@ -70,7 +74,7 @@ def _matches(pattern: str) -> Callable[[str], bool]:
     return lambda value: re.fullmatch(pattern, value) is not None
 
 
-# What a field must be besides its type; unknown ones, `None`, are left out.
+# What a field must be in addition to its type; unknown ones, `None`, are left out.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (_is_positive, "a positive number"),
     "reward_scale": (_is_positive, "a positive number"),
@@ -92,7 +96,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 @dataclass
 class RewardInfo:
     r"""
-    What is needed to use a reward model well, and can't be read from its weights. `None` means unknown.
+    Holds what is needed to use a reward model well, and can't be read from its weights. `None` means unknown.
 
     Parameters:
         beta (`float`, *optional*):
@@ -129,9 +133,9 @@ class RewardInfo:
             How to steer with it: `alpha`, `reference` (`"base"` or `None`), the `temperature` of `generate`, and what
             they were `measured` to do, all as `hf-genarm tune` writes them.
         versions (`dict[str, str]`):
-            Of the packages that made it.
+            The versions of the packages that made it.
         format_version (`int`):
-            Of this file.
+            The version of the format of this file.
 
     Raises:
         ValueError: if a value is not what its field holds.
@@ -163,7 +167,7 @@ class RewardInfo:
 
     @property
     def reference(self) -> str | None:
-        r"""`"base"` if it was trained on $\log\pi_r - \log\pi_\text{base}$, else `None`: what its rewards are less."""
+        r"""`"base"` if it was trained on $\log\pi_r - \log\pi_\text{base}$, which are its rewards then; else `None`."""
         return self.loss.get("reference")
 
     def save(self, folder: str | Path) -> None:
@@ -193,7 +197,7 @@ class RewardInfo:
             )
         unknown = values.keys() - {x.name for x in fields(cls)}
         if unknown:
-            raise ValueError(f"`{path}` has fields that its format does not know: {sorted(unknown)}. Remove them.")
+            raise ValueError(f"`{path}` has fields that its format does not have: {sorted(unknown)}. Remove them.")
         try:
             return cls(**values)
         except ValueError as error:
@@ -201,7 +205,7 @@ class RewardInfo:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type such as `float | None` or `dict[str, Any]`. A truth value is no number."""
+    """Returns whether a value is of a type such as `float | None` or `dict[str, Any]`. A `bool` is no number."""
     if hint is Any:  # which JSON can hold
         inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         is_json = value is None or isinstance(value, str | bool | int | float | list | dict)
@@ -220,17 +224,17 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of the packages that make a reward model."""
+    """Returns the versions of the packages that make a reward model."""
     return {name: version(name) for name in _PACKAGES}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for two tokenizers with the same tokens under the same ids."""
+    """Returns a hash that two tokenizers share if they have the same tokens under the same ids."""
     return _fingerprint(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
 def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The same for two tokenizers with the same chat template; `None` without one."""
+    """Returns a hash that two tokenizers share if they have the same chat template; `None` without one."""
     return None if tokenizer.chat_template is None else _fingerprint(str(tokenizer.chat_template))
 
 

@@ -1,4 +1,4 @@
-"""The network in a model, and the key-value cache that can be rolled back, if it has one."""
+"""The causal LM inside a model, and its key-value cache, if it has one that can be rolled back."""
 
 import inspect
 from typing import Any
@@ -18,7 +18,7 @@ CACHE = "cache" if "cache" in _STEP_ARGS else "past_key_values"
 
 def network_of(model: Any, name: str = "model") -> PreTrainedModel:
     """
-    The causal LM in a model that is compiled, or has an adapter.
+    Returns the causal LM inside a model that is compiled or has an adapter.
 
     Raises:
         TypeError: if it is not a model of transformers or PEFT.
@@ -34,19 +34,19 @@ def network_of(model: Any, name: str = "model") -> PreTrainedModel:
 
 
 def uncompiled(model: Any) -> Any:
-    """The model that `torch.compile` wraps, or the model itself."""
+    """Returns the model that `torch.compile` wraps, or the model itself."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def embeddings_of(model: PreTrainedModel | PeftModel) -> Tensor:
-    """The matrix `(vocab_size, hidden_size)` of the embeddings of tokens."""
+    """Returns the matrix `(vocab_size, hidden_size)` of the embeddings of tokens."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def new_cache(network: PreTrainedModel) -> DynamicCache | None:
-    """An empty key-value cache that keeps whole texts, or `None` for layers with another kind of state."""
+    """Returns an empty key-value cache that keeps whole texts, or `None` if a layer has another kind of state."""
     cache = DynamicCache(config=network.config)
     # A layer that drops what leaves the sliding window can't be cropped; the mask alone is exact.
     cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
@@ -54,5 +54,5 @@ def new_cache(network: PreTrainedModel) -> DynamicCache | None:
 
 
 def n_read(cache: Any) -> int:
-    """Number of tokens in a cache of the base, which may be `None`; recurrent states don't know."""
+    """Returns the number of tokens in a cache of the base, which may be `None`; recurrent states don't count them."""
     return 0 if cache is None or all(cache.is_linear) else int(cache.get_seq_length())

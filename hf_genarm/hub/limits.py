@@ -1,4 +1,4 @@
-"""What a network can read: texts in parts and beside padding, up to what length, and which tokens."""
+"""What a network can read: texts in parts, next to padding, up to some length, and some tokens."""
 
 import inspect
 import math
@@ -10,19 +10,19 @@ from transformers import PreTrainedModel
 
 from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 
-# Their frequencies depend on the length of the text.
+# Rotary embeddings whose frequencies depend on the length of the text
 _DYNAMIC_ROPES = ("dynamic", "longrope")
-# GIT looks for an image in its cache, the loops of Dory add layers to theirs, XLM goes by the lengths of texts; the
-# others are wrong with a cache or padding in transformers 5.16.
 # `generate` appends a mask token to their texts, and reads the prediction from it.
 _WITH_MASK_TOKEN = ("xlm", "flaubert", "xlnet")
+# GIT looks for an image in its cache, the loops of Dory add layers to theirs, XLM uses the lengths of texts; the
+# others are wrong with a cache or padding in transformers 5.16.
 _ODD = ("git", "dory", "xlm", "big_bird", "doge", "megatron-bert", "rembert")
 
 
 def why_no_cache(model: PreTrainedModel | PeftModel) -> str | None:
     """
-    Why a model has to read a text from its beginning whenever it goes on; `None` if it can go on from a key-value cache
-    that is cropped and padded. What has no cache is read row by row, since it may not know padding either.
+    Returns why a model has to read a text from its beginning each time; `None` if it can continue from a key-value
+    cache that is cropped and padded. A model without a cache is read row by row, since it may not support padding.
     """
     network = network_of(model)
     for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
@@ -33,8 +33,8 @@ def why_no_cache(model: PreTrainedModel | PeftModel) -> str | None:
     arguments, kind = inspect.signature(type(network).forward).parameters, network.config.model_type
     if network._is_stateful or CACHE not in arguments or new_cache(network) is None:
         return "it has recurrent states, or no key-value cache that could be rolled back"
-    if "position_ids" not in arguments and kind != "bloom":  # which has the distances of tokens from the mask
-        return "it can't be told the positions of a padded text"
+    if "position_ids" not in arguments and kind != "bloom":  # which computes the distances of tokens from the mask
+        return "it takes no positions, which a padded text needs"
     if _counts_from_pad_token(network):
         return "it counts positions from its pad token on, and leaves out pad tokens in the text"
     return "its cache or its masks are not usual ones in all versions of transformers" if kind in _ODD else None
@@ -44,13 +44,14 @@ def is_read_otherwise_by_generate(network: PreTrainedModel) -> bool:
     """
     Returns whether `generate` doesn't pass a text to a model as training and scoring do.
 
-    It numbers positions from 0 where the model itself, as RoBERTa does, begins after its pad token; or it adds tokens.
+    Either it numbers positions from 0, where the model itself (such as RoBERTa) counts from its pad token; or it adds
+    tokens.
     """
     return _counts_from_pad_token(network) or network.config.model_type in _WITH_MASK_TOKEN
 
 
 def _counts_from_pad_token(network: PreTrainedModel) -> bool:
-    """Returns whether a model makes positions from its pad token, as RoBERTa and its like do."""
+    """Returns whether a model counts positions from the id of its pad token, as RoBERTa does."""
     return any(
         name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
         for name, module in network.named_modules()
@@ -59,8 +60,8 @@ def _counts_from_pad_token(network: PreTrainedModel) -> bool:
 
 def fixed_length(network: PreTrainedModel) -> float:
     """
-    Number of tokens up to which a cache holds what the model would compute from scratch. Beyond it, dynamic rotary
-    embeddings turn all positions by frequencies that depend on how long the text is. Infinite for all others.
+    Returns the number of tokens up to which a cache holds what the model would compute from scratch: beyond it, the
+    frequencies of dynamic rotary embeddings depend on the length of the text. Infinite for all other models.
     """
     config = network.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -98,18 +99,20 @@ def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor) -> None:
 
 def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int, error: Exception) -> None:
     """
+    Explains an error of a forward pass if a token or a position may have been out of range, and else does nothing.
+
     Args:
         network ([`~transformers.PreTrainedModel`]):
-            What raised the error.
+            The model that raised the error.
         input_ids (`torch.LongTensor` of shape `(batch_size, n)`):
-            Tokens that it was given.
+            The tokens that it was called with.
         length (`int`):
-            Of their text, with what it had read before.
+            The length of their text, with what was read before.
         error (`Exception`):
-            What it raised, which names no reason if a table has no row for a token or its position.
+            The error. It gives no reason if a table has no row for a token or its position.
 
     Raises:
-        ValueError: if that may be so.
+        ValueError: if a token or a position may have been out of range.
     """
     n_known = len(embeddings_of(network))
     config, highest = network.config, int(input_ids.max())

@@ -1,4 +1,4 @@
-"""From files to models: whole or not at all, without pickles, and without code that nobody trusted."""
+"""Loading of reward models: complete or not at all, without pickles, and without code that the user has not trusted."""
 
 import json
 import logging
@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter_config import n_added_tokens, refuse_other_dtypes, refuse_out_of_bounds
 from .base_weights import has_weights
-from .info import INFO_NAME, RewardInfo
+from .info import INFO_NAME, GuidanceWarning, RewardInfo
 from .kv_cache import embeddings_of
 from .placement import loaded_as_base
-from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_it_changes
-from .warning import GuidanceWarning
+from .sharing import check_tensors, is_plain, load_onto_shared_weights, why_adapter_changes_base
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def download(name_or_path: str, subfolder: str = "", patterns: Iterable[str] = _FILES, **hub_kwargs: Any) -> Path:
-    """The folder itself, or one revision of a repository in the cache, complete."""
+    """Returns a folder as it is, or the folder in the cache with one revision of a repository, complete."""
     if not Path(name_or_path).is_dir():
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
         name_or_path = snapshot_download(name_or_path, allow_patterns=patterns, **hub_kwargs)
@@ -44,7 +43,7 @@ def download(name_or_path: str, subfolder: str = "", patterns: Iterable[str] = _
     return folder
 
 
-def load_causal_lm(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
+def load_full_model(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
     """
     Loads a reward model that is not an adapter.
 
@@ -52,7 +51,7 @@ def load_causal_lm(folder: Path, name: str, **kwargs: Any) -> PreTrainedModel:
         folder (`Path`):
             Its folder.
         name (`str`):
-            What to call it.
+            Its name in messages.
         **kwargs:
             Passed to `AutoModelForCausalLM.from_pretrained`.
 
@@ -87,20 +86,20 @@ def load_adapter(
     kwargs: dict[str, Any],
 ) -> PeftModel:
     """
-    Loads an adapter onto the weights of the base, if it was trained on these and only adds to them, or else onto a
-    model of its own.
+    Loads an adapter onto the weights of the base, if it was trained on these and only adds to them, or else onto
+    another copy of the model that it was trained on.
 
     Args:
         folder (`Path`):
             Its folder.
         name (`str`):
-            What to call it.
+            Its name in messages.
         info ([`RewardInfo`]):
-            What it says about itself.
+            What is recorded about it.
         base_model ([`~transformers.PreTrainedModel`], *optional*):
             The model to be steered.
         hub_kwargs, kwargs (`dict`):
-            Where to find a model of its own, and how to load it.
+            Where to find that copy, and how to load it.
 
     Raises:
         ValueError: if the adapter or its model are pickled, damaged, incomplete or not finite.
@@ -111,13 +110,13 @@ def load_adapter(
     config = adapter_config(folder / ADAPTER_CONFIG)
     refuse_other_dtypes(folder)
     if config.peft_type == PeftType.XLORA:
-        raise ValueError(f"`{name}` is X-LoRA, which loads other adapters as it likes. Load one of these instead.")
+        raise ValueError(f"`{name}` is X-LoRA, which loads other adapters itself. Load one of these instead.")
     objection = _why_not_shared(base_model, config, info, kwargs)
     if base_model is not None:
         refuse_out_of_bounds(config, base_model, name)
     if base_model is not None and objection is None:
         adds = n_added_tokens(base_model, config, folder) > 0
-        objection = "it adds tokens" if adds else why_it_changes(base_model, config, folder)
+        objection = "it adds tokens" if adds else why_adapter_changes_base(base_model, config, folder)
     if base_model is not None and objection is None:
         _refuse_not_finite(load_file(path).items(), name)
         return load_onto_shared_weights(base_model, folder)
@@ -134,7 +133,9 @@ def load_adapter(
     n_added = n_added_tokens(network, config, folder)
     if n_added > 0:  # their weights come with the adapter
         network.resize_token_embeddings(len(embeddings_of(network)) + n_added, mean_resizing=False)
-    why_it_changes(network, config, folder)  # names a tensor that doesn't fit before PEFT stumbles over it
+    why_adapter_changes_base(
+        network, config, folder
+    )  # raises an error with the tensor that doesn't fit, as PEFT doesn't
     _refuse_not_finite(load_file(path).items(), name)
     model = PeftModel.from_pretrained(network, str(folder))
     check_tensors(model, folder)
@@ -146,19 +147,19 @@ def _why_not_shared(
 ) -> str | None:
     if base_model is None:
         return "no `base_model` was given"
-    asked = [name for name in kwargs if name != "trust_remote_code"]
-    if asked:
-        return f"arguments ask for other weights ({', '.join(asked)})"
+    loading = [name for name in kwargs if name != "trust_remote_code"]
+    if loading:
+        return f"arguments require other weights ({', '.join(loading)})"
     wrappers = PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper
     if any(isinstance(module, wrappers) for module in base_model.modules()):
-        return "the base has an adapter of its own"
+        return "the base has an adapter itself"
     is_same = has_weights(base_model, info.base_weights)
     if is_same is False:
         return "it was trained on other weights than those of the base"
     trained_on, given = config.base_model_name_or_path, base_model.name_or_path
     if is_same is None and _is_in_4_bit(trained_on):
         logger.warning(
-            "The adapter names `%s`, a copy in 4 bits. It is taken to be one of the base that is given, `%s`.",
+            "The adapter names `%s`, a 4-bit copy. It is taken for a copy of the given base, `%s`.",
             trained_on,
             given,
         )
@@ -200,7 +201,7 @@ def _load_network(
 
 
 def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """A causal LM that has all of its weights, and the names of those in its files that it doesn't have."""
+    """Loads a causal LM with all of its weights; returns it, and the names of tensors in its files that it lacks."""
     if not kwargs.get("use_safetensors", True):
         raise ValueError(f"`use_safetensors` is {kwargs['use_safetensors']}, but no other weights are loaded. Omit it.")
     # A size that is wrong is an error here, with its name.
@@ -219,19 +220,19 @@ def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTraine
 
 
 def recorded_revision(config: PeftConfig, info: RewardInfo) -> str | None:
-    """The revision of the base that an adapter was trained on, if it is recorded."""
+    """Returns the revision of the base that an adapter was trained on, if it is recorded."""
     is_same = short_name(info.base_model) == short_name(config.base_model_name_or_path)
     return config.revision or (info.base_model_revision if is_same else None)
 
 
 def base_of(name_or_path: str, **hub_kwargs: Any) -> str | None:
-    """The Hub id or folder of the model that an adapter belongs to; `None` for what is no adapter."""
+    """Returns the Hub id or folder of the model that an adapter belongs to; `None` for what is no adapter."""
     path = download(name_or_path, patterns=[ADAPTER_CONFIG], **hub_kwargs) / ADAPTER_CONFIG
     return adapter_config(path).base_model_name_or_path if path.exists() else None
 
 
 def info_of(name_or_path: str, **hub_kwargs: Any) -> RewardInfo:
-    """What a reward model says about itself; nothing, if it has no `genarm_config.json`."""
+    """Returns what is recorded about a reward model; an empty record, if it has no `genarm_config.json`."""
     path = download(name_or_path, patterns=[INFO_NAME], **hub_kwargs) / INFO_NAME
     return RewardInfo.load(path) if path.exists() else RewardInfo()
 
@@ -247,13 +248,13 @@ def adapter_config(path: Path) -> PeftConfig:
 
 
 def _is_in_4_bit(name_or_path: Any) -> bool:
-    """Whether a model is one of the copies that Unsloth loads in place of a model that was asked for."""
+    """Returns whether a model is one of the 4-bit copies that Unsloth loads in place of the model that was named."""
     return short_name(name_or_path).lower().endswith("-bnb-4bit")
 
 
 def _is_old_buffer(folder: Path, key: str, model: PreTrainedModel) -> bool:
     """
-    Whether a tensor that a model doesn't have is no weight, but a mask or a table that old versions of transformers
+    Returns whether a tensor that a model lacks is not a weight, but a mask or a table that old versions of transformers
     saved and new ones compute.
     """
     buffers = {name for name, _ in model.named_buffers()}
@@ -301,8 +302,8 @@ def _refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None
 
 def short_name(name_or_path: Any) -> str:
     """
-    `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`, `/models/SmolLM2-135M` and a folder of the Hub's cache; empty if it
-    is no name at all.
+    Returns the last part of a name: `SmolLM2-135M` for `HuggingFaceTB/SmolLM2-135M`, `/models/SmolLM2-135M` and a
+    folder of the Hub's cache; empty if it is not a name.
     """
     path = PurePath(name_or_path.strip() if isinstance(name_or_path, str) else "")
     cached = [part for part in path.parts if part.startswith("models--")]

@@ -1,4 +1,4 @@
-"""Where models are, and how a reward model with weights of its own gets to where the base is."""
+"""The devices of models, and how a reward model that doesn't share weights gets to where the base is."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..arguments import shown
+from .info import GuidanceWarning
 from .kv_cache import network_of
 from .sharing import shares_weights
-from .warning import GuidanceWarning
 
 # With these arguments a model is put in its place, or made to fit there, while it is loaded.
 _PLACING = {"device_map", "quantization_config", "tp_plan"}
 
 
 def device_of(model: PreTrainedModel | PeftModel) -> torch.device:
-    """The device on which a model takes its input; of one whose layers are on several devices, that of the first."""
+    """Returns the device on which a model takes its input: if its layers are on several devices, that of the first."""
     device_map = getattr(network_of(model), "hf_device_map", {})
     # Weights that are offloaded are computed where the others are, as in `accelerate.dispatch_model`.
     computing = [place for place in device_map.values() if str(place) not in ("cpu", "disk")]
@@ -26,7 +26,7 @@ def device_of(model: PreTrainedModel | PeftModel) -> torch.device:
 
 
 def loaded_as_base(base_model: PreTrainedModel | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that load a reward model with weights of its own: in the dtype of the base, unless they name one."""
+    """Returns arguments that load a separate reward model: in the dtype of the base, unless they name one."""
     if base_model is None or {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
         return dict(kwargs)
     return {**kwargs, "dtype": base_model.dtype}

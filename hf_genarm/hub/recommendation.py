@@ -1,4 +1,4 @@
-"""The part of a model card that says how to steer: a setting, and what it was measured to do beside others."""
+"""The section of a model card that recommends a setting, with what it was measured to do compared with others."""
 
 import re
 from textwrap import fill
@@ -7,7 +7,7 @@ from typing import Any
 from .info import RewardInfo
 
 PICTURE = "tuning.png"
-# What is measured of each setting, and the decimals that it is told with
+# What is measured of each setting, and the decimals that are shown of it
 MEASURES = {"reward": 2, "kl": 1, "perplexity": 1}
 _WIDTH = 120
 _BEGIN, _END = "<!-- begin: hf-genarm tune -->", "<!-- end: hf-genarm tune -->"
@@ -15,9 +15,11 @@ _BEGIN, _END = "<!-- begin: hf-genarm tune -->", "<!-- end: hf-genarm tune -->"
 
 def recommendation(info: RewardInfo) -> str:
     """
+    Writes the section of a card on the recommended setting.
+
     Args:
         info ([`RewardInfo`]):
-            Of a reward model, with what it recommends.
+            What is recorded about a reward model.
 
     Returns:
         `str`: a section of Markdown, or nothing if it recommends nothing.
@@ -45,7 +47,7 @@ def recommendation(info: RewardInfo) -> str:
 
 
 def described(setting: dict[str, Any]) -> str:
-    """A setting in words."""
+    """Returns a setting in words."""
     if setting["alpha"] == 0:
         return f"unguided, temperature {setting['temperature']:g}"
     reference = 'reference `"base"`' if setting["reference"] else "no reference (Eq. 7)"
@@ -53,7 +55,7 @@ def described(setting: dict[str, Any]) -> str:
 
 
 def settings_table(setting: dict[str, Any]) -> list[str]:
-    """The settings that were measured, as a table in Markdown in which the given one is bold."""
+    """Returns the settings that were measured, as a table in Markdown in which the given one is bold."""
     lines = [
         "| strength | reference | temperature | reward | KL per answer | perplexity |",
         "|---|---|---|---|---|---|",
@@ -72,7 +74,7 @@ def settings_table(setting: dict[str, Any]) -> list[str]:
 
 
 def shown_on_the_hub(info: RewardInfo) -> list[dict[str, Any]] | None:
-    """The `widget` of the metadata of a card: prompts, and answers to them at the recommended setting, if any."""
+    """Returns the `widget` in the metadata of a card: prompts with answers at the recommended setting, if any."""
     if info.recommended is None:
         return None
     return [
@@ -82,7 +84,7 @@ def shown_on_the_hub(info: RewardInfo) -> list[dict[str, Any]] | None:
 
 
 def with_recommendation(card: str, section: str) -> str:
-    """A card with the section in place of an earlier one or of the range that was measured, after its quick start."""
+    """Returns a card in which the section replaces an earlier one, or is added after the quick start."""
     card = re.sub(r"\nNo setting is recommended: .*\n", "", card)
     if _BEGIN in card and _END in card:
         before, rest = card.split(_BEGIN, 1)

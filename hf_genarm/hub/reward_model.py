@@ -1,4 +1,4 @@
-"""`AutoregressiveRewardModel`: what is published. Weights, tokenizer, and what it says about itself."""
+"""`AutoregressiveRewardModel`, what is published: weights, tokenizer, and what is recorded about them."""
 
 import logging
 import os
@@ -18,14 +18,14 @@ from .base_weights import has_weights
 from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .kv_cache import network_of
-from .loading import download, load_adapter, load_causal_lm
+from .loading import download, load_adapter, load_full_model
 from .placement import loaded_as_base, put_with_base, refuse_no_dtype
 from .scoring import ScoredTexts, Texts, token_rewards
 from .sharing import without_adapter
 
 logger = logging.getLogger(__name__)
 
-# Say where to find the files; everything else says how to load the weights of the language model.
+# Where to find the files; all other arguments are about how to load the weights of the language model.
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -33,7 +33,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
     r"""
     An autoregressive reward model ([GenARM](https://hf.co/papers/2410.08193)): a causal LM $\pi_r$, usually an adapter,
     whose log-probabilities are rewards, $r(x, y) = \sum_t \log\pi_r(y_t \mid x, y_{<t})$. If it was trained with
-    `reference="base"`, rewards are less those of the model that training started from.
+    `reference="base"`, its rewards are $\log\pi_r - \log\pi_\text{base}$, where the base is the model that training
+    started from.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -90,7 +91,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
             return without_adapter(self.model)
         raise ValueError(
             "All weights of this reward model were trained, so that it does not hold the model that training started "
-            f"from, which its rewards are less (`{self.info.base_model}`). Load it with that model: "
+            f"from and that its rewards are contrasted with (`{self.info.base_model}`). Load it with that model: "
             "`from_pretrained(..., base_model=model)`, or `--base` of a command."
         )
 
@@ -114,25 +115,26 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 Hub id or local folder. The weights must be safetensors.
             base_model ([`~transformers.PreTrainedModel`], *optional*):
                 The model to be steered. An adapter that was trained on it shares its weights, in other modules around
-                the same parameters; `base_model` itself is not touched. It is shared if it has no adapter of its own,
-                the weights are those that the adapter was trained on (by the fingerprint in `genarm_config.json`; where
-                there is none, or they are quantised, by the name in `base_model_name_or_path` after its last `/`), the
-                adapter only adds to them, and no argument asks for other weights. Otherwise the adapter is loaded onto
-                a model of its own, so that its rewards are what it has learned; you are warned if that is not the one
-                that it was trained on either.
+                the same parameters; `base_model` itself is not changed. They are shared if `base_model` has no adapter
+                itself, its weights are those that the adapter was trained on (by the fingerprint in
+                `genarm_config.json`; where there is none, or they are quantised, by the name in
+                `base_model_name_or_path` after its last `/`), the adapter only adds to them, and no argument requires
+                other weights. Otherwise the adapter is loaded onto another copy of the model that it was trained on, so
+                that its rewards are what it has learned; there is a warning if the weights of that copy are not those
+                that it was trained on.
             base_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*, defaults to `"auto"`):
                 The tokenizer of `base_model`, for a reward model on its weights that has none in its folder; `None` if
                 there is none. `"auto"` looks for it where `base_model` came from.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
-                Whether to run code from the repository of the language model. Without it, nobody is asked.
+                Whether to run code from the repository of the language model. There is no interactive question.
             subfolder (`str`, *optional*):
                 The folder within the repository.
             **kwargs:
-                `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` say where to find it. All
+                `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` are used to find it. All
                 others are passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`,
                 `quantization_config`, … For an adapter these are about the model that it is loaded onto. A reward model
-                with weights of its own is put on the device of `base_model` and into its dtype, unless these say
-                otherwise.
+                that doesn't share weights is put on the device of `base_model` and into its dtype, unless these
+                arguments choose others.
 
         Returns:
             [`AutoregressiveRewardModel`], in evaluation mode.
@@ -176,13 +178,13 @@ class AutoregressiveRewardModel(PushToHubMixin):
             )
         model: PreTrainedModel | PeftModel
         reference = None
-        kwargs["trust_remote_code"] = trust_remote_code  # left out, transformers would ask
+        kwargs["trust_remote_code"] = trust_remote_code  # if it is left out, transformers asks interactively
         if (folder / "adapter_config.json").exists():
             hub_kwargs.pop("revision", None)  # is that of the adapter
             model = load_adapter(folder, name, info, base_model, hub_kwargs, kwargs)
         else:
             logger.info("%s: engine `separate`, because it is not an adapter.", name)
-            model = load_causal_lm(folder, name, **loaded_as_base(base_model, kwargs))
+            model = load_full_model(folder, name, **loaded_as_base(base_model, kwargs))
             if base_model is not None and has_weights(base_model, info.base_weights):
                 reference = base_model
         put_with_base(model, base_model, kwargs)
@@ -224,11 +226,11 @@ class AutoregressiveRewardModel(PushToHubMixin):
 
     def score(self, prompts: Texts, responses: Texts, **kwargs: Any) -> Tensor:
         r"""
-        The reward of each response, $\log\pi_r(y \mid x)$, its end token included.
+        Returns the reward of each response, $\log\pi_r(y \mid x)$, its end token included.
 
-        Longer responses have lower rewards: compare those of one prompt, and mind their lengths. A reward model that
-        was trained with `length_normalized` gives the mean over the tokens instead, and one that was trained with
-        `reference="base"` what its log-probability has gained, $\log\pi_r(y \mid x) - \log\pi_\text{base}(y \mid x)$.
+        Longer responses have lower rewards: compare only responses to the same prompt, of similar lengths. A reward
+        model that was trained with `length_normalized` gives the mean over the tokens instead, and one that was trained
+        with `reference="base"` the difference $\log\pi_r(y \mid x) - \log\pi_\text{base}(y \mid x)$.
 
         Args:
             prompts, responses (list of `str` or of messages):
@@ -243,7 +245,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         return torch.stack([self.reduce(row.rewards) for row in rows]) if rows else torch.empty(0)
 
     def reduce(self, token_rewards: Tensor) -> Tensor:
-        """The reward of a response from those of its tokens, `(length,)`: their sum, or their mean if so trained."""
+        """Returns the reward of a response from those of its tokens, `(length,)`: their sum, or mean if so trained."""
         return token_rewards.mean() if self.info.loss.get("length_normalized") else token_rewards.sum()
 
     def token_rewards(
@@ -256,8 +258,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
         show_progress: bool = False,
     ) -> ScoredTexts:
         """
-        The reward of each token of each response, with its place in the text: a list of [`TokenRewards`] that draws
-        itself in notebooks.
+        Returns the reward of each token of each response, with its place in the text, as a list of [`TokenRewards`]
+        that draws itself in notebooks.
 
         Args:
             prompts, responses (list of `str` or of messages):
@@ -279,7 +281,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         )
 
     def as_reward_func(self, batch_size: int = 8) -> Callable[..., list[float]]:
-        """The callable that [`~trl.GRPOTrainer`] expects in `reward_funcs`: `score` of prompts and completions."""
+        """Returns `score` of prompts and completions as [`~trl.GRPOTrainer`] expects it in `reward_funcs`."""
 
         def autoregressive_reward(prompts: list, completions: list, **_: Any) -> list[float]:
             return self.score(prompts, completions, batch_size=batch_size).tolist()
@@ -290,7 +292,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
 def find_tokenizer(
     *names_or_paths: str | Path, token: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the first of these folders or repositories that has one which may be run."""
+    """Returns the tokenizer of the first of these folders or repositories that has one which may be run."""
     for name_or_path in names_or_paths:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, token=token, trust_remote_code=trust_remote_code)

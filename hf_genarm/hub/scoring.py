@@ -1,4 +1,4 @@
-"""The rewards of finished responses, one for each token: no generation, one forward pass over the text."""
+"""The rewards of the tokens of finished responses: no generation, one forward pass over each text."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +11,13 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..functional import token_log_probs
 from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
 from .causality import refuse_not_causal
-from .end_of_turn import end_token_ids, length_to_end
 from .kv_cache import CACHE, embeddings_of, network_of, new_cache
 from .limits import fixed_length, refuse_out_of_range, refuse_unknown_ids, why_no_cache
 
@@ -29,7 +28,7 @@ Texts = Sequence[str] | Sequence[Messages]
 @dataclass
 class TokenRewards(Drawing):
     r"""
-    The rewards $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of one response, and where they stand in its text. It
+    Holds the rewards $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of one response, and their places in its text. It
     draws itself in notebooks, with `plot()` and with `to_ansi()`; [`TokenRewards.beside`] compares it with others.
 
     Parameters:
@@ -40,7 +39,7 @@ class TokenRewards(Drawing):
         offsets (list of `tuple[int, int]`):
             Start and end of each token in `text`.
         rewards (`torch.FloatTensor` of shape `(length,)`):
-            The reward of each token, in nats; less that of the reference, if it was trained so.
+            The reward of each token, in nats: its log-probability, minus that of the reference if it was trained so.
     """
 
     text: str
@@ -51,7 +50,7 @@ class TokenRewards(Drawing):
     def token_texts(self) -> list[TokenText]:
         tokens, last = [], 0
         for (start, end), reward in zip(self.offsets, self.rewards.tolist(), strict=True):
-            # With what some tokenizers leave out between tokens; the end of the text has no characters of its own.
+            # With what some tokenizers leave out between tokens; the end of the text has no characters.
             text = self.text[last:end] if end > start else "∎"
             tokens.append(Token(text, reward, (("reward", f"{reward:.2f} nats"),)))
             last = max(last, end)
@@ -59,7 +58,7 @@ class TokenRewards(Drawing):
 
 
 class ScoredTexts(Drawing, list[TokenRewards]):
-    """The [`TokenRewards`] of several responses: a plain `list` that draws them side by side, on one scale."""
+    """Holds the [`TokenRewards`] of several responses: a plain `list` that draws them side by side, on one scale."""
 
     def token_texts(self) -> list[TokenText]:
         return [text for row in self for text in row.token_texts()]
@@ -84,6 +83,8 @@ def token_rewards(
     reference: PreTrainedModel | None = None,
 ) -> ScoredTexts:
     """
+    Computes the reward of each token of each response.
+
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The reward model.
@@ -100,7 +101,7 @@ def token_rewards(
         show_progress (`bool`):
             Whether to show a progress bar.
         reference ([`~transformers.PreTrainedModel`], *optional*):
-            A model with the same tokens, whose log-probabilities the rewards are less.
+            A model with the same tokens, whose log-probabilities are subtracted.
 
     Returns:
         [`ScoredTexts`], a list of [`TokenRewards`] in the order of the responses.
@@ -144,8 +145,22 @@ def token_rewards(
     return ScoredTexts(result for result in results if result is not None)
 
 
+# What chat templates write after the end token of a response is neither trained on nor scored.
+def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the tokens at which generation stops: that of the tokenizer, and those that the model names."""
+    named = generation_config.eos_token_id if generation_config is not None else None
+    ends = named if isinstance(named, list) else [named]
+    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
+
+
+def length_to_end(input_ids: Sequence[int], start: int, ends: set[int]) -> int:
+    """Returns the number of tokens of a text up to the last end token of its response; all, if it has none."""
+    last = next((at for at in range(len(input_ids) - 1, start - 1, -1) if input_ids[at] in ends), len(input_ids) - 1)
+    return last + 1
+
+
 def _listed(name: str, texts: Any) -> list:
-    """The texts, each of a type that there is."""
+    """Returns texts as a list, and refuses what is neither text nor a chat."""
     if isinstance(texts, str | bytes | Mapping | Tensor) or not isinstance(texts, Iterable):
         raise TypeError(
             f"`{name}` is {shown(texts)}, but it must be a list of texts or of chats. Put it in a list: `[...]`."
@@ -168,7 +183,7 @@ def _listed(name: str, texts: Any) -> list:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, response: Any) -> _Example:
-    """The tokens as in training: of prompt and response together, so that the boundary may lie within a token."""
+    """Tokenizes as in training: prompt and response together, so that the boundary may lie within a token."""
     if isinstance(prompt, str):
         if not isinstance(response, str):
             raise ValueError("The prompt is text, but the response is a list of messages. Give both in the same form.")
@@ -186,7 +201,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, r
         turn = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
         before = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
         both = str(tokenizer.apply_chat_template([*prompt, *turn], tokenize=False))
-        # Templates that write the prompt otherwise once it is answered share less of it.
+        # Some templates write the prompt in another way once it is answered; less of it is shared then.
         shared = next((i for i, (x, y) in enumerate(zip(before, both, strict=False)) if x != y), len(before))
         before, text = both[:shared], both[shared:]
         encoded = tokenizer(both, add_special_tokens=False, return_offsets_mapping=True)
@@ -207,10 +222,10 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, r
 
 @torch.no_grad()
 def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk_length: int) -> Tensor:
-    """Log-probabilities of the tokens after the first, `(len(texts), longest - 1)`; what is after an end is garbage."""
+    """Returns log-probabilities of all tokens but the first, `(len(texts), longest - 1)`; ignore those after an end."""
     longest, network = max(map(len, texts)), network_of(model)
     fixed = longest <= fixed_length(network)
-    if not fixed and len(texts) > 1:  # what is read beside it would change it
+    if not fixed and len(texts) > 1:  # the other texts in the batch would change it
         rows = [_log_probs(model, [text], chunk_length)[0] for text in texts]
         return pad_sequence(rows, batch_first=True)
     input_ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)

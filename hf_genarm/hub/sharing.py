@@ -1,4 +1,4 @@
-"""A second set of modules around the weights of a model: it costs no memory, and the model never notices."""
+"""A second set of modules around the weights of a model, which costs no memory and changes nothing in the model."""
 
 import copy
 import functools
@@ -25,19 +25,19 @@ _MERGING = ("merge", "merge_adapter", "merge_and_unload")  # of layers, and of w
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Other modules around the very parameters and buffers of a model, that nothing done to its modules reaches."""
+    """Returns other modules around the same parameters and buffers, which changes of the model's own don't reach."""
     return copy.deepcopy(model, memo={id(x): x for x in [*model.parameters(), *model.buffers()]})
 
 
 def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
-    Loads an adapter into other modules around the very parameters and buffers of the base model.
+    Loads an adapter into other modules around the same parameters and buffers as those of the base.
 
     Args:
         base_model ([`~transformers.PreTrainedModel`]):
-            It stays as it is, also for threads that use it meanwhile.
+            The base, which is not changed, so that other threads can use it meanwhile.
         folder (`str`):
-            The folder of an adapter for which [`why_it_changes`] is `None`.
+            The folder of an adapter for which [`why_adapter_changes_base`] is `None`.
     """
     network, originals = frozen_twin(base_model)
     model = PeftModel.from_pretrained(network, folder)
@@ -53,27 +53,28 @@ def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) ->
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """A model with weights of its own, those of the adapter added to those below; a model without an adapter itself."""
+    """Returns a copy of a model with the adapter merged into its weights; a model without an adapter as it is."""
     if not isinstance(model, PeftModel):
         return model
     return copy.deepcopy(model).merge_and_unload()
 
 
 def _merge_if_own(module: nn.Module, name: str, shared: frozenset[int], *args: Any, **kwargs: Any) -> Any:
-    """Merges what is a copy with weights of its own, and refuses what shares those of the base."""
+    """Merges an adapter into a model that is a copy, and refuses to merge into weights of the base."""
     if shared.isdisjoint(map(id, module.parameters())):
         return getattr(type(module), name)(module, *args, **kwargs)
     raise ValueError(
         f"`{name}` would change the weights of the base model, which this adapter shares. Merge a copy, "
-        "`copy.deepcopy(model)`, or load it with weights of its own, without `base_model`: "
+        "`copy.deepcopy(model)`, or load it as a separate model, without `base_model`: "
         "`AutoregressiveRewardModel.from_pretrained(...)`."
     )
 
 
 def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]:
     """
-    A twin that PEFT may freeze: whether a weight is frozen shows in the last bits of a forward pass. With the
-    parameters of the model by those that stand for them.
+    Returns a twin that PEFT may freeze, and the parameters of the model by those that replace them in the twin.
+
+    Whether a weight is frozen can change the last bits of a forward pass.
     """
     aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
     shared: dict[int, Any] = {id(x): aliases.get(x, x) for x in base_model.parameters()}
@@ -83,8 +84,8 @@ def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]
 
 def without_adapter(model: PeftModel) -> PreTrainedModel:
     """
-    Other modules around the very parameters of a model, in which its adapter is off: unlike
-    [`~peft.PeftModel.disable_adapter`], nothing of the model itself changes meanwhile.
+    Returns other modules around the same parameters, in which the adapter is off: unlike
+    [`~peft.PeftModel.disable_adapter`], it doesn't change the model meanwhile.
     """
     base, _ = frozen_twin(model)
     if not model.active_peft_config.is_prompt_learning:  # which is left out with the model that is around the base
@@ -93,14 +94,14 @@ def without_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def shares_weights(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> bool:
-    """Whether a model is a second set of modules around weights of the base model, with or without some of its own."""
+    """Returns whether a model has parameters that are also parameters of the base."""
     return not set(model.parameters()).isdisjoint(base_model.parameters())
 
 
 def follow(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> None:
-    """Moves what a model that shares the weights of the base has of its own to the device of the base."""
+    """Moves what a model doesn't share with the base, such as its adapter, to the device of the base."""
     shared = {id(x) for x in base_model.parameters()}
-    if len({x.device for x in base_model.parameters()}) > 1:  # each layer of it is where it was put
+    if len({x.device for x in base_model.parameters()}) > 1:  # each layer of the adapter is with its layer of the base
         return
     for module in model.modules():
         for name, x in [*module._parameters.items(), *module._buffers.items()]:
@@ -110,16 +111,16 @@ def follow(model: PreTrainedModel | PeftModel, base_model: PreTrainedModel) -> N
                 setattr(module, name, nn.Parameter(moved, requires_grad=x.requires_grad) if own else moved)
 
 
-def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str | Path) -> str | None:
+def why_adapter_changes_base(base_model: PreTrainedModel, config: PeftConfig, folder: str | Path) -> str | None:
     """
-    Why an adapter may change weights of the model that it is loaded onto, instead of only adding some; `None` if it
-    doesn't.
+    Returns why an adapter may change weights of the model that it is loaded onto, instead of only adding some; `None`
+    if it doesn't.
 
     Args:
         base_model ([`~transformers.PreTrainedModel`]):
             The model that it would be loaded onto.
         config ([`~peft.PeftConfig`]):
-            Of the adapter.
+            The configuration of the adapter.
         folder (`str`):
             Its folder.
 
@@ -134,7 +135,7 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
         unusual.append("init_lora_weights")
     if unusual:
         return f"`{unusual[0]}={getattr(config, unusual[0])!r}` may change the weights of the base"
-    # Trained biases and embeddings are loaded into those of the base. PEFT says which: it saves what it loads.
+    # Trained biases and embeddings are loaded into those of the base. What PEFT saves is what it loads.
     network, _ = frozen_twin(base_model)
     shared = {id(x) for x in [*network.parameters(), *network.buffers()]}
     with torch.device("meta"):  # no memory, and no random numbers
@@ -147,20 +148,20 @@ def why_it_changes(base_model: PreTrainedModel, config: PeftConfig, folder: str 
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether the numbers in a tensor are there to be read: not quantised, offloaded or sharded."""
+    """Returns whether the numbers in a tensor can be read: it is not quantised, offloaded or sharded."""
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return type(x.data) is Tensor and x.dtype in floats and not x.is_meta
 
 
 def adapter_tensors(model: PeftModel, with_embeddings: bool = False) -> dict[str, Tensor]:
-    """What PEFT saves of an adapter, and loads again: the very parameters, by their names in the file."""
+    """Returns what PEFT saves and loads of an adapter: the parameters themselves, by their names in the file."""
     state = model.state_dict(keep_vars=True)
     return get_peft_model_state_dict(model, state, save_embedding_layers=with_embeddings)
 
 
 def saved_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """
-    The shapes of the tensors in the folder of an adapter, by their names.
+    Returns the shapes of the tensors in the folder of an adapter, by their names.
 
     Raises:
         ValueError: if the file is damaged.

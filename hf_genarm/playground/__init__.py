@@ -1,1 +1,1 @@
-"""A page on which guidance is tried out: two answers that stream side by side. Needs the extra `demo`."""
+"""The playground: a page with two answers that stream side by side. It needs the extra `demo`."""

@@ -22,7 +22,7 @@ from .models import Models, chat_of
 @dataclass
 class Settings:
     """
-    The settings of a visitor. Those marked as live act from the next token on.
+    Holds the settings of a visitor. Those marked as live act from the next token on.
 
     Parameters:
         strengths (`dict[str, float]`):
@@ -36,7 +36,7 @@ class Settings:
         seed (`int`):
             Seed of both answers.
         max_new_tokens (`int`):
-            Longest answer.
+            Length of the longest answer.
     """
 
     strengths: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Settings:
 @dataclass
 class Frame:
     """
-    Two answers as far as they are written, unguided first.
+    Holds two answers as far as they are written, unguided first.
 
     Parameters:
         ids (list of list of `int`):
@@ -68,7 +68,7 @@ class Frame:
 
 class Answer:
     """
-    Both answers to a question, as they are written, in one batch of two rows whose strengths differ.
+    Writes both answers to a question, in one batch of two rows whose strengths differ.
 
     Args:
         models ([`Models`]):
@@ -80,7 +80,7 @@ class Answer:
 
     Attributes:
         strengths_at (list of `tuple[int, list[float]]`):
-            The strengths that were in force, from which token on.
+            Strengths, with the token from which on they were in force.
         prompt_length (`int`):
             Number of tokens of the question.
 
@@ -120,7 +120,7 @@ class Answer:
             thread.join()
 
     def scores(self, frame: Frame) -> dict[str, list[float]]:
-        r"""The contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward model, in nats."""
+        r"""Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward model, in nats."""
         model, tokenizer = self._models.model, self._models.tokenizer
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
         chats = [chat_of(self.prompt)] * len(texts)
@@ -132,7 +132,7 @@ class Answer:
         return {name: (reward - base).tolist() for name, reward in rewards.items()}
 
     def _strengths(self, step: int) -> Tensor:
-        """The strengths for the next token: the first row is unguided."""
+        """Returns the strengths for the next token: the first row is unguided."""
         settings = self.settings
         # A reward model that the visitor has replaced meanwhile is off.
         now = [settings.strengths.get(name, 0.0) for name in self.names]

@@ -19,7 +19,7 @@ MAX_PROMPT_TOKENS = 512
 
 class Models:
     """
-    A base, the reward models that the playground was started with, and a few that visitors have loaded.
+    Holds a base, the reward models that the playground was started with, and a few that visitors have loaded.
 
     Args:
         base ([`Base`]):
@@ -44,7 +44,7 @@ class Models:
         self.base, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                f"`{self.base}` has no chat template, which the playground needs to ask questions. Use a chat model."
+                f"`{self.base}` has no chat template, which the playground needs for questions. Use a chat model."
             )
         self.adapters = list(adapters)
         self.takes_folders = takes_folders
@@ -54,7 +54,7 @@ class Models:
         self.unguided_speed = self._measure()
 
     def _measure(self) -> float:
-        """Tokens per second of the base alone, in the second of two runs: the first one warms up."""
+        """Measures the tokens per second of the base alone, in the second of two runs: the first one warms up."""
         inputs, n_tokens = self.question("Hello"), 16
         for _ in range(2):
             start = time.monotonic()
@@ -63,10 +63,10 @@ class Models:
 
     def reward_model(self, name: str) -> AutoregressiveRewardModel:
         """
-        A reward model by its name, loaded if it is not yet there.
+        Returns a reward model by its name, and loads it if necessary.
 
         Raises:
-            ValueError: if it is no adapter on the base, or not allowed.
+            ValueError: if it is not an adapter on the base, or not allowed.
             OSError: if it can't be found.
         """
         if name in self._own:
@@ -75,8 +75,8 @@ class Models:
         if not self.takes_folders and (Path(name).exists() or not is_hub_id):
             # The same message for all names, so that it doesn't reveal which folders exist.
             raise ValueError(
-                f"`{name}` is not the Hub id of an adapter (`user/my-arm`), and no folder of the machine that serves "
-                "this page is taken."
+                f"`{name}` is not the Hub id of an adapter (`user/my-arm`), and folders of the machine that serves "
+                "this page are not allowed."
             )
         if not Path(name).is_dir() and not is_hub_id:
             raise ValueError(f"`{name}` is neither a Hub id (`user/my-arm`) nor a folder.")
@@ -94,8 +94,8 @@ class Models:
     def _load_guest(self, name: str) -> AutoregressiveRewardModel:
         trained_on = base_of(name)
         if trained_on is None:
-            raise ValueError(f"`{name}` is no adapter: it has no `adapter_config.json`.")
-        # Checked before anything large is loaded, and again afterwards: some adapters need weights of their own.
+            raise ValueError(f"`{name}` is not an adapter: it has no `adapter_config.json`.")
+        # Checked before anything large is loaded, and again afterwards: some adapters can't share weights.
         if short_name(trained_on) != short_name(self.base):
             raise ValueError(self._refusal(name, f"it was trained on `{trained_on}`"))
         arm = self._load(name)
@@ -105,33 +105,35 @@ class Models:
 
     def _refusal(self, name: str, why: str) -> str:
         return (
-            f"`{name}` is no adapter on the weights of `{self.base}`, because {why}, and the playground loads no "
+            f"`{name}` is not an adapter on the weights of `{self.base}`, because {why}, and the playground loads no "
             "second model. Start it with the base of that adapter: `hf-genarm demo --base …`."
         )
 
     def question(self, prompt: str) -> Any:
         """
-        The tokens of a question, ready for `generate`.
+        Returns the tokens of a question as arguments of `generate`.
 
         Raises:
             ValueError: if it is empty or too long.
         """
         if not prompt.strip():
-            raise ValueError("The prompt is empty. Ask something.")
+            raise ValueError("The prompt is empty. Write a question.")
         inputs: Any = self.tokenizer.apply_chat_template(
             chat_of(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         length = inputs["input_ids"].shape[1]
         if length > MAX_PROMPT_TOKENS:
-            raise ValueError(f"The prompt has {length} tokens, but at most {MAX_PROMPT_TOKENS} are taken. Shorten it.")
+            raise ValueError(
+                f"The prompt has {length} tokens, but at most {MAX_PROMPT_TOKENS} are allowed. Shorten it."
+            )
         return inputs.to(device_of(self.model))
 
 
 def chat_of(prompt: str) -> list[dict[str, str]]:
-    """A question as the messages that a chat template takes."""
+    """Returns a question as the messages that a chat template takes."""
     return [{"role": "user", "content": prompt}]
 
 
 def title_of(name: str, arm: AutoregressiveRewardModel) -> str:
-    """A short label for a slider: the objective that the reward model records, or else its name."""
+    """Returns the label of a slider: the objective that the reward model records, or else its name."""
     return arm.info.objective or Path(name).name

@@ -43,7 +43,7 @@ CSS = """
 
 @dataclass
 class Visitor:
-    """The state of one open page."""
+    """Holds the state of one open page."""
 
     settings: Settings
     own: str | None = None
@@ -67,7 +67,7 @@ def build_page(models: Models) -> gr.Blocks:
     titles = [title_of(name, arm) for name, arm in zip(models.adapters, arms, strict=True)]
     measures = [("what guidance changed", "change"), ("divergence", "kl")]
     measures += [(f"reward: {title}", f"reward_log_prob_{index}") for index, title in enumerate(titles)]
-    # The first reward model is on, as it recommends.
+    # At first only one reward model is on, with the settings that it recommends.
     first = [arms[0].info]
     first_strengths = [*recommended_alpha(first), *[0.0] * len(arms[1:])]
     first_reference = wanted_reference(first, models.adapters[:1]) or "none"
@@ -210,18 +210,18 @@ def build_page(models: Models) -> gr.Blocks:
 
 
 def panel(side: str, text: str) -> str:
-    """The box of one answer."""
+    """Returns the box of one answer."""
     return f'<div class="answer"><b>{side}</b><span>{escape(visible(text))}</span></div>'
 
 
 def texts_of(models: Models, frame: Frame) -> list[str]:
-    """The boxes of both answers."""
+    """Returns the boxes of both answers."""
     texts = [str(models.tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
     return [panel(side, text) for side, text in zip(SIDES, texts, strict=True)]
 
 
 def colored(models: Models, answer: Answer, frame: Frame, table: GuidedTokens, measure: str) -> list[TokenText]:
-    """Both texts with the colours of a measure; tokens that no reward model has scored have none."""
+    """Returns both texts with the colours of a measure; tokens that no reward model has scored have none."""
     known = table.tokens(measure)
     texts = []
     for row, (side, ids) in enumerate(zip(SIDES, frame.ids, strict=True)):
@@ -231,7 +231,7 @@ def colored(models: Models, answer: Answer, frame: Frame, table: GuidedTokens, m
 
 
 def facts(models: Models, frame: Frame, scores: dict[str, list[float]] | None) -> str:
-    """A table of the speed and, once they are known, the scores of both texts by each reward model."""
+    """Returns a table of the speed and, once they are known, the scores of both texts by each reward model."""
     n_tokens = [len(ids) for ids in frame.ids]
     speed = max(n_tokens) / frame.seconds if frame.seconds else 0.0
     rows = [
@@ -248,7 +248,7 @@ def facts(models: Models, frame: Frame, scores: dict[str, list[float]] | None) -
 
 def chart(values: Sequence[float], label: str) -> str:
     """
-    A chart as SVG: values as bars, and their running mean as a line.
+    Draws a chart as SVG: values as bars, and their running mean as a line.
 
     Args:
         values (list of `float`):

@@ -34,7 +34,7 @@ def script_of(models: Models, answer: Answer) -> str:
     """
     settings, is_demo_model = answer.settings, models.base == DEMO_MODEL_ID
     options = f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""
-    # Written in any case, as a reward model may recommend another one.
+    # Always given, since the reward model may recommend another one.
     options += ', reference="base"' if settings.reference == "base" else ", reference=None"
     script = _SCRIPT.format(
         base="demo_model()" if is_demo_model else repr(models.base),
@@ -51,13 +51,14 @@ def script_of(models: Models, answer: Answer) -> str:
     )
     if answer.changed_otherwise:
         script = (
-            "# Temperature or target KL were changed while the answer was written, which this does not do.\n" + script
+            "# Temperature or target KL were changed while the answer was written, which this script doesn't do.\n"
+            + script
         )
     return script
 
 
 def _schedule(strengths_at: list[tuple[int, list[float]]]) -> str:
-    """The strengths, or if they were changed a function of the step."""
+    """Returns code for the strengths: numbers, or if they were changed a function of the step."""
     (_, strengths), *later = strengths_at
     if not later:
         return repr(strengths)

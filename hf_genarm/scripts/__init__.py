@@ -1,1 +1,1 @@
-"""The bodies of the commands; each is an example of how to use the package, too."""
+"""The bodies of the commands, which are also examples of how to use the package."""

@@ -17,7 +17,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass
 class DemoArguments(BaseArguments):
-    """Which reward models to show, and where to serve the page."""
+    """Chooses the reward models to show, and the address of the page."""
 
     arm: list[str] | None = field(
         default=None,

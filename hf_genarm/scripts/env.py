@@ -27,7 +27,7 @@ OPTIONAL = ("vllm", "lm_eval", "gradio")
 
 @dataclass
 class EnvArguments(BaseArguments):
-    """Which models to load, to report how they are run. None by default."""
+    """Chooses models to load, to report how they are run; none by default."""
 
     arm: list[str] | None = field(
         default=None, metadata={"help": "Hub id or folder of a reward model. Repeatable.", "action": "extend"}
@@ -68,7 +68,7 @@ def _version(package: str) -> str:
 
 
 def _device() -> str:
-    """The device that commands run on by default."""
+    """Returns the name of the device that commands run on by default."""
     device = PartialState().device
     if device.type == "cuda":
         return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
@@ -76,7 +76,7 @@ def _device() -> str:
 
 
 def _engines(args: EnvArguments) -> list[str]:
-    """The base, and the lines that are logged while reward models are loaded: the engine of each, with the reason."""
+    """Loads the models; returns the base, and what is logged: the engine of each reward model, with the reason."""
     lines: list[str] = []
 
     class Keep(logging.Handler):

@@ -30,7 +30,7 @@ from .plots import plot_evaluation
 @dataclass
 class EvaluateArguments(BaseArguments):
     """
-    Which reward model to evaluate, and where to put the report.
+    Chooses the reward model to evaluate, and the folder of the report.
 
     The base is that of an adapter, or the model that the training of all weights with `reference="base"` started from;
     another full model has none.
@@ -104,7 +104,7 @@ def load(args: EvaluateArguments) -> AutoregressiveRewardModel:
 
 
 def predict(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> EvalPrediction:
-    """Rewards of pairs and their numbers of tokens, as [`preference_metrics`] takes them."""
+    """Scores pairs; returns rewards and numbers of tokens as [`preference_metrics`] takes them."""
     beta = arm.info.beta or 1.0
     rewards, lengths = score(arm, pairs, batch_size)
     labels: Any = (lengths,)
@@ -125,7 +125,7 @@ def score(arm: AutoregressiveRewardModel, pairs: Dataset, batch_size: int) -> tu
 
 
 def table(name: str, metrics: dict[str, float]) -> str:
-    """The report, as a table for people."""
+    """Returns the report as a table of text."""
 
     def share(metric: str) -> str:
         return "{:.3f} [{:.3f}, {:.3f}]".format(*(metrics[metric + end] for end in ("", "_low", "_high")))

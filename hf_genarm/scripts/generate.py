@@ -29,7 +29,7 @@ from .shards import Shards, digest
 
 @dataclass
 class GenerateArguments:
-    """The prompts, how they are answered, and the file of the answers."""
+    """Chooses the prompts, how they are answered, and the file of the answers."""
 
     prompts: str = field(metadata={"help": "JSONL file of prompts."})
     output: str = field(metadata={"help": "JSONL file of answers, which must not exist yet."})
@@ -37,9 +37,9 @@ class GenerateArguments:
     batch_size: int = field(default=8, metadata={"help": "Prompts in a forward pass."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers."})
     do_sample: bool = field(default=False, metadata={"help": "Whether to sample. By default, answers are greedy."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_k: int = field(default=0, metadata={"help": "Of sampling. 0 keeps all tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Top-p of sampling."})
+    top_k: int = field(default=0, metadata={"help": "Top-k of sampling. 0 keeps all tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling, together with the number of the batch."})
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class GenerateArguments:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}, but must be above 0, and at most 1.")
         if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}, but must be at least 0, which cuts nothing off.")
+            raise ValueError(f"`top_k` is {self.top_k}, but must be at least 0, which keeps all tokens.")
 
 
 _WHERE = ("output", "device", "device_map")  # what answers don't depend on
@@ -109,7 +109,7 @@ def batches_by_length(ids: list[list[int]], size: int) -> Iterator[list[int]]:
 
 
 def answer(model: Any, tokenizer: Any, ids: list[list[int]], processor: Any, options: dict[str, Any]) -> list[str]:
-    """Answers prompts, given as tokens, with guidance; texts without special tokens."""
+    """Answers prompts, given as tokens, with guidance; returns the answers as text without special tokens."""
     inputs = left_padded(tokenizer, ids, device_of(model))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     output = model.generate(**inputs, logits_processor=[processor], pad_token_id=pad, **options)

@@ -1,4 +1,4 @@
-"""A base and the reward models that steer it, as all commands take and load them."""
+"""The arguments for a base and the reward models that steer it, and how all commands load them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from ..hub.base_model import Base, load_base
 @dataclass(kw_only=True)
 class BaseArguments:
     """
-    Which model is steered, where it is put, and in which dtype.
+    Chooses the model that is steered, its device and its dtype.
 
     Parameters:
         base (`str`, *optional*):
@@ -37,7 +37,7 @@ class BaseArguments:
         metadata={"help": "Where to put it: 'cuda', 'cuda:1', 'mps', 'xpu', 'cpu', … Chosen by default."},
     )
     device_map: str | None = field(
-        default=None, metadata={"help": "Instead of a device: 'auto' spreads the layers over all that there are."}
+        default=None, metadata={"help": "Instead of a device: 'auto' spreads the layers over all devices."}
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "Of the weights of the base; 'auto' is that of its checkpoint."}
@@ -73,7 +73,7 @@ class BaseArguments:
 @dataclass
 class GuidanceArguments(BaseArguments):
     """
-    What is steered, by what, and how strongly.
+    Chooses what is steered, by which reward models, and how strongly.
 
     Parameters:
         arm (list of `str`):
@@ -89,7 +89,7 @@ class GuidanceArguments(BaseArguments):
             As for [`BaseArguments`].
 
     Raises:
-        ValueError: if there are not as many strengths as reward models, or one is no number.
+        ValueError: if there are not as many strengths as reward models, or one is not a number.
     """
 
     arm: list[str] = field(

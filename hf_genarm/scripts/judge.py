@@ -19,7 +19,7 @@ HELD_OUT = 0.1
 
 class Judge:
     """
-    A reward model that scores answers, trained with `reference="base"` on pairs that nothing else was trained on.
+    Trains the reward model that scores answers, with `reference="base"`, on pairs that nothing else was trained on.
 
     Args:
         dataset (`str`):

@@ -24,7 +24,7 @@ _COLUMNS_OF_THE_TRAINER = ("margin", "tools", "chat_template_kwargs")  # in addi
 @dataclass
 class PairArguments:
     """
-    The source of preference pairs, and the meaning of its columns.
+    Chooses the source of preference pairs, and the meaning of its columns.
 
     Parameters:
         dataset (`str`):
@@ -99,7 +99,7 @@ def load_pairs(args: PairArguments, split: str) -> Dataset:
     Dialogues in the text format of HH-RLHF become messages. A missing prompt is what both responses begin with.
 
     Raises:
-        ValueError: if the dataset can't be read, lacks the columns, or a row is no pair.
+        ValueError: if the dataset can't be read, lacks the columns, or a row is not a pair.
     """
     dataset = _load(args.dataset, split, args.dataset_config, args.dataset_data_dir)
     wanted = args.response_columns or [args.chosen_column, args.rejected_column]
@@ -176,7 +176,7 @@ def _load(name: str, split: str, config: str | None = None, data_dir: str | None
         )
     if path.is_file() and re.split(r"[\[+]", split)[0] != "train":
         raise ValueError(
-            f"The split `{split}` of `{name}` is asked for, but a file is one split, `train`. Give a folder "
+            f"The split `{split}` of `{name}` was chosen, but a file has only one split, `train`. Give a folder "
             f"with a file for each split (`train.jsonl`, `{split}.jsonl`)"
             + (", or hold pairs out with `--test_size`." if what == "pair" else ".")
         )
@@ -222,13 +222,13 @@ def _prefers_second(label: Any, row: int, args: PairArguments) -> bool:
 
 
 def messages_of(dialogue: str) -> list[dict[str, str]]:
-    """The messages of a dialogue of HH-RLHF, one text with `Human:` or `Assistant:` before each turn."""
+    """Splits a dialogue of HH-RLHF into messages: one text with `Human:` or `Assistant:` before each turn."""
     parts = _TURN.split(dialogue)[1:]
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def public_name(dataset: str) -> str:
-    """The Hub id of a dataset, or the name of a file or folder without its path on this machine."""
+    """Returns the Hub id of a dataset, or the name of a file or folder without its path on this machine."""
     return Path(dataset).name if Path(dataset).exists() else dataset
 
 
@@ -238,12 +238,12 @@ def hold_out(pairs: Dataset, size: float, seed: int = 0) -> tuple[Dataset, Datas
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With a column `prompt`.
+            The pairs, with a column `prompt`.
         size (`float`):
             Share of the pairs, or if it is 1 or more their number, that is held out; a few more, if a prompt has
             several.
         seed (`int`, *optional*, defaults to 0):
-            Of the order in which prompts are drawn. The same pairs are always split in the same way.
+            Seed of the order in which prompts are held out. The same pairs are always split in the same way.
 
     Raises:
         ValueError: if one of the two parts is empty.

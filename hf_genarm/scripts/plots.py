@@ -1,4 +1,4 @@
-"""Pictures of a training run, an evaluation and tuned settings, which are left out if matplotlib is missing."""
+"""Plots of a training run, an evaluation and tuned settings, which are left out if matplotlib is missing."""
 
 from typing import Any
 

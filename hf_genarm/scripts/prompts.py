@@ -1,4 +1,4 @@
-"""Prompts: how they are read from a JSONL file, and how they become tokens of a base."""
+"""Prompts: reading them from a JSONL file, and turning them into tokens of a base."""
 
 import json
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ def read_rows(path: str, column: str) -> list[dict[str, Any]]:
     Reads rows with a text or a list of messages in one column; their other columns are kept unchanged.
 
     Raises:
-        ValueError: if the file can't be read, or a row is no prompt.
+        ValueError: if the file can't be read, or a row is not a prompt.
     """
     try:
         # Not `splitlines`, which also splits within texts, at characters that separate paragraphs
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ValueError(f"`{path}` can't be read: {reason}. Name a JSONL file: `--prompts`.") from error
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -32,10 +32,12 @@ def read_rows(path: str, column: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"Line {number} of `{path}` is no JSON: {error}. Write one object in each line."
+                f"Line {number} of `{path}` is not JSON: {error}. Write one object in each line."
             ) from error
         if not _is_unicode(row):
-            raise ValueError(f"Line {number} of `{path}` has half a character, which can't be written. Mend its text.")
+            raise ValueError(
+                f"Line {number} of `{path}` has half a character, which can't be written. Correct its text."
+            )
         if not isinstance(row, dict):
             raise ValueError(f"Line {number} of `{path}` is {line[:80]}, but must be an object with a `{column}`.")
         if column not in row:
@@ -55,7 +57,7 @@ def read_rows(path: str, column: str) -> list[dict[str, Any]]:
 
 
 def _is_unicode(row: Any) -> bool:
-    """Whether all characters are whole: a text that was cut in the middle of an emoji has half of a surrogate pair."""
+    """Returns whether all characters are whole: a text that is cut within an emoji ends in half of a surrogate pair."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -76,7 +78,7 @@ def _check(prompt: Any, what: str) -> None:
 
 def token_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     """
-    The tokens of a prompt. Messages go through the chat template, up to where the answer begins.
+    Returns the tokens of a prompt. Messages go through the chat template, up to where the answer begins.
 
     Raises:
         ValueError: if there are messages, but no chat template.
@@ -102,10 +104,10 @@ def left_padded(tokenizer: Any, ids: Sequence[list[int]], device: torch.device) 
 
 
 def last_text(prompt: str | list[dict[str, str]]) -> str:
-    """The text of a prompt, or of its last message."""
+    """Returns the text of a prompt, or of its last message."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def completion_of(prompt: str | list[dict[str, str]], text: str) -> str | list[dict[str, str]]:
-    """An answer as text or as a message, like its prompt, so that both are a row of a prompt-completion dataset."""
+    """Returns an answer as text or as a message, like its prompt: a row of a prompt-completion dataset has one kind."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

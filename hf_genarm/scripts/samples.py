@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class SampleArguments:
-    """Samples to log while training."""
+    """Chooses how many samples to log while training, and how long they are."""
 
     log_samples: int = field(
         default=0,
@@ -47,7 +47,7 @@ class SamplesCallback(TrainerCallback):
         prompts (list of `str` or of messages):
             The prompts.
         max_new_tokens (`int`, *optional*, defaults to 48):
-            Longest answer.
+            Length of the longest answer.
 
     Raises:
         ValueError: if no adapter is trained, or the weights are spread over processes.
@@ -56,8 +56,8 @@ class SamplesCallback(TrainerCallback):
     def __init__(self, trainer: Any, prompts: list, max_new_tokens: int = 48):
         if not isinstance(trainer.model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                f"`log_samples` is {len(prompts)}, but samples take an adapter, on a base that each process holds "
-                "whole. Train with `--use_peft`, without FSDP and DeepSpeed, or leave `log_samples` at 0."
+                f"`log_samples` is {len(prompts)}, but samples need an adapter, on a base that each process holds "
+                "completely. Train with `--use_peft`, without FSDP and DeepSpeed, or leave `log_samples` at 0."
             )
         self._trainer, self._prompts, self._max_new_tokens = trainer, prompts, max_new_tokens
         self.rows: list[tuple] = []
@@ -122,7 +122,7 @@ def sample_prompts(pairs: Dataset | None, n_prompts: int) -> list:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """A Markdown table with all characters escaped that would break it."""
+    """Returns a Markdown table in which all characters that would break it are escaped."""
     rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

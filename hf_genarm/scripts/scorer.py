@@ -37,16 +37,16 @@ def load_scorer(name: str) -> Scorer:
 
 def scores_of(scorer: Scorer, name: str, prompts: list, texts: list[str]) -> np.ndarray:
     """
-    The scores of answers, which are passed as texts or messages, like their prompts.
+    Returns the scores of answers, which are passed as texts or messages, like their prompts.
 
     Raises:
-        ValueError: if it doesn't give a finite number to each.
+        ValueError: if the function doesn't return a finite number for each.
     """
     completions = [completion_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     scores = np.array(scorer(prompts=prompts, completions=completions), dtype=float)
     if scores.shape != (len(texts),) or not np.isfinite(scores).all():
         raise ValueError(
-            f"The scorer {name} gave {scores.tolist()!r:.80} for {len(texts)} answers, but must give a finite number "
-            "for each. Correct it; the answers are kept."
+            f"The scorer {name} returned {scores.tolist()!r:.80} for {len(texts)} answers, but must return a finite "
+            "number for each. Correct it; the answers are kept."
         )
     return scores

@@ -1,4 +1,4 @@
-"""Answers that are saved as they are written: a file for each process, merged at the end."""
+"""Saving of answers as they are written: a file for each process, merged at the end."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ _RUN = "run.json"
 
 class Shards:
     """
-    The answers of a command that may be killed at any time, in a folder next to its output.
+    Keeps the answers of a command that may be killed at any time, in a folder next to its output.
 
     Each answer is one line, with the number of its prompt; a line that was cut off by a kill doesn't count.
 
@@ -66,7 +66,7 @@ class Shards:
             write_whole(path, json.dumps(settings, indent=2))
 
     def done(self) -> set[int]:
-        """The numbers of the prompts that are answered, by any process, now or before."""
+        """Returns the numbers of the prompts that are answered, by any process, now or before."""
         return {row["row"] for row in self._answers()}
 
     def add(self, answers: dict[int, Any]) -> None:
@@ -107,7 +107,7 @@ class Shards:
 
 
 def digest(rows: list[dict[str, Any]]) -> str:
-    """A fingerprint of the rows of prompts."""
+    """Returns a fingerprint of the rows of prompts."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -25,11 +25,13 @@ _LEARNED = "{} minus base, nats"
 
 @dataclass
 class ShowArguments:
-    """The question, and how it is answered."""
+    """Chooses the question, and how it is answered."""
 
     prompt: str = field(metadata={"help": "A question, or if the base has no chat template, the beginning of a text."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers."})
-    temperature: float = field(default=1.0, metadata={"help": "Of both answers; 0 takes the likeliest token."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both answers; 0 takes the likeliest token."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the random numbers."})
     width: int | None = field(default=None, metadata={"help": "Width in columns. Defaults to that of the terminal."})
 
@@ -42,7 +44,7 @@ class ShowArguments:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")
         if not self.prompt.strip():
-            raise ValueError("`prompt` is empty. Ask something.")
+            raise ValueError("`prompt` is empty. Write a question.")
 
 
 ARGUMENTS = (GuidanceArguments, ShowArguments)

@@ -1,4 +1,4 @@
-"""Answers at many settings, with the divergence of each from the base; answers that are kept are not sampled again."""
+"""Sampling of answers at many settings, with the divergence of each from the base; known answers are not resampled."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from ..decoding.meter import Meter, answer_lengths
 from ..decoding.processor import GenARMLogitsProcessor
 from ..files import write_whole
 from ..hub.base_weights import weights_fingerprint
-from ..hub.end_of_turn import end_token_ids
 from ..hub.info import chat_template_fingerprint, package_versions
 from ..hub.placement import device_of
+from ..hub.scoring import end_token_ids
 from ..hub.sharing import adapter_tensors
 from .prompts import left_padded, token_ids
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of a sweep; `alpha` is 0 for the base alone."""
+    """Holds one point of a sweep; `alpha` is 0 for the base alone."""
 
     alpha: float
     reference: str | None
@@ -34,7 +34,7 @@ class Setting:
 @dataclass
 class Answers:
     """
-    One answer to each prompt.
+    Holds one answer to each prompt.
 
     Parameters:
         texts (list of `str`):
@@ -109,13 +109,13 @@ class Sweep:
 
         Args:
             setting ([`Setting`]):
-                Where to sample.
+                The setting to sample at.
             processor ([`GenARMLogitsProcessor`], *optional*):
-                With the reward model and the reference of the setting; none for the base alone.
+                The processor with the reward model and the reference of the setting; none for the base alone.
             arm_id (`str`, *optional*):
                 The [`fingerprint`] of the reward model.
             progress (callable):
-                Is called with the number of batches that are done.
+                A function that is called with the number of batches that were done.
         """
         key = self._key | {"setting": asdict(setting), "arm": arm_id}
         path = self._folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
@@ -172,12 +172,12 @@ def sample_answers(
 
 
 def base_id(model: PreTrainedModel) -> str:
-    """Identifies a base: the fingerprint of its weights, or else its name."""
+    """Returns the fingerprint of the weights of a base, or else its name."""
     return weights_fingerprint(model) or str(model.name_or_path)
 
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """A hash of the weights; for an adapter, of its own ones."""
+    """Returns a hash of the weights; for an adapter, of its weights only."""
     state: Any = adapter_tensors(model) if isinstance(model, PeftModel) else dict(model.named_parameters())
     digest = hashlib.sha256()
     for name, x in sorted(state.items()):

@@ -30,7 +30,7 @@ HELD_OUT = 0.1
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's arguments of a model, for an adapter on a causal LM."""
+    """Changes the defaults of TRL's arguments of a model to an adapter on a causal LM."""
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of a causal LM.", "aliases": ["--model"]})
     use_peft: bool = field(default=True, metadata={"help": "Whether to train an adapter instead of all weights."})

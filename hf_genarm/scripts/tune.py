@@ -50,7 +50,7 @@ from .sweep import Answers, Setting, Sweep, base_id, fingerprint
 
 @dataclass
 class TuneArguments(BaseArguments):
-    """What to tune, on which prompts, and within which limits."""
+    """Chooses what to tune, on which prompts, and within which limits."""
 
     arm: str = field(metadata={"help": "Hub id or folder of a reward model."})
     prompts: str = field(
@@ -105,7 +105,7 @@ class TuneArguments(BaseArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
         refuse_no_seed(self.seed)
         if self.max_prompts < 2:
-            raise ValueError(f"`max_prompts` is {self.max_prompts}, but intervals take at least 2 prompts.")
+            raise ValueError(f"`max_prompts` is {self.max_prompts}, but intervals need at least 2 prompts.")
         for name in ("alpha", "temperature"):
             if not all(0 < value < float("inf") for value in getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive numbers.")
@@ -121,12 +121,14 @@ def main(args: TuneArguments) -> None:
     make_output_dir(args.output_dir)
     target = Path(args.arm if Path(args.arm).is_dir() else args.output_dir)
     if not os.access(target, os.W_OK):
-        raise ValueError(f"`{target}` can't be written to, where the recommended setting goes. Copy it, and tune that.")
+        raise ValueError(
+            f"`{target}` can't be written to, but the setting goes there. Copy the folder, and tune the copy."
+        )
     judge = None if args.pairs is None else Judge(args.pairs, Path(args.output_dir, "judge"))
     scorer = None if args.scorer is None else load_scorer(args.scorer)
     prompts = load_prompts(args.prompts, args.prompts_split)[: args.max_prompts]
     if len(prompts) < 2:
-        raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals take at least 2.")
+        raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals need at least 2.")
     base = args.load([args.arm])
     model, tokenizer = base.model, base.tokenizer
     if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
@@ -204,7 +206,7 @@ def main(args: TuneArguments) -> None:
 def make_processor(
     name: str, arm: AutoregressiveRewardModel, model: Any, tokenizer: Any, reference: str
 ) -> GenARMLogitsProcessor:
-    """The processor of all settings with a reference, `"none"` or `"base"`."""
+    """Makes the processor of all settings with a reference, `"none"` or `"base"`."""
     parts = assemble([arm], [name], model, tokenizer, alpha=1.0, reference=None)
     if reference == "base":
         parts.reference = base_reference([arm], [name], model, parts.reward_tokenizer)
@@ -212,7 +214,7 @@ def make_processor(
 
 
 def statistics(answers: Answers, rewards: np.ndarray, seed: int) -> dict[str, list[float]]:
-    """Mean reward, mean divergence, and perplexity of all tokens under the base, each with its 95 % interval."""
+    """Returns mean reward, mean divergence, and perplexity of all tokens under the base, with 95 % intervals."""
     surprise, n_tokens = -np.array(answers.base_log_prob), np.array(answers.n_tokens)
     means = resampled_means(np.stack([surprise, n_tokens], axis=1), N_RESAMPLES, seed)
     return {
@@ -223,13 +225,13 @@ def statistics(answers: Answers, rewards: np.ndarray, seed: int) -> dict[str, li
 
 
 def interval_of_mean(values: np.ndarray, seed: int) -> list[float]:
-    """The mean over prompts, and its 95 % interval."""
+    """Returns the mean over prompts, and its 95 % interval."""
     return list(mean_with_interval(values, N_RESAMPLES, seed))
 
 
 def choose(rows: list[dict[str, Any]], max_kl: float) -> int:
     """
-    Index of the guided setting with the highest mean reward whose mean divergence is at most `max_kl`.
+    Returns the index of the guided setting with the highest mean reward whose mean divergence is at most `max_kl`.
 
     Raises:
         ValueError: if there is none.
@@ -246,7 +248,7 @@ def choose(rows: list[dict[str, Any]], max_kl: float) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The settings and what was measured, as a table for people."""
+    """Returns the settings and what was measured as a table of text."""
     lines = [f"\n  {'alpha':>6} {'reference':>9} {'temp.':>6}   {'reward':<22} {'KL per answer':<22} perplexity"]
     for row in rows:
         reference = (row["reference"] or "none") if row["alpha"] else ""
@@ -266,7 +268,7 @@ def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
     if card.exists():
         text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info))
         widget = shown_on_the_hub(info)
-        if widget or text.startswith("---\n"):  # what has no metadata and needs none stays as it is
+        if widget or text.startswith("---\n"):  # a card without metadata stays without, if there is nothing to add
             changed = ModelCard(text)
             changed.data["widget"] = widget
             text = str(changed)

@@ -1,1 +1,1 @@
-"""Training, on top of TRL's `RewardTrainer`."""
+"""Training of autoregressive reward models, on top of TRL's `RewardTrainer`."""

@@ -1,4 +1,4 @@
-"""The columns of preference data: which of them are read, and whether they hold what they must hold."""
+"""The columns of preference data: which of them are read, and checks of what is in them."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
-from ..hub.warning import GuidanceWarning
+from ..hub.info import GuidanceWarning
 
 SIDES = ("chosen_ids", "rejected_ids")
 # The names of columns that are added begin with `genarm_`; any other may be one of the user's.
@@ -31,7 +31,7 @@ _FIRST = 16
 
 def check_pairs(dataset: Any, name: str, vocab_size: int) -> tuple[Dataset | IterableDataset, bool, bool]:
     """
-    Refuses data that are not preference pairs: of a dataset at once, of a stream when they are read.
+    Refuses data that are not preference pairs: in a dataset at once, in a stream when they are read.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -45,7 +45,7 @@ def check_pairs(dataset: Any, name: str, vocab_size: int) -> tuple[Dataset | Ite
         The dataset without columns that TRL would misread, whether it holds messages, and whether it holds tokens.
 
     Raises:
-        TypeError: if it is no dataset.
+        TypeError: if it is not a dataset.
         ValueError: if it is empty, lacks a column, or a pair of it is malformed.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
@@ -55,7 +55,7 @@ def check_pairs(dataset: Any, name: str, vocab_size: int) -> tuple[Dataset | Ite
         )
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"The {name} dataset is empty, but pairs are learned from. Check its split and its filters.")
+        raise ValueError(f"The {name} dataset is empty, but training needs pairs. Check its split and its filters.")
     columns = get_dataset_column_names(dataset)
     is_tokenized = any({f"chosen_{ids}", f"rejected_{ids}"} <= set(columns) for ids in ("ids", "input_ids"))
     if not is_tokenized and not {"chosen", "rejected"} <= set(columns):
@@ -114,7 +114,7 @@ def _warn_of_unread(dataset: Dataset | IterableDataset, name: str) -> None:
     ]
     if repeats and all(repeats):
         warnings.warn(
-            f"All answers of the {name} dataset begin with their `prompt`, which is put before them once more. If they "
+            f"All answers of the {name} dataset begin with their `prompt`, which is put before them again. If they "
             "are whole texts, drop the column: `dataset.remove_columns('prompt')`.",
             GuidanceWarning,
             stacklevel=2,
@@ -125,7 +125,7 @@ def refuse_malformed(
     pair: dict[str, Any], index: int, name: str, is_chat: bool, vocab_size: int | None
 ) -> dict[str, Any]:
     """
-    Refuses a pair with a column that doesn't hold what it must hold.
+    Refuses a pair if a column of it has something in it that can't be trained on.
 
     Args:
         pair (`dict[str, Any]`):
@@ -246,7 +246,7 @@ def _problem_of_margin(pair: dict[str, Any]) -> str | None:
 
 
 def _problem_of_template(pair: dict[str, Any]) -> str | None:
-    """Returns what is wrong with what a chat template is given besides messages, if anything."""
+    """Returns what is wrong with the inputs of a chat template that are not messages, if anything."""
     tools = pair.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools

@@ -28,7 +28,7 @@ def _choice(name: str, what: str) -> Any:
 @dataclass
 class AutoregressiveRewardConfig(RewardConfig):
     r"""
-    Configuration class for the [`AutoregressiveRewardTrainer`].
+    Holds the arguments of the [`AutoregressiveRewardTrainer`].
 
     This class includes only the parameters that are specific to autoregressive reward models. For the others, see
     [`~trl.RewardConfig`] and [`~transformers.TrainingArguments`].
@@ -155,7 +155,7 @@ class AutoregressiveRewardConfig(RewardConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be True or False.")
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be a text, or None to say nothing.")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but must be a text, or None.")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(
                 f"`label_smoothing` is {self.label_smoothing}, but it belongs to the loss `sigmoid`, and `loss_type` "

@@ -1,4 +1,4 @@
-"""What is published about a reward model, next to its weights: its configuration, its card, and how to generate."""
+"""What is published next to the weights of a reward model: its configuration, its card, and code that generates."""
 
 import math
 import os
@@ -11,11 +11,16 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
-from ..hub.card import METRICS, OPTIONAL_METRICS, reward_model_card
-from ..hub.custom_generate import write_custom_generate
-from ..hub.info import INFO_NAME, RewardInfo, chat_template_fingerprint, package_versions, tokenizer_fingerprint
+from ..hub.card import METRICS, OPTIONAL_METRICS, reward_model_card, write_custom_generate
+from ..hub.info import (
+    INFO_NAME,
+    GuidanceWarning,
+    RewardInfo,
+    chat_template_fingerprint,
+    package_versions,
+    tokenizer_fingerprint,
+)
 from ..hub.kv_cache import network_of
-from ..hub.warning import GuidanceWarning
 
 if TYPE_CHECKING:
     from .trainer import AutoregressiveRewardTrainer
@@ -25,7 +30,7 @@ class Description(TrainerCallback):
     """
     Describes the reward model of a trainer as it is at the moment.
 
-    What was measured belongs to the weights of one step, and is not said of those of another.
+    What was measured belongs to the weights of one step, and is not reported for those of another.
 
     Args:
         trainer ([`AutoregressiveRewardTrainer`]):
@@ -43,7 +48,7 @@ class Description(TrainerCallback):
 
     def record(self, metrics: dict[str, float], prefix: str) -> None:
         """Keeps what was measured with the current weights, of metrics whose names begin with `prefix`."""
-        names = METRICS + OPTIONAL_METRICS  # some data have not all, such as `length_matched_accuracy`
+        names = METRICS + OPTIONAL_METRICS  # some are missing for some data, such as `length_matched_accuracy`
         self._measured = {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         self._measured_at = self._trainer.state.global_step
 

@@ -1,4 +1,4 @@
-"""What a reward model has learned about held-out pairs, compared with a rule that only counts tokens."""
+"""Metrics of a reward model on held-out pairs, compared with a rule that only counts tokens."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10
     r"""
     Returns the expected calibration error of the confidence $\sigma(|\text{margin}|)$.
 
-    That is the probability, by the loss, that the response with the higher reward is the chosen one. The error is the
-    mean distance of confidence and accuracy over equal bins of confidence, weighted by the number of pairs in them
-    ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
+    By the loss, this confidence is the probability that the response with the higher reward is the chosen one. The
+    error is the mean distance of confidence and accuracy over equal bins of confidence, weighted by the number of pairs
+    in them ([Guo et al., 2017](https://hf.co/papers/1706.04599)).
     """
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
@@ -33,7 +33,7 @@ def calibration_error(margin: np.ndarray, is_right: np.ndarray, n_bins: int = 10
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     r"""
-    Measures how well rewards tell chosen from rejected responses.
+    Measures how well rewards distinguish chosen from rejected responses.
 
     Args:
         prediction ([`~transformers.EvalPrediction`]):
@@ -87,7 +87,7 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _measured(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of values that are 0, 0.5 (a tie) or 1, or differences of such, and the bounds of its interval."""
+    """Returns the mean of values that are 0, 0.5 (a tie) or 1, or of differences of such values, and its interval."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), mean_with_interval(values), strict=True))
 
 

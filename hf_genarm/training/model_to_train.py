@@ -1,4 +1,4 @@
-"""The model that is trained, a causal LM or an adapter on one: it is loaded, and checked."""
+"""Loading and checks of the model that is trained, a causal LM or an adapter on one."""
 
 import copy
 from typing import Any
@@ -53,7 +53,7 @@ def load_model_to_train(
 
 def check_causal_lm(model: Any) -> None:
     """
-    Refuses what is no decoder-only causal LM, whatever its configuration says.
+    Refuses a model that is not a decoder-only causal LM, whatever is in its configuration.
 
     Raises:
         TypeError: if the model is of another kind, or a token changes predictions before it.
@@ -150,8 +150,8 @@ def check_adapter(model: PreTrainedModel | PeftModel, args: AutoregressiveReward
     if is_tied and getattr(config, "trainable_token_indices", None) and "lm_head" in (config.modules_to_save or []):
         raise ValueError(
             "The LM head of the model is tied to its embeddings, and PEFT can't train tokens of the embeddings "
-            "(`trainable_token_indices`) together with a copy of the head (`modules_to_save=['lm_head']`), but "
-            "`chat_template_path` does both if it adds tokens. Add them yourself: `model, tokenizer, added = "
+            "(`trainable_token_indices`) together with a copy of the head (`modules_to_save=['lm_head']`), as "
+            "`chat_template_path` does if it adds tokens. Add them yourself: `model, tokenizer, added = "
             "trl.clone_chat_template(model, tokenizer, path)`, and "
             "`LoraConfig(trainable_token_indices={'embed_tokens': added})`."
         )

@@ -1,4 +1,4 @@
-"""Tokenised preference pairs: where their responses begin and end, and which of them are left out, counted."""
+"""Tokenised preference pairs: where their responses begin and end, and how many are left out for which reason."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from trl.data_utils import get_dataset_column_names, is_conversational
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import remove_none_values
 
-from ..hub.end_of_turn import length_to_end
+from ..hub.scoring import length_to_end
 from .columns import PROMPT_LENGTH, SIDES
 from .config import AutoregressiveRewardConfig
 
@@ -83,9 +83,9 @@ def with_boundaries(
     """
     Finds where the responses of a pair begin and end, and drops what a chat template writes after the end.
 
-    The prompt is what its own tokens share with those of both texts: a token that is made of the end of the prompt and
-    the beginning of a response belongs to the response. Where there is no prompt, or a chat template refuses to write
-    it by itself, it is what the texts share.
+    The prompt is tokenised separately, and ends where its tokens first differ from those of a text: a token that joins
+    the end of the prompt and the beginning of a response belongs to the response. Where there is no prompt, or a chat
+    template refuses to write it alone, the tokens that both texts begin with are the prompt.
 
     Args:
         example (`dict[str, Any]`):
@@ -95,9 +95,9 @@ def with_boundaries(
         ends (set of `int`):
             The tokens that end a response.
         length_column (`str`, *optional*):
-            Where the length of the pair is written.
+            The column for the length of the pair.
         version (`str`):
-            Makes `datasets` forget what another version has cached.
+            The version of this package, so that `datasets` doesn't use what another version has cached.
 
     Returns:
         The columns to add.
@@ -116,19 +116,19 @@ def with_boundaries(
         own = [token for token in ids[start:] if token not in ends]
         return len(own) < 3 and not str(tokenizer.decode(own)).strip()  # a space of the prompt may have merged into it
 
-    # Where the prompt is not known, one response may just begin the other.
+    # Without a known prompt, a text that is the beginning of the other one has no empty response.
     return _columns(texts, start, length_column, prompt_ids is not None and any(map(is_empty, texts)))
 
 
 def with_shared_start(example: dict[str, Any], length_column: str | None) -> dict[str, Any]:
-    """Adds the same columns to given tokens. They stay as they are, and what they share is taken for the prompt."""
+    """Adds the same columns to given tokens, which don't change; what both texts begin with is the prompt."""
     texts = [_tokens(example[side]) for side in SIDES]
     start = example[PROMPT_LENGTH] if PROMPT_LENGTH in example else _shared_length(*texts)
     return _columns(texts, start, length_column)
 
 
 def _columns(texts: list[list[int]], start: int, length_column: str | None, is_empty: bool = False) -> dict[str, Any]:
-    """Returns what is added to a pair: its tokens, lengths, and what it is counted by."""
+    """Returns the columns of a pair: its tokens and lengths, and what it is counted by."""
     chosen_ids, rejected_ids = texts
     # Batches of similar lengths are made by the length of the whole pair.
     length = {} if length_column is None else {length_column: len(chosen_ids) + len(rejected_ids)}
@@ -165,13 +165,13 @@ def _prompt_ids(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 def _shared_messages(chosen: list[dict], rejected: list[dict]) -> list[dict]:
     """Returns the messages that both texts begin with; the last message of a text is never one of them."""
-    # Arrow gives a message the fields of all others in its column.
+    # Arrow adds the fields of all other messages in the column, as None.
     pairs = zip(remove_none_values(chosen[:-1]), remove_none_values(rejected[:-1]), strict=False)
     return chosen[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
 
 
 def _shared_length(one: list[int], other: list[int]) -> int:
-    """Returns the number of tokens that both begin with."""
+    """Returns the number of tokens that both texts begin with."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -184,8 +184,7 @@ def truncate(example: dict[str, Any], max_length: int, mode: str) -> dict[str, l
     """
     Cuts the texts of a pair to a length.
 
-    Both are cut at their ends, with `keep_end` only after the same number of tokens at the start of both, which are
-    taken from the prompt.
+    Both are cut at their ends. With `keep_end`, tokens of the prompt are removed first, as many from both texts.
     """
     too_many = max(len(example[side]) for side in SIDES) - max_length
     first = 0 if mode == "keep_start" else min(too_many, example[PROMPT_LENGTH])
@@ -206,7 +205,7 @@ def prepare_pairs(
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            With `chosen_ids` and `rejected_ids`. One that was prepared before keeps the lengths of its prompts.
+            The pairs, with `chosen_ids` and `rejected_ids`. If they were prepared before, prompts keep their lengths.
         name (`str`):
             What it is called in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -214,7 +213,7 @@ def prepare_pairs(
         ends (set of `int`):
             The tokens that end a response.
         args ([`AutoregressiveRewardConfig`]):
-            With `max_length` and `truncation_mode`.
+            The arguments of the trainer.
         is_tokenized (`bool`):
             Whether those ids were given, and not made from the texts.
 
@@ -228,7 +227,7 @@ def prepare_pairs(
     options: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
         options = {"num_proc": args.dataset_num_proc, "desc": f"Finding the responses of {name} dataset"}
-    # Lengths that the data come with are for the same purpose.
+    # If the data have a column of lengths, it is used as it is.
     has_lengths = args.length_column_name in get_dataset_column_names(dataset)
     kwargs: dict[str, Any] = {"length_column": None if has_lengths else args.length_column_name}
     if is_tokenized:
@@ -280,8 +279,8 @@ def prepare_pairs(
     counts.duplicate = len(dataset) - len(set(dataset[_CONTENT]))
     if counts.identical == len(dataset):
         raise ValueError(
-            f"Chosen and rejected are identical in all {len(dataset)} pairs of the {name} dataset, but what differs is "
-            "what is learned. Check what the columns `chosen` and `rejected` were made of."
+            f"Chosen and rejected are identical in all {len(dataset)} pairs of the {name} dataset, but only "
+            "differences are learned. Check what the columns `chosen` and `rejected` were made of."
         )
     dataset = dataset.select([index for index, is_same in enumerate(is_identical) if not is_same])
     dataset = dataset.remove_columns([_IS_EMPTY, _IS_IDENTICAL, _CONTENT])

@@ -1,4 +1,4 @@
-"""Token log-probabilities of preference pairs, with the tokens that both texts of a pair begin with forwarded once."""
+"""Token log-probabilities of preference pairs, where the start that both texts of a pair share is forwarded once."""
 
 import inspect
 import logging
@@ -62,8 +62,8 @@ class PairLogProbs:
     r"""
     Computes $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of preference pairs, in one forward pass.
 
-    Where it saves time, the two texts of a pair are one row of the batch: what they share is forwarded once, and both
-    responses attend to it. The result is the same as with two rows, which are used where it would differ.
+    Where it saves time, the two texts of a pair are one row of the batch: the start that they share is forwarded once,
+    and both responses attend to it. Where the result would differ from that with two rows, two rows are used.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -97,7 +97,7 @@ class PairLogProbs:
 
         Args:
             model ([`~torch.nn.Module`]):
-                The model, or what wraps it in training.
+                The model, or its wrapper in training.
             pairs ([`PairBatch`]):
                 The texts.
             scored (`torch.BoolTensor` of shape `(2 * batch_size, length)`):
@@ -164,7 +164,7 @@ class PairLogProbs:
 
     @torch.no_grad()
     def _why_not_shared(self, model: Module, device: torch.device) -> str | None:
-        """Returns why a pair needs two rows, or None if one does."""
+        """Returns why a pair needs two rows, or None if one is enough."""
         attention = self._network.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             return f"the attention `{attention}` takes no mask with rows and columns"
@@ -172,8 +172,8 @@ class PairLogProbs:
             return "the model takes no positions"
         if isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning:
             return "prompt tuning changes the mask"
-        # A model may use more than mask and positions, as recurrent states and ALiBi do. A pair shows it, if its
-        # responses are long enough for the second to differ where it follows the first.
+        # A model may use more than mask and positions, as recurrent states and ALiBi do. This shows in a pair with long
+        # responses: the second one changes where it follows the first.
         ids = (
             torch.arange(2 * _PROBE_LENGTH, device=device).view(2, -1)
             % self._network.config.get_text_config().vocab_size
@@ -192,7 +192,7 @@ class PairLogProbs:
 
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, without dropout; afterwards, every module is in its mode of before."""
+    """Puts a model into evaluation mode, without dropout; at the end, restores the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

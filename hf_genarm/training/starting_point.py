@@ -1,4 +1,4 @@
-"""The model as it was before training, with which rewards are contrasted."""
+"""The starting point of training: the model as it was before, with which rewards are contrasted."""
 
 import copy
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from .prefix_sharing import evaluating
 
 class StartingPoint:
     """
-    Keeps a model as it was before training: of an adapter the model without it, otherwise a copy.
+    Keeps a model as it was before training: for an adapter the model without it, otherwise a copy.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -19,9 +19,9 @@ from trl import RewardTrainer
 from ..functional import preference_loss
 from ..hub.base_weights import weights_fingerprint
 from ..hub.card import TAGS
-from ..hub.end_of_turn import end_token_ids
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of
+from ..hub.scoring import end_token_ids
 from .columns import PROMPT_LENGTH, SIDES, check_pairs
 from .config import AutoregressiveRewardConfig
 from .description import Description
@@ -41,7 +41,7 @@ from .starting_point import StartingPoint
 
 class AutoregressiveRewardTrainer(RewardTrainer):
     r"""
-    Trainer for autoregressive reward models (ARM), from [GenARM](https://hf.co/papers/2410.08193).
+    Trains autoregressive reward models (ARM), from [GenARM](https://hf.co/papers/2410.08193).
 
     It is a [`~trl.RewardTrainer`] in which the reward of a response is its log-probability under a causal LM, scaled by
     `beta`. So the loss is Eq. 5 of the paper, that of a reference-free DPO:
@@ -91,7 +91,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     """
 
     _tag_names, _name = TAGS, "GenARM"
-    # Declared for all trainers at once, they could be anything.
+    # The parent class declares these for all trainers, with wider types.
     args: AutoregressiveRewardConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             args.model_init_kwargs = None  # used; RewardTrainer warns about those that it can't use
         elif quantization_config is not None:
             raise ValueError(
-                "`quantization_config` says how to load a model, but `model` is loaded already. Pass its id instead, "
+                "`quantization_config` is about loading a model, but `model` is loaded already. Pass its id instead, "
                 "or give `quantization_config` to its `from_pretrained`."
             )
         peft_config = peft_config and as_causal_lm(peft_config)
@@ -150,7 +150,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         check_adapter(self.model, args)
 
         multiple: Any = args.pad_to_multiple_of
-        if kwargs.get("data_collator") is None:  # the pad token was settled meanwhile
+        if kwargs.get("data_collator") is None:  # the pad token is known now
             self.data_collator: Any = DataCollatorForPairs(self.processing_class.pad_token_id, multiple)
         self._starting_point = StartingPoint(self.model, self.accelerator) if has_base else None
         self._pair_log_probs = PairLogProbs(self.model, self.accelerator.mixed_precision != "no", multiple)
@@ -182,13 +182,13 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             loss = loss - args.sft_coefficient * log_probs.chunk(2)[0].sum() / n_tokens
         if not return_outputs:
             return loss
-        # One row for each pair, by whose number the Trainer gathers and cuts predictions.
+        # One row for each pair, since the Trainer gathers and cuts predictions by rows.
         return loss, SequenceClassifierOutput(logits=torch.stack(rewards.chunk(2), dim=1))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Returns the batches of a step, and the mean number of tokens that the chosen responses of one have."""
+        """Returns the batches of a step, and the mean over batches of the number of tokens in chosen responses."""
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.sft_coefficient and batches:
             n_tokens = torch.stack([_pairs(batch).n_chosen_tokens for batch in batches]).float().mean()
@@ -283,7 +283,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
     @property
     def reward_info(self) -> RewardInfo:
-        """What is saved next to the weights: from the arguments, the data and an evaluation of these weights."""
+        """Returns what is saved next to the weights: from the arguments, the data and an evaluation."""
         return self._description.info
 
     def create_model_card(  # type: ignore[override]  # as TRL's trainers do

@@ -11,9 +11,11 @@ _FONT, _CELL, _LINE = 9, 0.602, 1.7  # points; width of a character and height o
 
 def draw(texts: Sequence[TokenText], ax: Any = None) -> Any:
     """
+    Draws texts side by side.
+
     Args:
         texts (list of [`TokenText`]):
-            Stand side by side.
+            The texts.
         ax ([`~matplotlib.axes.Axes`], *optional*):
             Where to draw. Defaults to a new figure of the right size.
 
@@ -37,7 +39,7 @@ def draw(texts: Sequence[TokenText], ax: Any = None) -> Any:
         if share:
             rgb = [part / 255 for part in color]
             ax.add_patch(Rectangle((x, y - 0.45), cells(text), 0.9, color=rgb, alpha=0.6 * share, linewidth=0))
-        # Tokens are no formulas.
+        # A dollar sign in a token begins no formula.
         ax.text(x, y, text, family="monospace", fontsize=_FONT, va="center", parse_math=False, **kwargs)
 
     for index, (text, lines) in enumerate(zip(texts, wrapped, strict=True)):

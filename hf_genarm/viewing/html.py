@@ -8,7 +8,7 @@ from .tokens import Token, TokenText, scale_ends, scale_limit, shade, visible
 # Over any background; text stays readable on black and on white.
 _FULLEST = 0.6
 
-# What is known about a token appears in room that is kept free below the texts, so that it never covers any.
+# The notes of a token appear in space that is kept free below the texts, so that they never cover any text.
 _STYLE = """<style>
 .genarm { container-type: inline-size; font-size: 1rem; color: inherit; }
 .genarm-body { position: relative; }
@@ -33,9 +33,11 @@ _STYLE = """<style>
 
 def to_html(texts: Sequence[TokenText], limit: float | None = None) -> str:
     """
+    Draws texts as HTML.
+
     Args:
         texts (list of [`TokenText`]):
-            Stand side by side, or below each other where there is no room.
+            The texts, side by side, or below each other where there is no room.
         limit (`float`, *optional*):
             The value at which colours are full. Defaults to what suits these texts.
     """

@@ -11,14 +11,14 @@ from .tokens import TokenText
 
 
 class Drawing:
-    """Adds pictures to what knows its tokens: a class that has [`Drawing.token_texts`] gets all the others."""
+    """Adds pictures to a class that defines [`Drawing.token_texts`]."""
 
     def token_texts(self) -> list[TokenText]:
-        """The texts, with what their tokens are coloured by."""
+        """Returns the texts, with what their tokens are coloured by."""
         raise NotImplementedError
 
     def to_html(self) -> str:
-        """The picture that notebooks show: what is known about a token appears when it is pointed at."""
+        """Returns the picture that notebooks show; pointing at a token shows what is known about it."""
         return to_html(self.token_texts())
 
     def _repr_html_(self) -> str:
@@ -26,17 +26,17 @@ class Drawing:
 
     def to_ansi(self, width: int | None = None) -> str:
         """
-        The picture for a terminal: `print(x.to_ansi())`.
+        Returns the picture for a terminal: `print(x.to_ansi())`.
 
         Args:
             width (`int`, *optional*):
-                Columns of the terminal. Defaults to what it says itself.
+                Columns of the terminal. Defaults to those that it reports.
         """
         return to_ansi(self.token_texts(), width)
 
     def plot(self, ax: Any = None) -> Any:
         """
-        The picture for a paper, drawn with matplotlib.
+        Draws the picture for a paper, with matplotlib.
 
         Args:
             ax ([`~matplotlib.axes.Axes`], *optional*):
@@ -49,7 +49,7 @@ class Drawing:
 
     def beside(self, *others: "Drawing", titles: Sequence[str] | None = None) -> "Picture":
         """
-        This and others side by side, on one scale.
+        Returns a picture of this and others side by side, on one scale.
 
         Args:
             *others ([`Drawing`]):
@@ -70,7 +70,7 @@ class Drawing:
 
 class Picture(Drawing):
     """
-    A picture of some texts, and nothing else.
+    Holds some texts, and draws them.
 
     Args:
         texts (list of [`TokenText`]):

@@ -10,11 +10,13 @@ _GAP = "   "
 
 def to_ansi(texts: Sequence[TokenText], width: int | None = None) -> str:
     """
+    Draws texts side by side, as text with the escape codes of colours.
+
     Args:
         texts (list of [`TokenText`]):
-            Stand side by side.
+            The texts.
         width (`int`, *optional*):
-            Columns of the terminal. Defaults to what it says itself.
+            Columns of the terminal. Defaults to those that it reports.
     """
     width = width or shutil.get_terminal_size().columns
     limit = scale_limit(texts)

@@ -1,4 +1,4 @@
-"""What a picture of a text is made of: its tokens as text, one number for each, and one scale for all."""
+"""The parts of a picture of a text: its tokens as text, a number for each, and one scale for all."""
 
 import math
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Okabe and Ito's blue and vermilion, which colour-blind people tell apart.
+# Okabe and Ito's blue and vermilion, which colour-blind people can distinguish.
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 
 # Tokens of context with which a token is decoded; a character has at most four bytes.
@@ -16,7 +16,7 @@ _CONTEXT = 8
 @dataclass(frozen=True)
 class Token:
     """
-    One token of a picture.
+    Holds one token of a picture.
 
     Parameters:
         text (`str`):
@@ -35,7 +35,7 @@ class Token:
 @dataclass(frozen=True)
 class TokenText:
     """
-    One text of a picture.
+    Holds one text of a picture.
 
     Parameters:
         tokens (list of [`Token`]):
@@ -43,7 +43,7 @@ class TokenText:
         measure (`str`):
             What they are coloured by, in a few words.
         title (`str`, *optional*):
-            What stands above it.
+            Its title, above it.
     """
 
     tokens: list[Token] = field(default_factory=list)
@@ -53,7 +53,7 @@ class TokenText:
 
 def token_texts(tokenizer: Any, ids: Sequence[int], first: int = 0) -> list[str]:
     """
-    What each token adds to the text, special tokens included.
+    Returns what each token adds to the text, special tokens included.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -61,7 +61,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int], first: int = 0) -> list[str]
         ids (list of `int`):
             The tokens.
         first (`int`, *optional*, defaults to 0):
-            The first one that is asked for; those before it are context.
+            The index of the first token that is returned; those before it are context.
     """
     if tokenizer is None:
         return [f"⟨{x}⟩" for x in ids[first:]]
@@ -79,8 +79,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int], first: int = 0) -> list[str]
 
 def visible(text: str) -> str:
     """
-    A text whose control characters can be seen and do nothing: tokens are text that nobody has checked, and may hold
-    escape sequences of terminals or turn the direction of what follows. Newlines stay.
+    Replaces control characters by visible ones: unchecked tokens may hold escape sequences of terminals, or turn the
+    direction of what follows. Newlines stay.
     """
     return "".join(x if x == "\n" else _visible(x) for x in text)
 
@@ -94,28 +94,29 @@ def _visible(character: str) -> str:
 
 
 def scale_limit(texts: Iterable[TokenText]) -> float:
-    """The value at which colours are full: the one that 95 % of all values stay below, so that no outlier decides."""
+    """Returns the value at which colours are full: 95 % of all values are at most this, so that no outlier decides."""
     values = sorted(abs(x.value) for text in texts for x in text.tokens if math.isfinite(x.value))
     return max(values[math.ceil(0.95 * len(values)) - 1], 1e-6) if values else 1.0
 
 
 def scale_ends(texts: Iterable[TokenText], limit: float) -> tuple[float, ...]:
-    """The ends of the scale that values lie on, from 0: the lower, the upper, or both."""
+    """Returns the ends of the scale besides 0: the lower, the upper, or both, as there are values on these sides."""
     values = [x.value for text in texts for x in text.tokens]
     low, high = any(x < 0 for x in values), any(x > 0 for x in values)
     return (-limit,) * low + (limit,) * high
 
 
 def shade(value: float, limit: float) -> tuple[tuple[int, int, int], float]:
-    """The colour of a value, and how full it is, from 0 to 1."""
+    """Returns the colour of a value, and how full it is, from 0 to 1."""
     share = 0.0 if math.isnan(value) else min(abs(value) / limit, 1.0)
     return BLUE if value > 0 else ORANGE, share
 
 
 def wrap(tokens: Sequence[Token], width: int) -> list[list[tuple[str, Token]]]:
     """
-    Lines of a text in a font of fixed width, as parts of tokens. Lines break before words, and words that are longer
-    than a line within.
+    Splits a text into lines for a font of fixed width, each a list of parts of tokens with their tokens.
+
+    Lines break before words; only words that are longer than a line are split.
     """
     lines: list[list[tuple[str, Token]]] = [[]]
     used = 0
@@ -144,7 +145,7 @@ def wrap(tokens: Sequence[Token], width: int) -> list[list[tuple[str, Token]]]:
 
 
 def cells(text: str) -> int:
-    """How many columns a text takes in a font of fixed width."""
+    """Returns how many columns a text takes in a font of fixed width."""
     return sum(
         0 if unicodedata.combining(x) else 2 if unicodedata.east_asian_width(x) in ("W", "F") else 1 for x in text
     )
@@ -161,7 +162,7 @@ def _words(tokens: Sequence[Token]) -> list[list[tuple[str, Token]]]:
 
 
 def _fitting(text: str, width: int) -> int:
-    """How many characters of a text fit."""
+    """Returns how many characters of a text fit into a width."""
     fitting = 0
     while fitting < len(text) and cells(text[: fitting + 1]) <= width:
         fitting += 1

@@ -19,7 +19,7 @@ _DOTTED = "--additional-config."
 
 def main(arguments: list[str]) -> None:
     """
-    Checks the configuration, and becomes the server.
+    Checks the configuration, and replaces this process by the server.
 
     Raises:
         ValueError: if the server could not be guided like this.

@@ -12,7 +12,7 @@ NAME = "genarm_slots"
 
 
 class Part(NamedTuple):
-    """Tokens of one text that are read together: text[start:end], into a slot."""
+    """Holds tokens of one text that are read together: text[start:end], into a slot."""
 
     slot: int
     start: int

@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.hf_genarm")  # below the logger that vLLM sets 
 @dataclass
 class GuidedRequest:
     """
-    A guided request in a step.
+    Holds what is guided in a step of a request.
 
     Parameters:
         settings ([`RequestSettings`]):
@@ -51,7 +51,7 @@ class BatchGuidance:
         reward_models (sequence of [`RewardLM`]):
             The reward models.
         reference (`"base"` or [`RewardLM`], *optional*):
-            What they are contrasted with.
+            The model that they are contrasted with.
     """
 
     # Texts whose divergence so far is remembered, for requests that are interrupted.
@@ -134,7 +134,7 @@ class BatchGuidance:
         return torch.zeros_like(scores).masked_scatter(is_wanted[:, None].to(scores.device), log_probs)
 
     def _report(self, requests: Sequence[GuidedRequest], failed: Tensor, unread: Tensor) -> None:
-        """Logs once for each request with failed rows why it is not guided, and cleans up behind NaN."""
+        """Logs once for each request with failed rows why it is not guided, and clears slots that have NaN in them."""
         first = 0
         for request in requests:
             rows, first = slice(first, first + len(request.rows)), first + len(request.rows)
@@ -189,6 +189,6 @@ class BatchGuidance:
 
 
 def _text_key(request: GuidedRequest, length: int) -> Hashable:
-    """Returns a key of the first tokens of a text and not of its request, so that one that was interrupted finds it."""
+    """Returns a key of the first tokens of a text, which is the same when an interrupted request comes back."""
     settings = request.settings
     return settings.alpha, settings.target_kl, request.prompt_length, hash(tuple(request.text[:length]))

@@ -1,4 +1,4 @@
-"""From the configuration of an engine to its guidance."""
+"""Loading of guidance into an engine, as the configuration of the engine describes it."""
 
 import functools
 import logging
@@ -118,7 +118,7 @@ def _log_guidance(config: ServerConfig, loaded: list[RewardLM]) -> None:
 
 
 def _refuse_twice(named: list[Any]) -> None:
-    """Raises if the processor is there twice: twice as strong would be as silent as not at all."""
+    """Raises if the processor would be loaded twice, which would double all strengths silently."""
     installed = [x for x in entry_points(group="vllm.logits_processors") if x.value.startswith("hf_genarm.vllm")]
     if installed:
         raise ValueError(

@@ -38,7 +38,7 @@ _SETTLED_NS = 2_000_000_000
 
 
 class _Notice(NamedTuple):
-    """The engines of a process, as written in its file."""
+    """Holds the engines of a process, as they are written in its file."""
 
     started: float  # when the process was
     processes: list[int]  # itself and those above it
@@ -46,7 +46,7 @@ class _Notice(NamedTuple):
 
 
 class Handshake:
-    """The defaults of the engines that this process has, or takes requests for; those found once are kept."""
+    """Publishes the defaults of the engines of this process, and finds those of the engines that it serves."""
 
     def __init__(self) -> None:
         self._own: WeakKeyDictionary[Any, ServerDefaults] = WeakKeyDictionary()

@@ -24,7 +24,7 @@ class GenARM(V1LogitsProcessor, V2LogitsProcessor):
     - `genarm_alpha`: a number, or a list with one for each reward model; at 0, the request is not guided
     - `genarm_target_kl`: the mean divergence per token, in nats, that strengths are scaled to
 
-    What it creates is a `V1GenARM` or a `V2GenARM`, for the model runner that creates it.
+    The constructor returns a `V1GenARM` or a `V2GenARM`, for the model runner that calls it.
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any) -> Any:
@@ -73,7 +73,7 @@ def _check(params: SamplingParams, defaults: ServerDefaults) -> None:
             f"`logit_bias` is {shown(params.logit_bias)}, but the reward models of this server are contrasted with its "
             "base, of which the bias would become a part. Leave it out, or set `genarm_alpha` to 0."
         )
-    # What a beam search of vLLM asks the engine for, and no request over HTTP can.
+    # Only beam search of vLLM sets these parameters; a request over HTTP can't.
     is_beam = params.max_tokens == 1 and params.detokenize is False and params.watermarking is False
     if defaults.refuses_beams and is_beam and params.logprobs:
         raise ValueError(

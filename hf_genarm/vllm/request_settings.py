@@ -1,4 +1,4 @@
-"""What a request may ask of a server that guides, and what it gets where it asks for nothing."""
+"""The settings that a request may give to a server that guides, and the defaults for those that it leaves out."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _LONGEST_SHOWN = 200
 @dataclass(frozen=True)
 class ServerDefaults:
     """
-    The settings of a request that gives none, and all that is needed to check one that gives some.
+    Holds the settings of a request that gives none, and what is needed to check the settings of one that does.
 
     Parameters:
         reward_models (tuple of `str`):
@@ -39,14 +39,14 @@ class ServerDefaults:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ServerDefaults":
-        """Restores them from what `dataclasses.asdict` and JSON have made of them."""
+        """Restores the defaults from what `dataclasses.asdict` and JSON have made of them."""
         return cls(**{**values, "reward_models": tuple(values["reward_models"]), "alpha": tuple(values["alpha"])})
 
 
 @dataclass(eq=False)
 class RequestSettings:
     """
-    The settings of one request; the object itself stands for the request.
+    Holds the settings of one request; the object itself stands for the request.
 
     Parameters:
         alpha (tuple of `float`):
@@ -70,9 +70,9 @@ def request_settings(extra_args: Mapping[str, Any] | None, defaults: ServerDefau
 
     Args:
         extra_args (`dict`, *optional*):
-            Those of the sampling parameters, `vllm_xargs` over HTTP. Keys that are meant for others are ignored.
+            Extra arguments of the sampling parameters, `vllm_xargs` over HTTP. Keys for other purposes are ignored.
         defaults ([`ServerDefaults`]):
-            Those of the server.
+            The defaults of the server.
 
     Raises:
         ValueError: if a key is unknown, or its value is not possible on this server.

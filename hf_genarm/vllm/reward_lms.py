@@ -1,4 +1,4 @@
-"""The reward models of a server in their slots, and how their vocabularies line up with that of the served model."""
+"""The reward models of a server, in their slots and in the vocabulary of the served model."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from .slots import SlotLM
 
 class RewardLM:
     """
-    Next-token log-probabilities of a reward model or reference, in the ids of the served model.
+    Computes next-token log-probabilities of a reward model or reference, in the ids of the served model.
 
     Args:
         lm ([`SlotLM`]):
@@ -76,7 +76,7 @@ class RewardLM:
         return aligned.masked_fill(self.no_tokens, 0.0)
 
     def _own_ids(self, text: list[int]) -> list[int]:
-        """Returns the ids of this model; those that are not even logits of the served model stay unknown."""
+        """Returns a text in the ids of this model; ids beyond the logits of the served model stay unknown."""
         ids = torch.tensor(text)
         own = self._ids[ids.clamp(0, self._vocab_size - 1)]
         own = torch.where(ids >= self._vocab_size, ids.clamp(min=self._lm.n_tokens), own)

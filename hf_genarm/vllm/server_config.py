@@ -22,7 +22,7 @@ _EXAMPLE = '--additional-config \'{"genarm": {"reward_models": "FOLDER_OR_HUB_ID
 @dataclass
 class ServerConfig:
     """
-    The object `genarm` in `additional_config` of an engine.
+    Holds the object `genarm` in `additional_config` of an engine.
 
     Parameters:
         reward_models (`str` or list of `str`):
@@ -156,6 +156,6 @@ class ServerConfig:
 
 
 def shown_name(name_or_path: str) -> str:
-    """Returns what clients read as the name of a model: its Hub id, or the last part of its folder."""
+    """Returns the name of a model that clients see: its Hub id, or the last part of its folder."""
     is_folder = Path(name_or_path).is_absolute() or Path(name_or_path).is_dir()
     return short_name(name_or_path) if is_folder else name_or_path

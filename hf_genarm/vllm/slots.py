@@ -14,7 +14,7 @@ from .attention import NAME, Packed, Part, SlotKeysAndValues
 
 class SlotLM:
     """
-    Next-token logits of a causal LM for a changing set of texts, at the cost of their new tokens only.
+    Computes next-token logits of a causal LM for a changing set of texts, at the cost of their new tokens only.
 
     The keys and values of each text are in its slot; all slots are allocated once. A slot is keyed by the tokens that
     are in it: what a text shares with them is kept, the rest is read. So a request that was interrupted, drafts that
@@ -118,7 +118,7 @@ class SlotLM:
             # The shortest first: those that grow by a token are not held up by one that begins.
             for slot, start, text, n in sorted(waiting, key=lambda x: len(x[2]) - x[1]):
                 end = min(len(text), start + room)
-                if end < len(text):  # what is predicted from is read in one part
+                if end < len(text):  # the last n tokens, after which logits are needed, are read in one part
                     end = min(end, len(text) - n)
                 if end > start:
                     parts.append((Part(slot, start, end), text, n if end == len(text) else 0))
@@ -166,15 +166,17 @@ class SlotLM:
         return dict(zip(wanted, output.logits[0].split(list(wanted.values())), strict=True)) if wanted else {}
 
     def _hold_slot(self, owner: Hashable, text: list[int]) -> int | None:
-        """Returns the slot of an owner, at first the free one that begins most like its text; `None` without any."""
+        """Returns the slot of an owner, a new one with the longest start of its text in it; `None` if none is free."""
         if owner not in self._held and self._free:
-            slot = max(self._free, key=lambda x: shared_length(self._tokens[x], text))  # the first of those alike
+            slot = max(
+                self._free, key=lambda x: shared_length(self._tokens[x], text)
+            )  # the longest unused of equal ones
             self._free.remove(slot)
             self._held[owner] = slot
         return self._held.get(owner)
 
     def _objection(self, slot: int | None, text: list[int], new: list[int]) -> str | None:
-        """Returns why a text can't be read, `None` if it can; its tokens are known up to the `new` ones."""
+        """Returns why a text can't be read, `None` if it can; its tokens were checked before, except the `new` ones."""
         if slot is None:
             return f"all {self.n_slots} slots are held"
         if len(text) > self._memory.length:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a server before any weights are loaded."""
+"""Checks of the configuration of a server, before any weights are loaded."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def check_reward_models(
 
     Args:
         config ([`ServerConfig`]):
-            Of the server.
+            The configuration of the server.
         served, tokenizer_name (`str`):
             The model that is served and its tokenizer, Hub ids or folders.
         max_model_len (`int`, *optional*):

@@ -1,4 +1,4 @@
-"""For the first model runner of vLLM, which reports to a processor how the rows of its batch move."""
+"""The logits processor for the first model runner of vLLM, which reports how the rows of its batch move."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .request_settings import RequestSettings
 
 @dataclass
 class _Row:
-    """A row of the batch that is guided."""
+    """Holds a row of the batch that is guided."""
 
     settings: RequestSettings
     prompt: list[int]
@@ -26,8 +26,8 @@ class _Row:
 
 class V1GenARM(LogitsProcessor):
     """
-    See [`GenARM`]. The rows of prompts that the engine has not yet read to their end look like any others: reward
-    models read the whole prompt at once, in parts of `chunk` tokens.
+    Guides the batches of the first model runner; see [`GenARM`]. Rows whose prompts the engine has not yet read to
+    their end look like any others: reward models read the whole prompt at once, in parts of `chunk` tokens.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
@@ -36,7 +36,7 @@ class V1GenARM(LogitsProcessor):
         handshake.post(self, self._defaults)
 
     def is_argmax_invariant(self) -> bool:
-        """Returns whether greedy texts stay the same, which they don't."""
+        """Returns `False`, since guidance changes greedy texts too."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

@@ -1,4 +1,4 @@
-"""For the second model runner of vLLM, which has the tokens of its requests on the device."""
+"""The logits processor for the second model runner of vLLM, which has the tokens of requests on the device."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from .request_settings import RequestSettings
 
 
 class V2GenARM(LogitsProcessor):
-    """See [`GenARM`]. Reward models read a prompt in step with the engine, and drafts of speculative decoding too."""
+    """
+    Guides the batches of the second model runner; see [`GenARM`]. Reward models read a prompt in step with the engine,
+    and drafts of speculative decoding too.
+    """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
         self._guidance, self._defaults = load_guidance(vllm_config, req_states.device)
@@ -22,7 +25,7 @@ class V2GenARM(LogitsProcessor):
         handshake.post(self, self._defaults)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Takes a request in the place of another, and returns whether it is guided."""
+        """Puts a request into a slot of the engine, in place of an earlier one; returns whether it is guided."""
         if req_idx in self._settings:
             self._guidance.release(self._settings.pop(req_idx))
         settings = settings_in_engine(sampling_params, self._defaults)

@@ -1,1 +1,1 @@
-"""Base and reward adapters in one forward pass."""
+"""The joint pass: base and reward adapters in one forward pass."""

@@ -12,8 +12,10 @@ from transformers.cache_utils import DynamicLayer
 
 def join(caches: Sequence[DynamicCache]) -> DynamicCache:
     """
-    Makes one cache of the rows of all, the base's first. It takes their keys and values, so that those of a layer are
-    freed as soon as it has grown; [`split`] gives them back.
+    Makes one cache with the rows of all caches, those of the base first.
+
+    The keys and values are taken out of the caches, so that those of a layer are freed as soon as it has grown;
+    [`split`] gives them back.
     """
     joint = copy.copy(caches[0])
     joint.layers = []

@@ -30,7 +30,7 @@ class LowRankProduct(NamedTuple):
         """Adds scaling * B A x to some rows, in place."""
         low_rank = nn.functional.linear(x[rows].to(self.a.dtype), self.a)
         if self.b.dtype == output.dtype:
-            output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, 1), self.b.T, alpha=self.scaling)
+            output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, -2), self.b.T, alpha=self.scaling)
         else:
             output[rows] += nn.functional.linear(low_rank, self.b) * self.scaling
 
@@ -102,27 +102,33 @@ class JointNetwork:
     """
 
     def __init__(self, base: PreTrainedModel, products: Sequence[Sequence[tuple[str, LowRankProduct]]]):
-        self._batch_size = self._n_rows = self._seen = 0
+        self._batch_size, self._shape, self._seen = 0, torch.Size(), set[str]()
         by_path: dict[str, list[tuple[int, LowRankProduct]]] = {}
         for block, its_products in enumerate(products, start=1):
             for path, product in its_products:
                 by_path.setdefault(path, []).append((block, product))
         self._network = _other_modules(base, {})
-        self._n_layers = len(by_path)
+        self._paths = by_path.keys()
         for module in self._network.modules():
             if type(module) is nn.Linear:
                 vars(module)["forward"] = functools.partial(_linear, module)
         for path, of_layer in by_path.items():
             layer = self._network.get_submodule(path)
-            vars(layer)["forward"] = self._with_products(layer.forward, of_layer)
+            vars(layer)["forward"] = self._with_products(path, layer.forward, of_layer)
 
     def _with_products(
-        self, forward: Callable[[Tensor], Tensor], products: Sequence[tuple[int, LowRankProduct]]
+        self, path: str, forward: Callable[[Tensor], Tensor], products: Sequence[tuple[int, LowRankProduct]]
     ) -> Callable[[Tensor], Tensor]:
+        is_one_of_many = sum(part.isdigit() for part in path.split(".")) > 1  # in its layer, as an expert is
+
         def joint_forward(x: Tensor) -> Tensor:
-            if x.ndim != 3 or len(x) != self._n_rows:
+            n_rows, n_new = self._shape
+            # The tokens of all rows in one dimension are in the order of the rows if each has only one; experts get
+            # them in an order of their own.
+            is_row_by_row = len(x) == n_rows and (x.ndim > 2 or (n_new == 1 and not is_one_of_many))
+            if not is_row_by_row:
                 raise _NotRowByRowError
-            self._seen += 1
+            self._seen.add(path)
             output = forward(x)
             for block, product in products:
                 product.add(x, output, slice(block * self._batch_size, (block + 1) * self._batch_size))
@@ -132,27 +138,28 @@ class JointNetwork:
 
     def __call__(self, inputs: dict, batch_size: int) -> ModelOutput | None:
         """Runs the network; `None` if it treats its batch in a way that products can't be added to rows."""
-        self._batch_size, self._n_rows, self._seen = batch_size, len(inputs["input_ids"]), 0
+        self._batch_size, self._shape, self._seen = batch_size, inputs["input_ids"].shape, set()
         try:
             output = self._network(**inputs)
         except _NotRowByRowError:
             return None
-        if self._seen != self._n_layers or output.keys() - {"logits", CACHE}:
+        # A layer that was not called had its weights used in another way, without its products.
+        if self._seen != self._paths or output.keys() - {"logits", CACHE}:
             return None
         return output
 
 
 class NotFusableError(Exception):
-    """The reason why base and reward models can't share a forward pass."""
+    """Gives the reason why base and reward models can't share a forward pass."""
 
 
 class _NotRowByRowError(Exception):
-    """An adapted layer was called with something other than the rows of the batch, such as the tokens of one expert."""
+    """Is raised if an adapted layer gets something other than the rows of the batch, such as tokens of one expert."""
 
 
 def refuse_hooks(model: nn.Module, what: str) -> None:
     """
-    Refuses a model on which something acts that other modules around its weights would not run.
+    Refuses a model with hooks or patches, which other modules around its weights would not run.
 
     Raises:
         NotFusableError: if there is a hook, a replaced `forward` or another such thing.
@@ -173,7 +180,7 @@ def _is_harmless(hook: Callable) -> bool:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Returns what the layer returns, by the order of factors that is faster on a CPU."""
+    """Computes a linear layer, in the order of factors that is faster on a CPU."""
     n_rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or x.dtype != torch.float32 or n_rows > _FEW_ROWS:
         return nn.functional.linear(x, layer.weight, layer.bias)
@@ -183,9 +190,10 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _other_modules(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
     """
-    Returns the modules of a network a second time: another tree, which shares all that is in it. A deep copy around the
-    same weights takes twenty times as long, and copies whatever is attached to the modules; this is made again for
-    each `generate` call, so that it is never stale.
+    Returns a second tree of modules, which shares everything in the modules of the first.
+
+    It is made again for each `generate` call, so that it is never stale. A deep copy around the same weights would take
+    twenty times as long, and copy whatever is attached to the modules.
     """
     if module not in made:
         other = made[module] = object.__new__(type(module))

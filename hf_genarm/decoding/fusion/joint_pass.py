@@ -1,5 +1,5 @@
 """
-Base and reward adapters in one forward pass.
+The joint pass: when it is run, and the patch of the base that runs it.
 
 Decoding is bound by reading weights, so that more rows in a batch cost little. A reward model that is an adapter on the
 base reads the base's own weights: its rows can ride along in the base's forward pass. The batch is repeated once for
@@ -44,7 +44,7 @@ class FusedLM(LockstepLM):
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The adapter, on the weights of the base, or other modules around these alone.
         fusion ([`Fusion`]):
-            That of the base.
+            The fusion of the base.
 
     Attributes:
         joint_passes (`int`):
@@ -118,11 +118,11 @@ class Fusion:
 
     The modules of the base are never changed. When `generate` has prepared a pass that can be joined, `base.forward` is
     replaced on the instance, and put back as the first thing when it is called. What replaces it runs other modules
-    around the same weights, and acts only on the very inputs that were prepared, in that thread.
+    around the same weights, and acts only on exactly the inputs that were prepared, in that thread.
 
     Args:
         watch ([`StepWatch`]):
-            Of the model to be steered.
+            The watch of the model to be steered.
     """
 
     def __init__(self, watch: StepWatch):
@@ -135,7 +135,7 @@ class Fusion:
 
     @classmethod
     def on(cls, watch: StepWatch) -> "Fusion":
-        """Returns the one of a base, which all processors that guide it share."""
+        """Returns the fusion of a base, which all processors that guide it share."""
         if watch.fusion is None:
             watch.fusion = cls(watch)
         return watch.fusion
@@ -251,7 +251,8 @@ class Fusion:
             split(joint, caches, n_read, 0 if output is None else n_new)
         if output is None:
             self._local.networks[tuple(armed.reward_models)] = None
-            reason = f"`{type(self.base).__name__}` mixes the rows of a batch, or returns more than logits"
+            name = type(self.base).__name__
+            reason = f"`{name}` mixes the rows of a batch, skips adapted layers, or returns more than logits"
             for reward_model in armed.reward_models:
                 reward_model.last_obstacle = reason
             logger.info(_SEPARATELY, reason)
