@@ -1,7 +1,7 @@
 """The formulas of GenARM (Xu et al., ICLR 2025, https://hf.co/papers/2410.08193) as pure functions on tensors."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,10 +108,6 @@ class GuidedProduct:
                 "have a negative one. Use positive strengths, and processors that leave tokens which the reward models "
                 "know."
             )
-
-    def with_scores_in_empty_rows(self) -> "GuidedProduct":
-        """Returns the same product, in which rows without a token to choose from have their scores."""
-        return replace(self, log_probs=self.log_probs.where(~self.is_empty[:, None], self.scores.float()))
 
 
 def guided_product(
