@@ -211,8 +211,8 @@ def test_streaming(tokenizer, capsys):
     streamer = TextIteratorStreamer(tokenizer, timeout=60)
     call = threading.Thread(
         target=generate,
-        args=([GenARMLogitsProcessor(arm, base_model=base)], inputs),
-        kwargs={"base": base, "streamer": streamer},
+        args=(base, [GenARMLogitsProcessor(arm, base_model=base)], inputs),
+        kwargs={"streamer": streamer},
     )
     call.start()
     assert "".join(streamer) == text
