@@ -4,23 +4,26 @@ import pytest
 import torch
 from oracle import Recompute
 from simulated import DEVICE, SimulatedDevice
-from tiny import left_padded, save_adapter, tiny_llama
+from tiny import left_padded, save_adapter, tiny_llama, tiny_tokenizer
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 
 BATCH = left_padded([3, 6])
+TOKENIZER = tiny_tokenizer()
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 
 def base_model():
-    return tiny_llama(0, attn_implementation="eager")
+    return tiny_llama(0, attn_implementation="eager", vocab_size=len(TOKENIZER))
 
 
 @pytest.fixture
 def arms(tmp_path):
     """A reward model in bfloat16, and an adapter on another base, which shares no weights either."""
-    tiny_llama(1).to(torch.bfloat16).save_pretrained(tmp_path / "full")
-    tiny_llama(2).save_pretrained(tmp_path / "other")
+    tiny_llama(1, vocab_size=len(TOKENIZER)).to(torch.bfloat16).save_pretrained(tmp_path / "full")
+    tiny_llama(2, vocab_size=len(TOKENIZER)).save_pretrained(tmp_path / "other")
+    for name in ("full", "other"):
+        TOKENIZER.save_pretrained(tmp_path / name)
     return str(tmp_path / "full"), save_adapter(str(tmp_path / "other"), str(tmp_path / "adapter"))
 
 
@@ -31,7 +34,9 @@ def guided(arm, reward_models, alphas, reference=None, **options):
     assert expected.tolist() != base_model().generate(**BATCH, **GREEDY).tolist()
     with SimulatedDevice():
         base = base_model().to(DEVICE)
-        processor = GenARMLogitsProcessor.from_pretrained(arm, base_model=base, reference=reference, **options)
+        processor = GenARMLogitsProcessor.from_pretrained(
+            arm, base_model=base, reference=reference, tokenizer=TOKENIZER, **options
+        )
         inputs = {name: x.to(DEVICE) for name, x in BATCH.items()}
         output = base.generate(**inputs, **GREEDY, logits_processor=[processor])
         assert str(output.device) == DEVICE

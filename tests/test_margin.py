@@ -250,6 +250,7 @@ def test_it_steers_by_the_margin(published, tokenizer):
     assert not torch.allclose(processor(ids, logits), eq_7(ids, logits), atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")  # the prompt is not a chat
 def test_on_another_base_it_is_contrasted_with_its_own(published, tokenizer):
     """As in proxy tuning: what the adapter adds to its model is added to another one."""
     folder, base, trainer = published
@@ -257,10 +258,10 @@ def test_on_another_base_it_is_contrasted_with_its_own(published, tokenizer):
     ids, scores = torch.tensor([[5, 6, 7, 8]]), torch.randn(1, len(tokenizer))
     if not isinstance(trainer.model, PeftModel):
         with pytest.raises(ValueError, match="does not hold the model that training started from"):
-            GenARMLogitsProcessor.from_pretrained(folder, base_model=other)
+            GenARMLogitsProcessor.from_pretrained(folder, base_model=other, tokenizer=tokenizer)
         return
-    for given in (other, None):
-        processor = GenARMLogitsProcessor.from_pretrained(folder, base_model=given, alpha=2.0)
+    for options in ({"base_model": other, "tokenizer": tokenizer}, {}):
+        processor = GenARMLogitsProcessor.from_pretrained(folder, alpha=2.0, **options)
         expected = GenARMLogitsProcessor(trainer.model.eval(), 2.0, reference=base)(ids, scores)
         torch.testing.assert_close(processor(ids, scores), expected, atol=1e-4, rtol=0)
 

@@ -330,5 +330,5 @@ def test_a_repetition_penalty_of_several_prompts():
         texts.append(BASE.generate(**BATCH, logits_processor=[processor], **options, **custom).tolist())
     assert texts[0] == texts[1]
     BASE.generate(**BATCH, logits_processor=[processor], custom_generate=smc_sample, n_particles=4, **options)
-    with pytest.raises(ValueError, match=r"`n_particles` is 1\.5"):
+    with pytest.raises(TypeError, match=r"`n_particles` is 1\.5"):
         BASE.generate(**BATCH, logits_processor=[processor], custom_generate=smc_sample, n_particles=1.5, **options)

@@ -25,7 +25,7 @@ class TableLM(PreTrainedModel):
     _is_stateful = True  # there is no cache
 
     def __init__(self, tables):
-        super().__init__(PreTrainedConfig(name_or_path="table"))
+        super().__init__(PreTrainedConfig(name_or_path="table", vocab_size=N_TOKENS))
         self.tables = torch.nn.ParameterList(tables)  # by length of the prefix: (N_TOKENS ** length, N_TOKENS)
         self.generation_config = GenerationConfig(pad_token_id=None, eos_token_id=None, bos_token_id=None)
 
@@ -42,11 +42,12 @@ class TableLM(PreTrainedModel):
         index = 0
         for token in text:
             index = index * N_TOKENS + token
-        return self.tables[len(text)][index]
+        table = self.tables[min(len(text), LENGTH - 1)]  # longer texts are read too, whatever follows them
+        return table[index % len(table)]
 
     def forward(self, input_ids, use_cache=False):
-        logits = torch.stack([self.next_logits(row[1:].tolist()) for row in input_ids])
-        return SimpleNamespace(logits=logits[:, None].float())
+        prefixes = [[row[1:at] for at in range(1, len(row) + 1)] for row in input_ids.tolist()]
+        return SimpleNamespace(logits=torch.stack([torch.stack([*map(self.next_logits, x)]) for x in prefixes]).float())
 
     def log_probs(self):
         """Of all texts, (len(TEXTS),)."""

@@ -409,12 +409,14 @@ def test_gain_over_the_length_rule_is_paired():
     assert (same["gain_over_shorter_low"], same["gain_over_shorter_high"]) == (0.0, 0.0)
 
 
-def test_custom_generate(make_trainer, tokenizer):
+def test_custom_generate(make_trainer, tokenizer, tmp_path):
     """No import of ours in the user's code: the folder brings it."""
     trainer = make_trainer(custom_generate=True)
     trainer.save_model()
     folder = trainer.args.output_dir
-    base = tiny_llama(5, vocab_size=len(tokenizer))
+    tiny_llama(5, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     ids = {"input_ids": tokenizer("The train was", return_tensors="pt").input_ids, "pad_token_id": 0}
     options = {"max_new_tokens": 8, "trust_remote_code": True, "custom_generate": folder}
     guided = base.generate(**ids, **options, alpha=1.5)

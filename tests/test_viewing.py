@@ -22,6 +22,7 @@ from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.decoding.statistics import Statistics
 from hf_genarm.decoding.step import Run
 from hf_genarm.decoding.texts import Text
+from hf_genarm.functional import guided_product
 from hf_genarm.viewing.picture import Picture
 from hf_genarm.viewing.tokens import Token, TokenText, cells, scale_limit, token_texts, visible, wrap
 
@@ -152,8 +153,8 @@ def test_what_generate_pads_with_is_not_drawn(tokenizer):
     run = Run(ids[:, :2])
     for length in range(2, 7):
         text = Text(ids[:, :length], run, [length - 2])
-        table.note(text, 1, uniform, uniform, {0: uniform}, [1.0], torch.zeros(1))
-    drawn = table.of(ids)
+        table.record(text, 1, guided_product(uniform, [uniform], [1.0]), [0])
+    drawn = table.read(ids)
     assert len(drawn["token"]) == 4
     assert "".join(token.text for token in drawn.token_texts()[0].tokens) == tokenizer.decode([40]) + "<eos>"
 

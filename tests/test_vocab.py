@@ -144,7 +144,7 @@ def test_other_tokens_are_refused(setup):
     other = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
     with pytest.raises(ValueError, match=r"differ: \d+ tokens of the base model, such as .* are unknown"):
         GenARMLogitsProcessor(arm, tokenizer=tokenizer, reward_tokenizer=other)
-    with pytest.raises(ValueError, match="pass that as `tokenizer` too"):
+    with pytest.raises(ValueError, match=r"`tokenizer` is not, .*Pass both"):
         GenARMLogitsProcessor(arm, reward_tokenizer=other)
     with pytest.raises(ValueError, match="2 tokenizers, but there are 1 reward models"):
         GenARMLogitsProcessor(arm, tokenizer=tokenizer, reward_tokenizer=[tokenizer, tokenizer])

@@ -114,10 +114,12 @@ class GenARMLogitsProcessor(GuidanceSettings):
         given = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
         if not given:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
-        if isinstance(reference, str) and (reference != "base" or base_model is None):
+        if reference == "base" and base_model is None:
             raise ValueError(
-                f'`reference` is {reference!r}, but must be a model, "base" where `base_model` is given, or `None`.'
+                '`reference` is "base", but no base is given. Pass `base_model`, or a model as `reference`.'
             )
+        if isinstance(reference, str) and reference != "base":
+            raise ValueError(f'`reference` is {reference!r}, but must be a model, "base", or `None`.')
         self._models = [_model_of(x, "reward_model") for x in given]
         self.reference = (
             reference if reference is None or isinstance(reference, str) else _model_of(reference, "reference")

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .kv_cache import network_of
+from .kv_cache import input_embeddings, n_embeddings, network_of
 from .sharing import adapter_tensors, is_plain
 
 FINGERPRINT = r"(bf16|fp16):(([0-9a-f]{4})+|2:\d+(:([0-9a-f]{8})*){3}:[\w.=,-]*)"
@@ -43,7 +43,7 @@ def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
     """
     own = _of_adapter(model)
     network = network_of(model)
-    n_rows = _n_embeddings(network)
+    n_rows = n_embeddings(network)
     n_rows -= n_rows % 64 if n_rows >= 64 else 0
     sums = None if own is None else _sums(network, own, n_rows)
     if sums is None:
@@ -70,7 +70,7 @@ def has_weights(model: PreTrainedModel | PeftModel, fingerprint: str | None) -> 
     if any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()):
         return False
     for name, text in zip(_SECTIONS, sections, strict=True):
-        is_known = text and sums[name].sums and not (name == "embeddings" and int(n_rows) > _n_embeddings(network))
+        is_known = text and sums[name].sums and not (name == "embeddings" and int(n_rows) > n_embeddings(network))
         if is_known and not sums[name].agrees(np.frombuffer(bytes.fromhex(text), dtype=">f4"), in_half):
             return False
     return True
@@ -114,7 +114,7 @@ def _sums(network: PreTrainedModel, own: set[int], n_rows: int) -> dict[str, _Se
     """
     if getattr(network.config, "quantization_config", None) is not None:
         return None
-    modules = (network.get_input_embeddings(), network.get_output_embeddings())
+    modules = (input_embeddings(network), network.get_output_embeddings())
     embeddings = {id(x) for module in modules if module is not None for x in module.parameters()}
     sections = {name: _Section() for name in _SECTIONS}
     trained = set()
@@ -179,10 +179,6 @@ def _of_adapter(model: PreTrainedModel | PeftModel) -> set[int] | None:
 
 def _kind(network: PreTrainedModel) -> str:
     return "fp16" if any(x.dtype == torch.float16 for x in network.parameters()) else "bf16"
-
-
-def _n_embeddings(network: PreTrainedModel) -> int:
-    return len(network.get_input_embeddings().weight)  # type: ignore[arg-type]  # a tensor
 
 
 def _hex(value: float) -> str:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .kv_cache import CACHE, embeddings_of, network_of, new_cache
+from .kv_cache import CACHE, n_embeddings, network_of, new_cache
 from .limits import fixed_length, why_no_cache
 
 _LENGTH = 6
@@ -76,7 +76,7 @@ def refuse_not_causal(model: PreTrainedModel | PeftModel) -> None:
 
 def _texts(network: PreTrainedModel) -> Tensor:
     """Returns two texts that differ in their last token, `(2, _LENGTH)`, without the special tokens of the model."""
-    vocab_size = len(embeddings_of(network))
+    vocab_size = n_embeddings(network)
     special = {x for name, x in vars(network.config.get_text_config()).items() if name.endswith(("_id", "_index"))}
     spread = [(index * vocab_size) // (_LENGTH + 2) for index in range(1, _LENGTH + 2)]
     ids = [next((x for x in range(at, vocab_size) if x not in special), at) for at in spread]

@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .info import GuidanceWarning, RewardInfo, chat_template_fingerprint, tokenizer_fingerprint
-from .kv_cache import embeddings_of
+from .kv_cache import embeddings_of, input_embeddings, n_embeddings
 from .reward_model import AutoregressiveRewardModel
 from .sharing import is_plain, shares_weights
 
@@ -50,6 +50,8 @@ def tokenizers_to_align(
 
 
 def _has_embeddings_of(reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel) -> bool:
+    if input_embeddings(reward_model.model) is None or input_embeddings(base_model) is None:
+        return False
     own, others = embeddings_of(reward_model.model), embeddings_of(base_model)
     if own.shape != others.shape or not is_plain(own) or not is_plain(others):
         return False
@@ -63,9 +65,9 @@ def _has_same_ids(
     base_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> bool:
-    vocab_size = len(embeddings_of(base_model))
+    vocab_size = n_embeddings(base_model)
     if tokenizer is not None and reward_model.tokenizer is None and reward_model.info.tokenizer is not None:
-        same_size = len(embeddings_of(reward_model.model)) == vocab_size
+        same_size = n_embeddings(reward_model.model) == vocab_size
         if same_size and reward_model.info.tokenizer == tokenizer_fingerprint(tokenizer):
             return True
     if tokenizer is None or reward_model.tokenizer is None:
@@ -82,7 +84,7 @@ def _has_same_ids(
 def has_same_ids(reward_model: AutoregressiveRewardModel, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Returns whether a reward model has as many embeddings as the base, and the same tokens under the same ids."""
     own = reward_model.tokenizer
-    same_size = len(embeddings_of(reward_model.model)) == vocab_size
+    same_size = n_embeddings(reward_model.model) == vocab_size
     return own is not None and same_size and tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
 
 

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -36,6 +36,21 @@ def network_of(model: Any, name: str = "model") -> PreTrainedModel:
 def uncompiled(model: Any) -> Any:
     """Returns the model that `torch.compile` wraps, or the model itself."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def input_embeddings(model: PreTrainedModel | PeftModel) -> nn.Module | None:
+    """Returns the module of the embeddings of tokens; `None` for a model with custom code that doesn't show it."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def n_embeddings(model: PreTrainedModel | PeftModel) -> int:
+    """Returns the number of tokens that a model has embeddings for."""
+    if input_embeddings(model) is None:
+        return int(network_of(model).config.get_text_config().vocab_size)
+    return len(embeddings_of(model))
 
 
 def embeddings_of(model: PreTrainedModel | PeftModel) -> Tensor:

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .kv_cache import CACHE, embeddings_of, network_of, new_cache
+from .kv_cache import CACHE, n_embeddings, network_of, new_cache
 
 # Rotary embeddings whose frequencies depend on the length of the text
 _DYNAMIC_ROPES = ("dynamic", "longrope")
@@ -87,7 +87,7 @@ def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor) -> None:
     Raises:
         ValueError: if there are such ids.
     """
-    n_known = len(embeddings_of(network))
+    n_known = n_embeddings(network)
     lowest, highest = torch.stack(input_ids.aminmax()).tolist()
     if lowest < 0 or highest >= n_known:
         raise ValueError(
@@ -114,7 +114,7 @@ def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int
     Raises:
         ValueError: if a token or a position may have been out of range.
     """
-    n_known = len(embeddings_of(network))
+    n_known = n_embeddings(network)
     config, highest = network.config, int(input_ids.max())
     n_positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", math.inf))
     if highest >= n_known or length + 2 > n_positions:  # some count positions from 1 or 2

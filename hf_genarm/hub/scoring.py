@@ -18,7 +18,7 @@ from ..functional import token_log_probs
 from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
 from .causality import refuse_not_causal
-from .kv_cache import CACHE, embeddings_of, network_of, new_cache
+from .kv_cache import CACHE, n_embeddings, network_of, new_cache
 from .limits import fixed_length, refuse_out_of_range, refuse_unknown_ids, why_no_cache
 
 Messages = list[dict[str, str]]
@@ -121,7 +121,7 @@ def token_rewards(
         raise ValueError(f"There are {len(prompts)} prompts, but {len(responses)} responses. Give one prompt for each.")
     ends = end_token_ids(network_of(model).generation_config, tokenizer)
     examples = [_tokenize(tokenizer, ends, prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
-    highest, n_known = max((max(x.input_ids) for x in examples), default=0), len(embeddings_of(network_of(model)))
+    highest, n_known = max((max(x.input_ids) for x in examples), default=0), n_embeddings(model)
     if highest >= n_known:  # on a GPU the pass itself would only fail with an assertion
         raise ValueError(
             f"The tokenizer (`{tokenizer.name_or_path}`) gives the id {highest}, but the reward model has {n_known} "
