@@ -154,7 +154,6 @@ def test_an_interrupted_forward_leaves_nothing_behind(lockstep, monkeypatch):
     check(lockstep, ids)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # since 5.24
 def test_a_model_that_turns_its_cache_off_is_named():
     """As transformers does before 5.24 with gradient checkpointing; since then it keeps it without gradients."""
     model = copy.deepcopy(tiny_llama(1)).train()

@@ -179,7 +179,6 @@ def test_prompt_tuning_is_read_twice():
     assert_like_naive(model, False, pairs, pairs.is_own)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # since 5.24
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_adapter_with_gradient_checkpointing(checkpointing):
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
