@@ -121,3 +121,13 @@ def test_a_model_is_tested_once():
     refuse_not_causal(model)
     refuse_not_causal(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
     assert len(calls) == 3
+
+
+def test_weights_in_several_dtypes():
+    """As QLoRA has them, whose forward pass needs autocast."""
+    model = tiny_llama(0).bfloat16()
+    model.lm_head.float()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.tensor([[5, 6]]))
+    refuse_not_causal(model)
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16, torch.float32}

@@ -24,14 +24,15 @@ def int8():
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
+def quantised(tmp_path_factory, tokenizer):
     """A base and a reward model with int8 weights, and the folder of the latter."""
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     config = int8()
     models = []
     for seed, name in enumerate(("base", "arm")):
         folder = tmp_path_factory.mktemp("quantised") / name
-        tiny_llama(seed, **sizes).save_pretrained(folder)
+        tiny_llama(seed, **sizes, vocab_size=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         models.append(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
     return *models, str(folder)
 

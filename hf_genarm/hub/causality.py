@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .kv_cache import CACHE, n_embeddings, network_of, new_cache
@@ -47,8 +47,8 @@ def refuse_not_causal(model: PreTrainedModel | PeftModel) -> None:
             f"`{name}` can't be a reward model: an autoregressive reward model is a decoder-only causal LM whose "
             "log-probabilities are the rewards. Load it with `AutoModelForCausalLM`."
         )
-    with torch.no_grad(), _left_as_it_is(network):
-        texts = _texts(network)
+    texts = _texts(network)
+    with torch.no_grad(), _left_as_it_is(network), _one_dtype(network, texts.device.type):
         whole = _logits(network, texts)
         if not _is_close(whole[0, :-1], whole[1, :-1], network, _BETWEEN_ROWS):
             # Only for families that go by it; others, such as GPT-NeoX, are causal whatever it is.
@@ -92,6 +92,13 @@ def _logits(network: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tenso
     return logits
 
 
+def _one_dtype(network: PreTrainedModel, device_type: str) -> torch.autocast:
+    """Lets a model with weights in several dtypes be read, as it is trained: some layers are in float32 for QLoRA."""
+    dtypes = {x.dtype for x in network.parameters() if x.is_floating_point()}
+    half = next((x for x in (torch.bfloat16, torch.float16) if x in dtypes), torch.bfloat16)
+    return torch.autocast(device_type, half, enabled=len(dtypes) > 1 and half in dtypes)
+
+
 def _is_close(one: Tensor, other: Tensor, network: PreTrainedModel, tolerances: tuple[float, float]) -> bool:
     is_exact = network.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(one.device.type)
     is_exact = is_exact and getattr(network.config, "quantization_config", None) is None
@@ -105,10 +112,13 @@ def _left_as_it_is(network: PreTrainedModel) -> Iterator[None]:
     """Puts a model into evaluation mode; at the end, restores everything that its modules hold."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in network.modules()]
     devices = {x.device for x in network.parameters() if x.device.type == "cuda"}
+    is_quantised = getattr(network.config, "quantization_config", None) is not None
     with torch.random.fork_rng([device.index for device in devices]):
         for module, _, _ in before:
-            if module.training:
-                module.training = False
+            # In evaluation, 4-bit layers of bitsandbytes on a CPU repack their weights for good.
+            is_training = is_quantised and isinstance(module, nn.Linear)
+            if module.training != is_training:
+                module.training = is_training
         try:
             yield
         finally:
