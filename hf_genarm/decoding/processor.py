@@ -114,7 +114,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         given = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
         if not given:
             raise ValueError("`reward_model` is an empty list, but at least one reward model is needed.")
-        if reference == "base" and base_model is None:
+        if isinstance(reference, str) and reference == "base" and base_model is None:
             raise ValueError(
                 '`reference` is "base", but no base is given. Pass `base_model`, or a model as `reference`.'
             )
