@@ -62,7 +62,7 @@ class LockstepLM:
 
     def reset(self) -> None:
         """Forgets what has been read."""
-        self._state = None
+        self.release()
 
     def release(self) -> None:
         """Gives back the memory of what has been read, when nothing continues it."""

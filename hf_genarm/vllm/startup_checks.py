@@ -14,13 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..hub.base_weights import has_weights
 from ..hub.info import RewardInfo
-from ..hub.loading import base_of, download, info_of
+from ..hub.loading import ADAPTER_CONFIG, base_of, download, info_of
 from ..hub.reward_model import find_tokenizer
 from .reward_lms import is_on, refuse_lacking
 from .server_config import ServerConfig
 from .slots import refuse_short
-
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_reward_models(
@@ -75,11 +73,11 @@ def check_reward_models(
 def _check_files(name: str, served: str) -> None:
     """Raises if a reward model is not there, is not whole, or belongs to a model that is not there."""
     folder = _download(name, f"`{name}` is no folder here, and can't be loaded from the Hub")
-    is_adapter = (folder / _ADAPTER_CONFIG).exists()
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
     if not is_adapter and not (folder / "config.json").exists():
-        inner = sorted(path.parent.name for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
+        inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
         raise ValueError(
-            f"`{name}` has no `{_ADAPTER_CONFIG}` and no `config.json`, so it is no reward model. "
+            f"`{name}` has no `{ADAPTER_CONFIG}` and no `config.json`, so it is no reward model. "
             + (f"Name one of its folders: {', '.join(inner[:5])}." if inner else "Check the folder.")
         )
     weights = [folder / SAFETENSORS_WEIGHTS_NAME] if is_adapter else sorted(folder.glob("*.safetensors"))
