@@ -14,6 +14,9 @@ class _Backend(backend_registration._DummyBackendModule):
     def device_count(self):
         return 1
 
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 
