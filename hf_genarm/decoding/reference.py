@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from ..hub.kv_cache import network_of
 from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
+from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
+from .prompts import OwnPrompt
 from .step_watch import StepWatch
 from .texts import Text
 
@@ -19,7 +21,7 @@ class Reference:
     Returns the next-token log-probabilities of a reference.
 
     If that is the base, they come from its own passes, before any processor. Only text that the base has not read, such
-    as a draft, takes a pass of a model around the same weights.
+    as a draft, or an answer to another prompt, is read by a model around the same weights.
 
     Args:
         model (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -48,12 +50,14 @@ class Reference:
         if self._lockstep is not None:
             self._lockstep.release()
 
-    def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
+    def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int, prompt: OwnPrompt | None) -> None:
         """Reads drafts in one pass, as reward models do, unless the base reads them itself."""
-        if self._watch is None and self._lockstep is not None and self._lockstep.has_cache:
-            self._lockstep(text, attention_mask, n_logits)
+        if (self._watch is None or prompt is not None) and self._model(prompt).has_cache:
+            self._logits(text, attention_mask, prompt, n_logits)
 
-    def log_probs(self, text: Text, attention_mask: Tensor, scores: Tensor) -> Tensor:
+    def log_probs(
+        self, text: Text, attention_mask: Tensor, scores: Tensor, prompt: OwnPrompt | None = None
+    ) -> Tensor:
         """
         Returns the log-probabilities of what follows some texts.
 
@@ -64,6 +68,8 @@ class Reference:
                 Their mask.
             scores (`torch.Tensor` of shape `(batch_size, vocab_size)`):
                 The scores of the base, for their shape and device.
+            prompt ([`OwnPrompt`], *optional*):
+                What the reference reads in place of the base's prompt.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`.
@@ -72,16 +78,32 @@ class Reference:
             ValueError: if it has another vocabulary than the base.
         """
         logits = None
-        if self._watch is not None and self._keeps_logits and text.step is not None:
+        if self._watch is not None and self._keeps_logits and text.step is not None and prompt is None:
             logits = text.step.base_logits(text.input_ids.shape[1])
         if logits is None:
-            if self._lockstep is None and self._watch is not None:
-                self._lockstep = LockstepLM(twin(self._watch.model))
-            assert self._lockstep is not None
-            logits = self._lockstep(text.input_ids, attention_mask)
+            logits = self._logits(text.input_ids, attention_mask, prompt)
         if logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"The reference scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. Use one "
                 "with the tokenizer of the base model."
             )
         return logits.to(scores.device).float().log_softmax(dim=-1)
+
+    def _model(self, prompt: OwnPrompt | None) -> LockstepLM:
+        """Returns the model that reads what the base has not read; in the passes of the base, if all of it is other."""
+        if self._lockstep is None:
+            assert self._watch is not None
+            base = twin(self._watch.model)
+            self._lockstep = LockstepLM(base) if prompt is None else FusedLM(base, Fusion.on(self._watch))
+        return self._lockstep
+
+    def _logits(
+        self, input_ids: Tensor, attention_mask: Tensor, prompt: OwnPrompt | None, n_logits: int = 1
+    ) -> Tensor:
+        """Returns the logits that follow the text of the reference, given that of the base."""
+        model = self._model(prompt)
+        if isinstance(model, FusedLM):
+            model.own_prompt = prompt
+        if prompt is not None:
+            input_ids, attention_mask = prompt.text(input_ids, attention_mask)
+        return model(input_ids, attention_mask, n_logits)
