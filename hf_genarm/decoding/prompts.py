@@ -100,13 +100,14 @@ class OwnPrompts:
     @rewards.setter
     def rewards(self, prompts: Any) -> None:
         n_rewards = len(self._sentences)
-        given = list(prompts) if isinstance(prompts, list | tuple) else [prompts] * n_rewards
+        is_list = isinstance(prompts, list | tuple)
+        given = list(prompts) if is_list else [prompts] * n_rewards
         if len(given) != n_rewards:
             raise ValueError(
                 f"`prompts` has {len(given)} entries, but there are {n_rewards} reward models. Give one for each, "
                 "`None` for those that read the prompt of the base, or a single one for all."
             )
-        names = [f"prompts[{index}]" if given is not prompts else "prompts" for index in range(n_rewards)]
+        names = [f"prompts[{index}]" if is_list else "prompts" for index in range(n_rewards)]
         self._rewards = [None if x is None else _checked(name, x) for name, x in zip(names, given, strict=True)]
         self._encoded = None
 
@@ -225,7 +226,9 @@ def encoded(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **templa
     """
     decided = sorted(_DECIDED & template_kwargs.keys())
     if decided:
-        raise TypeError(f"`{decided[0]}` is not for `encode`, which pads on the left and returns tensors. Leave it out.")
+        raise TypeError(
+            f"`{decided[0]}` is not for `encode`, which pads on the left and returns tensors. Leave it out."
+        )
     adds = {"add_generation_prompt": not template_kwargs.get("continue_final_message", False)}
     rows = []
     for index, prompt in enumerate(prompts):

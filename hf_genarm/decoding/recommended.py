@@ -19,7 +19,9 @@ logger = logging.get_logger(__name__)
 def recommended_alpha(infos: Sequence[RewardInfo]) -> list[float]:
     """Returns the strength that each reward model recommends, or else 1, for a sentence 1.5."""
     defaults = [1.0 if x.sentence is None else DEFAULT_STRENGTH for x in infos]
-    return [default if x.recommended is None else x.recommended["alpha"] for x, default in zip(infos, defaults, strict=True)]
+    return [
+        default if x.recommended is None else x.recommended["alpha"] for x, default in zip(infos, defaults, strict=True)
+    ]
 
 
 def wanted_reference(infos: Sequence[RewardInfo], names: Sequence[str]) -> str | None:

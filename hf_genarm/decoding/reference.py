@@ -6,6 +6,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.causality import take_as_causal
 from ..hub.kv_cache import network_of
 from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
@@ -33,6 +34,7 @@ class Reference:
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
         self._watch = watch if model == "base" else None
         self._lockstep = None if model == "base" else LockstepLM(model)
+        self._is_tested = False  # whether the base is causal, once other modules around it are made
         # Reward models read a text as in training. If `generate` reads it otherwise, its logits can't be the reference.
         self._keeps_logits = watch is not None and not is_read_otherwise_by_generate(network_of(watch.model))
         if self._watch is not None and self._keeps_logits:
@@ -40,10 +42,10 @@ class Reference:
 
     def reset(self) -> None:
         """Forgets what has been read, and what the base was like."""
+        if self._lockstep is not None:
+            self._lockstep.reset()
         if self._watch is not None:
             self._lockstep = None
-        elif self._lockstep is not None:
-            self._lockstep.reset()
 
     def release(self) -> None:
         """Gives back the memory of its cache."""
@@ -55,9 +57,7 @@ class Reference:
         if (self._watch is None or prompt is not None) and self._model(prompt).has_cache:
             self._logits(text, attention_mask, prompt, n_logits)
 
-    def log_probs(
-        self, text: Text, attention_mask: Tensor, scores: Tensor, prompt: OwnPrompt | None = None
-    ) -> Tensor:
+    def log_probs(self, text: Text, attention_mask: Tensor, scores: Tensor, prompt: OwnPrompt | None = None) -> Tensor:
         """
         Returns the log-probabilities of what follows some texts.
 
@@ -94,12 +94,13 @@ class Reference:
         if self._lockstep is None:
             assert self._watch is not None
             base = twin(self._watch.model)
+            if self._is_tested:
+                take_as_causal(base)
             self._lockstep = LockstepLM(base) if prompt is None else FusedLM(base, Fusion.on(self._watch))
+            self._is_tested = True
         return self._lockstep
 
-    def _logits(
-        self, input_ids: Tensor, attention_mask: Tensor, prompt: OwnPrompt | None, n_logits: int = 1
-    ) -> Tensor:
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor, prompt: OwnPrompt | None, n_logits: int = 1) -> Tensor:
         """Returns the logits that follow the text of the reference, given that of the base."""
         model = self._model(prompt)
         if isinstance(model, FusedLM):

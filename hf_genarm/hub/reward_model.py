@@ -186,8 +186,10 @@ class AutoregressiveRewardModel(PushToHubMixin):
                     f"`{name}` is a sentence, {shown(info.sentence)}, for any model to read, and has no weights. Pass "
                     "the model to be steered: `from_pretrained(..., base_model=model)`, or `--base` of a command."
                 )
-            tokenizer = find_tokenizer(str(base_model.name_or_path), **access) if is_searched else base_tokenizer
-            return cls._of_sentence(base_model, tokenizer, info)  # type: ignore[arg-type]  # "auto" is `is_searched`
+            found = (
+                find_tokenizer(str(network_of(base_model).name_or_path), **access) if is_searched else base_tokenizer
+            )
+            return cls._of_sentence(base_model, found, info)  # type: ignore[arg-type]  # `is_searched` is "auto"
         model: PreTrainedModel | PeftModel
         reference = None
         kwargs["trust_remote_code"] = trust_remote_code  # if it is left out, transformers asks interactively

@@ -53,9 +53,7 @@ def split(joint: DynamicCache, caches: Sequence[DynamicCache], lengths: Sequence
             n_read = lengths[0] + n_new
             kept = min(n_read, layer.sliding_window - 1)
             its_keys, its_values = (x[0][..., -kept:, :] for x in (keys, values))
-            vars(layers[0]).update(
-                vars(layer) | {"keys": its_keys, "values": its_values, "cumulative_length": n_read}
-            )
+            vars(layers[0]).update(vars(layer) | {"keys": its_keys, "values": its_values, "cumulative_length": n_read})
             for own, its_keys, its_values in zip(layers[1:], keys[1:], values[1:], strict=True):
                 own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
 

@@ -85,7 +85,6 @@ class FusedLM(LockstepLM):
         self._fusion.join_next_pass(self)
         return logits
 
-
     def text_of(self, step: Step) -> tuple[Tensor, Tensor] | None:
         """Returns what it reads where the base reads the text of a step, with its mask; `None` if it can't join it."""
         if self.own_prompt is None:
