@@ -1,4 +1,4 @@
-"""Models that read prompts of their own: guided `generate` against each model alone on its own prompt and the answer."""
+"""Models that read prompts of their own: guided `generate` against each model alone on its prompt and the answer."""
 
 import copy
 import pickle
@@ -8,6 +8,7 @@ import torch
 from helpers import assert_same, generate, joint_passes
 from oracle import next_token_log_probs
 from support import ARCHITECTURES, ARM, BASE, BATCH, EXACT, MODES, ONE, SAMPLING
+from test_vocab import permuted, renumbered
 from tiny import EOS, left_padded, save_adapter, tiny_llama
 from transformers import BatchEncoding, LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
@@ -302,7 +303,7 @@ def test_statistics_are_those_of_the_oracle():
 
 
 def test_particles(base, adapters, models):
-    """One is guided sampling; of many, which are exchanged all the time, each is guided by the prompts of its request."""
+    """One is guided sampling; of many, which are exchanged at each step, each is guided by the prompts of its request."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])
     prompts = processor.prompts = [own_prompts(BATCH, 0), own_prompts(BATCH, 1)]
     options = SAMPLING | {"max_new_tokens": 8, "custom_generate": smc_sample, "output_scores": False}
@@ -381,6 +382,20 @@ def test_a_custom_loop_without_the_base():
         guided = processor(ids, scores)
         torch.testing.assert_close(guided, oracle(ids, scores), atol=1e-4, rtol=0)
         ids = torch.cat([ids, guided.argmax(-1, keepdim=True)], dim=1)
+
+
+def test_vocabularies_that_are_aligned(tokenizer):
+    """The own prompt is in ids of the reward model, and the answer is translated."""
+    other, order = permuted(tokenizer)
+    base, arm = tiny_llama(0, vocab_size=len(tokenizer)), tiny_llama(1, vocab_size=len(tokenizer))
+    processor = GenARMLogitsProcessor(
+        renumbered(arm, order, len(tokenizer)), base_model=base, tokenizer=tokenizer, reward_tokenizer=other
+    )
+    texts = ["The train was late", "It is"]
+    processor.prompts = other(texts, return_tensors="pt", padding=True, padding_side="left")
+    oracle = Alone([arm], [1.0], BATCH, [tokenizer(texts, return_tensors="pt", padding=True)])
+    inputs = oracle.inputs = left_padded([4, 8])
+    assert_same(generate(base, [processor], inputs), generate(base, [oracle], inputs))
 
 
 # --- wrong input ---

@@ -360,8 +360,8 @@ def _refuse_weights(folder: Path, name: str) -> None:
     weights = next((x.name for x in (*folder.glob("*.safetensors"), *folder.glob("adapter_config.json"))), None)
     if weights is not None:
         raise ValueError(
-            f"`{name}` has a `sentence` in its `{INFO_NAME}`, and `{weights}` next to it, but a sentence is read by the "
-            "base itself. Remove one of them."
+            f"`{name}` has a `sentence` in its `{INFO_NAME}`, and `{weights}` next to it, but a sentence is read by "
+            "the base itself. Remove one of them."
         )
 
 
