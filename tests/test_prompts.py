@@ -303,7 +303,7 @@ def test_statistics_are_those_of_the_oracle():
 
 
 def test_particles(base, adapters, models):
-    """One is guided sampling; of many, which are exchanged at each step, each is guided by the prompts of its request."""
+    """One is guided sampling; of many, which change places at each step, each has the prompts of its request."""
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])
     prompts = processor.prompts = [own_prompts(BATCH, 0), own_prompts(BATCH, 1)]
     options = SAMPLING | {"max_new_tokens": 8, "custom_generate": smc_sample, "output_scores": False}
