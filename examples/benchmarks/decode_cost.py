@@ -9,10 +9,10 @@ All ways of decoding take turns within a round, each with its own prompts. The t
 over its steps after the prompt. Ratios are taken within a round; their median and range over the rounds are printed and
 added to a JSON file. Peak memory is that of a separate process, from the first token to the last.
 
-There are two baselines. For few rows on a CPU, a joint pass of base and adapters computes its linear layers as `W x`,
-which can be much faster than torch's own `x W`; that is no gain from guidance. *Same products* is the ratio to an
-unguided base that computes its linear layers as joint passes do: what guidance costs. The other ratios are to the base
-as it is.
+There are two baselines. On processors of AMD, a joint pass of base and adapters computes its linear layers as `W x` for
+few rows, which is much faster there than torch's own `x W`; that is no gain from guidance. *Same products* is the ratio
+to an unguided base that computes its linear layers as joint passes do: what guidance costs. The other ratios are to the
+base as it is.
 """
 
 import argparse
@@ -97,8 +97,9 @@ def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProce
 
 @contextmanager
 def products_of_joint_passes(model: PreTrainedModel) -> Iterator[None]:
-    """Lets a model compute its linear layers by the function that computes those of joint passes."""
-    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    """Lets a model compute its linear layers as joint passes do on this machine."""
+    modules = model.modules() if joint_network.slow_for_few_rows() else ()
+    layers = [layer for layer in modules if type(layer) is torch.nn.Linear]
     for layer in layers:
         vars(layer)["forward"] = functools.partial(joint_network._linear, layer)
     try:

@@ -27,7 +27,7 @@ from ..prompts import OwnPrompt
 from ..step import Step
 from ..step_watch import StepWatch
 from .joint_cache import detach, join, split
-from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks
+from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks, slow_for_few_rows
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +172,8 @@ class Fusion:
             self._local.waiting.append(reward_model)
 
     def hasten_next_pass(self) -> None:
-        """Runs the next pass of the base in this thread as joint passes are run, which is faster for a few tokens."""
-        self._local.is_hastened = True
+        """Runs the next pass of the base in this thread as joint passes are run, where that is faster."""
+        self._local.is_hastened = slow_for_few_rows()
 
     def _before_a_pass(self, step: Step, inputs: dict[str, Any]) -> None:
         """Decides whether the pass that was just prepared is joined."""
