@@ -18,7 +18,8 @@ class Size:
         n_best_of: numbers of answers from which the best one is taken.
         n_particles: particles of sequential Monte Carlo.
         n_rollout_prompts: prompts for Transfer-Q, whose rollouts are slow; its answers have at most 24 tokens.
-        n_sentences, n_sentence_prompts: sentences for each objective, and the test prompts that they are tried on.
+        n_sentences, n_sentence_prompts: sentences for each objective, and the test prompts that they are tried on, of
+            which a larger base answers two thirds.
     """
 
     n_pairs: int = 128
@@ -31,7 +32,7 @@ class Size:
     n_best_of: tuple[int, ...] = (4, 16)
     n_particles: int = 4
     n_rollout_prompts: int = 6
-    n_sentences: int = 6
+    n_sentences: int = 5
     n_sentence_prompts: int = 24
 
 
@@ -132,7 +133,6 @@ SENTENCES = {
         "Be very positive, warm and full of praise.",
         "You love everything that you are asked about.",
         "Sound happy and optimistic in every answer.",
-        "Speak as if this were the best thing in the world.",
     ),
     "brevity": (
         "Answer in as few words as possible.",
@@ -140,7 +140,6 @@ SENTENCES = {
         "Keep every answer very short.",
         "You are a person of few words.",
         "Reply with one short phrase.",
-        "Never write more than is needed.",
     ),
 }
 SENTENCE_STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # 1 is prompting
