@@ -110,15 +110,15 @@ class Step:
 class Bench:
     """
     Makes steps that keep adapters and answers in a folder, under names with a hash of all that they depend on. The base
-    is SmolLM2-135M-Instruct in float32, or else the one that is named, in its own dtype.
+    is SmolLM2-135M-Instruct, or else the one that is named.
     """
 
-    def __init__(self, output: Path, base: str | None = None):
+    def __init__(self, output: Path, base: str | None = None, dtype: torch.dtype = torch.float32):
         self.output = output
         self.model_path = demo_model() if base is None else base if Path(base).is_dir() else snapshot_download(base)
-        self._dtype = torch.float32 if base is None else "auto"
+        self._dtype = dtype
         self.tokenizer = AutoTokenizer.from_pretrained(self.model_path, padding_side="left")
-        self._base_key = fingerprint(Path(self.model_path), package_versions())
+        self._base_key = fingerprint(Path(self.model_path), package_versions(), *[dtype] * (dtype != torch.float32))
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -31,6 +31,7 @@ PERPLEXITIES = {
     "sentiment": (4.0, 8.0, 16.0, 24.0),
     "detox": (8.0, 16.0, 40.0, 64.0),
     "harmlessness": (4.0, 8.0, 16.0, 24.0),
+    "sentences": (16.0, 24.0, 40.0),
 }
 SMOKE = "**A smoke run: everything once, on a tiny model with random weights. The numbers mean nothing.**"
 SOUPS = "rewarded soups"
@@ -210,8 +211,9 @@ def sentences(about: dict, rows: pd.DataFrame, folder: Path) -> str:
             differences(positive, pairs, targets),
             "By the second judge:",
             matched(positive, "second", targets, "sentences or runs"),
-            "Perplexity under the base:",
-            matched(positive, "perplexity", targets, "sentences or runs"),
+            f"Among the settings whose answers have at most this perplexity under the base (its own have "
+            f"{positive.mean('base', 'perplexity')[0, 0]:.1f}), the one with the highest reward:",
+            bounded(positive, PERPLEXITIES["sentences"]),
         ]
     return "\n\n".join([*parts, "### Every setting", levels(positive, ["base", *positive.runs])])
 

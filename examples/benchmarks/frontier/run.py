@@ -21,6 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
@@ -108,7 +109,7 @@ def main() -> None:
     disable_progress_bars()
     for name in args.only:
         other = args.base if name == "sentences_on_base" and not is_smoke() else None
-        bench = Bench(output / "kept", other)
+        bench = Bench(output / "kept", other, torch.bfloat16 if name.startswith("sentences") else torch.float32)
         make, plans = experiments(bench, SIZES[args.size], args.hh_rlhf, args.base)[name]
         task = make()
         steps = [step for plan in plans for step in plan(bench, task)]

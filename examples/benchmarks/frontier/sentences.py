@@ -26,7 +26,7 @@ _N_SAMPLES = 4  # of the base, to each prompt
 def task(size: Size, base: str | None = None) -> Task:
     """Returns the task of steering a base, which is SmolLM2-135M-Instruct if it is `None`."""
     of_base = "" if base is None else f": {Path(base).name}"
-    n_prompts = 2 * size.n_sentence_prompts // 3 if of_base else size.n_sentence_prompts
+    n_prompts = -(-size.n_sentence_prompts // 2) if of_base else size.n_sentence_prompts
     return replace(
         sentiment.task(replace(size, n_test_prompts=n_prompts)),
         name="sentences_on_base" if of_base else "sentences",
@@ -47,14 +47,15 @@ def steps(bench: Bench, task: Task, has_adapter: bool) -> list[Step]:
     work = [base_step(bench, task, "test", "base", [Point(0.0)] * _N_SAMPLES)]
     for index, sentence in enumerate(SENTENCES["sentiment"][:n]):
         work.append(step(bench, task, SENTENCE, index, strengths, sentence))
-    if has_adapter:  # in fewer runs: samples of the one adapter, and sentences together with it
+    if has_adapter:  # fewer runs: samples of the one adapter
         for seed in task.size.dev_seeds:
             work.append(step(bench, task, ADAPTER, seed, [Point(x) for x in PUBLISHED_STRENGTHS], adapter=PUBLISHED))
+    for index, sentence in enumerate(SENTENCES["brevity"][:n]):
+        work.append(step(bench, task, BRIEF, index, strengths, sentence))
+    if has_adapter:  # and of the sentences together with it
         for index in task.size.few_seeds:
             sentence = SENTENCES["sentiment"][index]
             work.append(step(bench, task, BOTH, index, strengths, sentence, PUBLISHED))
-    for index, sentence in enumerate(SENTENCES["brevity"][:n]):
-        work.append(step(bench, task, BRIEF, index, strengths, sentence))
     return work
 
 
