@@ -47,7 +47,7 @@ def test_at_strength_one_answers_are_those_of_prompting(bench):
 
 def test_methods_have_as_many_settings_and_both_have_half_strengths(bench):
     assert len(PUBLISHED_STRENGTHS) == len(SENTENCE_STRENGTHS)
-    assert strengths(Point(2.0), "Be kind.", PUBLISHED) == [1.0, PUBLISHED_STRENGTHS[3] / 2]
+    assert strengths(Point(2.0), "Be kind.", PUBLISHED) == [1.0, PUBLISHED_STRENGTHS[2] / 2]
     assert strengths(Point(2.0), None, PUBLISHED) == strengths(Point(2.0), "Be kind.", None) == [2.0]
     of = task(SIZES["smoke"])
     names = [step.about["method"] for step in steps(bench, of, has_adapter=True)]

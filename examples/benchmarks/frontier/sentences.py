@@ -1,8 +1,8 @@
 """Steering by a sentence in the prompt, at strengths below and above prompting, and by a published adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from .settings import PUBLISHED_STRENGTHS, SENTENCE_STRENGTHS, SENTENCES, Size
 PUBLISHED = "model_cards/arm-smollm2-135m-sentiment"
 
 _N_SAMPLES = 4  # of the base, to each prompt
+_PROMPTS_AT_ONCE = 8
 
 
 def task(size: Size, base: str | None = None) -> Task:
@@ -41,37 +42,37 @@ def task(size: Size, base: str | None = None) -> Task:
 def steps(bench: Bench, task: Task, has_adapter: bool) -> list[Step]:
     """
     Returns the steps of each sentence at all strengths; with `has_adapter` also those of the published adapter, and of
-    each sentence together with it. The number of the sentence, or of the sample, is the `seed`.
+    sentences together with it. The number of the sentence, or of the sample, is the `seed`. Everything is done on some
+    prompts before the next ones.
     """
-    n, strengths = task.size.n_sentences, [Point(x) for x in SENTENCE_STRENGTHS]
+    n, alone, of_adapter = task.size.n_sentences, SENTENCE_STRENGTHS, PUBLISHED_STRENGTHS
     work = [base_step(bench, task, "test", "base", [Point(0.0)] * _N_SAMPLES)]
-    for index, sentence in enumerate(SENTENCES["sentiment"][:n]):
-        work.append(step(bench, task, SENTENCE, index, strengths, sentence))
-    if has_adapter:  # fewer runs: samples of the one adapter
-        for seed in task.size.dev_seeds:
-            work.append(step(bench, task, ADAPTER, seed, [Point(x) for x in PUBLISHED_STRENGTHS], adapter=PUBLISHED))
-    for index, sentence in enumerate(SENTENCES["brevity"][:n]):
-        work.append(step(bench, task, BRIEF, index, strengths, sentence))
-    if has_adapter:  # and of the sentences together with it
-        for index in task.size.few_seeds:
-            sentence = SENTENCES["sentiment"][index]
-            work.append(step(bench, task, BOTH, index, strengths, sentence, PUBLISHED))
+    for first in range(0, len(task.test), _PROMPTS_AT_ONCE):
+        add = partial(step, bench, task, first)
+        work += [add(SENTENCE, i, alone, SENTENCES["sentiment"][i]) for i in range(n)]
+        if has_adapter:
+            work += [add(ADAPTER, seed, of_adapter, adapter=PUBLISHED) for seed in task.size.dev_seeds]
+        work += [add(BRIEF, i, alone, SENTENCES["brevity"][i]) for i in range(n)]
+        if has_adapter:
+            work += [add(BOTH, i, alone, SENTENCES["sentiment"][i], PUBLISHED) for i in task.size.few_seeds]
     return work
 
 
 def step(
     bench: Bench,
     task: Task,
+    first_prompt: int,
     method: str,
     seed: int,
-    points: list[Point],
+    strengths: Sequence[float],
     sentence: str | None = None,
     adapter: str | None = None,
 ) -> Step:
     """Returns the step that steers by a sentence, by an adapter, or by both."""
     weights = fingerprint(Path(adapter)) if adapter else None
-    answer = answerer(bench, task, sentence, adapter)
-    return bench.answering(task, "test", method, seed, points, [], answer, sentence, weights)
+    answer, points = answerer(bench, task, sentence, adapter), [Point(x) for x in strengths]
+    prompts = {"first_prompt": first_prompt, "n_prompts": _PROMPTS_AT_ONCE}
+    return bench.answering(task, "test", method, seed, points, [], answer, sentence, weights, **prompts)
 
 
 def answerer(

@@ -142,6 +142,6 @@ SENTENCES = {
         "Reply with one short phrase.",
     ),
 }
-SENTENCE_STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # 1 is prompting
+SENTENCE_STRENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # 1 is prompting
 # As many; by its card, the adapter is as far from the base at a quarter to a half of these.
-PUBLISHED_STRENGTHS = (0.125, 0.25, 0.5, 0.75, 1.0, 2.0)
+PUBLISHED_STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
