@@ -148,7 +148,6 @@ class Bench:
         adapters: Sequence[Step],
         answer: Callable[[list[str], list[Point]], list[dict[str, Any]]],
         *settings: object,
-        first_prompt: int = 0,
         n_prompts: int | None = None,
     ) -> Step:
         """
@@ -163,9 +162,9 @@ class Bench:
             adapters: steps that have to be done first.
             answer: a function of prompts and as many points that returns the answers with their measures.
             settings: what else the answers depend on.
-            first_prompt, n_prompts: takes so many prompts only, from this one on.
+            n_prompts: takes the first prompts only.
         """
-        prompts = task.prompts(split)[first_prompt:][:n_prompts]
+        prompts = task.prompts(split)[:n_prompts]
         rows = [(index, point) for point in points for index in range(len(prompts))]
 
         def write(partial: Path) -> None:
@@ -178,7 +177,7 @@ class Bench:
                 with partial.open("a", encoding="utf-8") as file:
                     for (index, point), row in zip(batch, answers, strict=True):
                         setting = {"strength": point.strength, "temperature": point.temperature}
-                        file.write(json.dumps({"prompt": first_prompt + index} | setting | row) + "\n")
+                        file.write(json.dumps({"prompt": index} | setting | row) + "\n")
 
         key = (points, prompts, task.size.max_new_tokens, _ROWS_AT_ONCE, settings)
         return self.file(task, split, method, seed, adapters, write, *key)

@@ -56,7 +56,6 @@ def strength(objectives: dict[str, tuple[Any, str, str]], path: Path, title: str
                 for one in runs.values[what].mean(axis=1):
                     axis.plot(x[1:], one, color=colour, linewidth=0.6, alpha=0.6)
             axis.axvline(1, color="0.5", linestyle=":", linewidth=1)
-            axis.set_yscale("log" if measure == "perplexity" else "linear")
             axis.spines[["top", "right"]].set_visible(False)
         labels = {"reward": "sentiment (VADER)", "words": "words in the answer"}
         row[0].set_ylabel(labels[what])

@@ -41,8 +41,8 @@ INTRODUCTION = """# Reward against divergence
 `python -m examples.benchmarks.frontier.run` sampled the answers in `results/`, and
 `python -m examples.benchmarks.frontier.report` made this report of them.
 
-**The base is one small model (SmolLM2-135M-Instruct), and the judges are programs. What holds here need not hold for
-large models and people's preferences.**
+**The base is one small model (SmolLM2-135M-Instruct, if a section names no other), and the judges are programs. What
+holds here need not hold for large models and people's preferences.**
 
 - *Ratio* steers by log π_r − log π_base (`reference="base"`), *Eq. 7* by log π_r, as the paper does. The points of such
   a curve differ in the strength α alone; there is one adapter per training seed.

@@ -21,47 +21,40 @@ from .settings import PUBLISHED_STRENGTHS, SENTENCE_STRENGTHS, SENTENCES, Size
 PUBLISHED = "model_cards/arm-smollm2-135m-sentiment"
 
 _N_SAMPLES = 4  # of the base, to each prompt
-_PROMPTS_AT_ONCE = 8
 
 
 def task(size: Size, base: str | None = None) -> Task:
     """Returns the task of steering a base, which is SmolLM2-135M-Instruct if it is `None`."""
     of_base = "" if base is None else f": {Path(base).name}"
-    n_prompts = -(-size.n_sentence_prompts // 2) if of_base else size.n_sentence_prompts
     return replace(
-        sentiment.task(replace(size, n_test_prompts=n_prompts)),
+        sentiment.task(replace(size, n_test_prompts=size.n_sentence_prompts)),
         name="sentences_on_base" if of_base else "sentences",
         title=f"Steering by a sentence{of_base}",
         described="The reward model is the base itself with a sentence in its system message; the reference is the "
         "base with its own prompt. At strength 1 that is prompting with the sentence. The reward is VADER's score of "
         f"the answer, from −1 to 1; the second judge is TextBlob. There are {size.n_sentences} sentences for positive "
-        "answers, and as many for short ones.",
+        "answers, and as many for short ones. The base computes in bfloat16.",
     )
 
 
 def steps(bench: Bench, task: Task, has_adapter: bool) -> list[Step]:
     """
     Returns the steps of each sentence at all strengths; with `has_adapter` also those of the published adapter, and of
-    sentences together with it. The number of the sentence, or of the sample, is the `seed`. Everything is done on some
-    prompts before the next ones.
+    sentences together with it. The number of the sentence, or of the sample, is the `seed`.
     """
-    n, alone, of_adapter = task.size.n_sentences, SENTENCE_STRENGTHS, PUBLISHED_STRENGTHS
+    size, alone, add = task.size, SENTENCE_STRENGTHS, partial(step, bench, task)
     work = [base_step(bench, task, "test", "base", [Point(0.0)] * _N_SAMPLES)]
-    for first in range(0, len(task.test), _PROMPTS_AT_ONCE):
-        add = partial(step, bench, task, first)
-        work += [add(SENTENCE, i, alone, SENTENCES["sentiment"][i]) for i in range(n)]
-        if has_adapter:
-            work += [add(ADAPTER, seed, of_adapter, adapter=PUBLISHED) for seed in task.size.dev_seeds]
-        work += [add(BRIEF, i, alone, SENTENCES["brevity"][i]) for i in range(n)]
-        if has_adapter:
-            work += [add(BOTH, i, alone, SENTENCES["sentiment"][i], PUBLISHED) for i in task.size.few_seeds]
+    work += [add(SENTENCE, i, alone, SENTENCES["sentiment"][i]) for i in range(size.n_sentences)]
+    work += [add(BRIEF, i, alone, SENTENCES["brevity"][i]) for i in range(size.n_sentences)]
+    if has_adapter:  # fewer runs: samples of the one adapter, and some of the sentences together with it
+        work += [add(ADAPTER, seed, PUBLISHED_STRENGTHS, adapter=PUBLISHED) for seed in size.dev_seeds]
+        work += [add(BOTH, i, alone, SENTENCES["sentiment"][i], PUBLISHED) for i in size.few_seeds]
     return work
 
 
 def step(
     bench: Bench,
     task: Task,
-    first_prompt: int,
     method: str,
     seed: int,
     strengths: Sequence[float],
@@ -71,8 +64,7 @@ def step(
     """Returns the step that steers by a sentence, by an adapter, or by both."""
     weights = fingerprint(Path(adapter)) if adapter else None
     answer, points = answerer(bench, task, sentence, adapter), [Point(x) for x in strengths]
-    prompts = {"first_prompt": first_prompt, "n_prompts": _PROMPTS_AT_ONCE}
-    return bench.answering(task, "test", method, seed, points, [], answer, sentence, weights, **prompts)
+    return bench.answering(task, "test", method, seed, points, [], answer, sentence, weights)
 
 
 def answerer(

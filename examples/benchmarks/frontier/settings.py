@@ -18,8 +18,7 @@ class Size:
         n_best_of: numbers of answers from which the best one is taken.
         n_particles: particles of sequential Monte Carlo.
         n_rollout_prompts: prompts for Transfer-Q, whose rollouts are slow; its answers have at most 24 tokens.
-        n_sentences, n_sentence_prompts: sentences for each objective, and the test prompts that they are tried on, of
-            which a larger base answers half.
+        n_sentences, n_sentence_prompts: sentences for each objective, and the test prompts that they are tried on.
     """
 
     n_pairs: int = 128
@@ -33,7 +32,7 @@ class Size:
     n_particles: int = 4
     n_rollout_prompts: int = 6
     n_sentences: int = 5
-    n_sentence_prompts: int = 16
+    n_sentence_prompts: int = 8
 
 
 SIZES = {
