@@ -240,7 +240,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
         base_model, given = uncompiled(base_model), [sentences] if isinstance(sentences, str) else list(sentences)
         arms = [AutoregressiveRewardModel.from_sentence(sentence, base_model, tokenizer) for sentence in given]
         tokenizer = arms[0].tokenizer if arms else tokenizer
-        return cls(arms, alpha, **{"base_model": base_model, "reference": "base", "tokenizer": tokenizer} | kwargs)
+        options: dict[str, Any] = {"base_model": base_model, "reference": "base", "tokenizer": tokenizer}
+        return cls(arms, alpha, **options | kwargs)
 
     def encode(self, prompts: Any, **template_kwargs: Any) -> BatchEncoding:
         """
@@ -266,8 +267,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
             ValueError: if the processor has no tokenizer, or a prompt has no tokens.
         """
         inputs = self._own_prompts.encode(prompts, self._tokenizer, self._tokenizers, **template_kwargs)
-        is_placed = self._base is not None and self._base.device.type != "meta"
-        return inputs.to(self._base.device) if is_placed else inputs
+        device = torch.device("cpu") if self._base is None else self._base.device
+        return inputs if device.type == "meta" else inputs.to(device)  # offloaded weights are on no device
 
     @property
     def engine(self) -> str:
