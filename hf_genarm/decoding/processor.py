@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..functional import guided_product
-from ..hub.compatibility import generation_prompt_ids
+from ..hub.compatibility import prompt_format
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
@@ -131,7 +131,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         own = [x.tokenizer for x in given if isinstance(x, AutoregressiveRewardModel)]
         self._tokenizer = next(iter(own), None) if tokenizer is None else tokenizer  # to show tokens as text
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
-        self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
+        self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
         self._machine = self._new_machine()
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
@@ -141,7 +141,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
     def _new_machine(self) -> GuidanceMachine:
         """Returns a machine that has read nothing, for these models."""
         return GuidanceMachine(
-            self._models, self._vocab_maps, self._base, self.reference, self._tokenizer, self._generation_prompt_ids
+            self._models, self._vocab_maps, self._base, self.reference, self._tokenizer, self._prompt_format
         )
 
     def __getstate__(self) -> dict[str, Any]:
