@@ -2,12 +2,13 @@
 What the default learning rate of adapters is chosen by: what trainings of several lengths learn at several rates.
 
     python -m examples.benchmarks.training_defaults
-    python -m examples.benchmarks.training_defaults --pairs 50 --references none --rates 1e-4 default
+    python -m examples.benchmarks.training_defaults --pairs 50 --references none --rates 1e-4
 
 Each training is that of `hf-genarm train` with its defaults (three epochs, 8 pairs per step, LoRA of rank 16 on the
-modules that PEFT chooses), on pairs of the sentiment data. On held-out pairs, whose topics are in no training, it
-reports the share in which what was learned prefers the chosen answer, with a 95 % interval; how far it moves the two
-answers of a pair apart; and how much likelier it makes the chosen ones. Far below 0, it makes good texts unlikely, too.
+modules that PEFT chooses), on the pairs of the sentiment data with the shortest answers, as plain text, which takes a
+fourth of the time that chats take. On held-out pairs, whose topics are in no training, it reports the share in which
+what was learned prefers the chosen answer, with a 95 % interval; how far it moves the two answers of a pair apart; and
+how much likelier it makes the chosen ones. Far below 0, it makes good texts unlikely, too.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 from transformers import set_seed
 from trl import get_peft_config
 
@@ -28,10 +29,16 @@ from hf_genarm.scripts.train import ModelArguments
 from hf_genarm.training.learned import learned
 
 
-def texts(*splits: str) -> Dataset:
-    """The pairs of some splits."""
+def short_pairs(n_pairs: int, *splits: str) -> Dataset:
+    """The pairs of some splits with the shortest answers, as plain text."""
     parts = [load_dataset("json", data_files=str(DATA / f"{split}.jsonl"), split="train") for split in splits]
-    return concatenate_datasets(parts).select_columns(["prompt", "chosen", "rejected"])
+    pairs = [
+        {name: pair[name][0]["content"] for name in ("prompt", "chosen", "rejected")} for part in parts for pair in part
+    ]
+    pairs.sort(key=lambda pair: max(len(pair["chosen"].split()), len(pair["rejected"].split())))
+    return Dataset.from_list(
+        [pair | {"chosen": f" {pair['chosen']}", "rejected": f" {pair['rejected']}"} for pair in pairs[:n_pairs]]
+    )
 
 
 def train(model: str, pairs: Dataset, held_out: Dataset, reference: str, rate: str, seed: int, epochs: float) -> dict:
@@ -56,6 +63,7 @@ def train(model: str, pairs: Dataset, held_out: Dataset, reference: str, rate: s
             peft_config=get_peft_config(ModelArguments(model_name_or_path=model)),
         )
         trainer.train()
+        print(f"{trainer.state.global_step} steps", flush=True)
         prediction = trainer.predict(trainer.eval_dataset)
     metrics = {name.removeprefix("test_"): value for name, value in prediction.metrics.items()}
     what = learned(RewardInfo(beta=trainer.args.beta, loss=trainer.args.changed_loss, metrics=metrics))
@@ -77,11 +85,10 @@ def train(model: str, pairs: Dataset, held_out: Dataset, reference: str, rate: s
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict]:
-    pool, held_out = texts("train", "dev"), texts("test")
-    held_out = held_out.shuffle(seed=0).select(range(min(args.held_out, len(held_out))))
+    held_out = short_pairs(args.held_out, "test")
     for n_pairs in args.pairs:
+        pairs = short_pairs(n_pairs, "train", "dev")
         for seed in args.seeds:
-            pairs = pool.shuffle(seed=seed).select(range(min(n_pairs, len(pool))))
             for reference in args.references:
                 for rate in args.rates:
                     yield train(args.model, pairs, held_out, reference, rate, seed, args.epochs)
@@ -97,11 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder or Hub id of the base; SmolLM2-135M-Instruct by default")
     parser.add_argument(
-        "--pairs", type=int, nargs="+", default=sized([50, 402], [4]), help="sizes of the training data"
+        "--pairs", type=int, nargs="+", default=sized([50, 400], [4]), help="sizes of the training data"
     )
-    parser.add_argument("--held-out", type=int, default=sized(64, 4), help="number of held-out pairs")
+    parser.add_argument("--held-out", type=int, default=sized(32, 4), help="number of held-out pairs")
     parser.add_argument("--references", nargs="+", default=["base"], choices=("base", "none"))
-    parser.add_argument("--rates", nargs="+", default=sized(["1e-4", "5e-4", "2e-3", "5e-3"], ["1e-4"]))
+    parser.add_argument("--rates", nargs="+", default=sized(["1e-4", "5e-4", "default", "5e-3"], ["default"]))
     parser.add_argument("--epochs", type=float, default=sized(3.0, 1.0))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")

@@ -144,13 +144,6 @@ class AutoregressiveRewardConfig(RewardConfig):
         },
     )
 
-    def n_steps(self, n_pairs: int) -> int:
-        """Returns the number of steps of a training on some pairs."""
-        if self.max_steps > 0:
-            return self.max_steps
-        n_batches = math.ceil(n_pairs / (self.train_batch_size * self.world_size))
-        return math.ceil(self.num_train_epochs * math.ceil(n_batches / self.gradient_accumulation_steps))
-
     @property
     def changed_loss(self) -> dict[str, Any]:
         """Returns the arguments of the loss, except `beta`, that differ from their defaults."""
@@ -201,7 +194,15 @@ class AutoregressiveRewardConfig(RewardConfig):
             )
 
 
-def adapter_learning_rate(n_steps: int) -> float:
+def n_steps(args: AutoregressiveRewardConfig, n_pairs: int) -> int:
+    """Returns the number of steps of a training on some pairs."""
+    if args.max_steps > 0:
+        return args.max_steps
+    n_batches = math.ceil(n_pairs / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(n_batches / args.gradient_accumulation_steps))
+
+
+def adapter_learning_rate(n: int) -> float:
     r"""
     Returns the default learning rate for an adapter, $0.004 / \sqrt[4]{n}$.
 
@@ -210,10 +211,10 @@ def adapter_learning_rate(n_steps: int) -> float:
     by `examples/benchmarks/training_defaults.py`.
 
     Args:
-        n_steps (`int`):
+        n (`int`):
             Number of steps of the whole training.
     """
-    return 4e-3 / max(n_steps, 1) ** 0.25
+    return 4e-3 / max(n, 1) ** 0.25
 
 
 def _finite_number(value: Any) -> float | None:

@@ -23,7 +23,7 @@ from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of
 from ..hub.scoring import end_token_ids
 from .columns import PROMPT_LENGTH, SIDES, check_pairs, is_in_template
-from .config import FULL_LEARNING_RATE, AutoregressiveRewardConfig, adapter_learning_rate
+from .config import FULL_LEARNING_RATE, AutoregressiveRewardConfig, adapter_learning_rate, n_steps
 from .description import Description
 from .metrics import PreferenceMetrics
 from .model_to_train import (
@@ -152,8 +152,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             args.model_init_kwargs = init_kwargs
         check_adapter(self.model, args)
         if chooses_learning_rate:
-            n_steps = args.n_steps(len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0)
-            args.learning_rate = adapter_learning_rate(n_steps) if is_peft_model(self.model) else FULL_LEARNING_RATE
+            # The length of a stream is not known, but its number of steps is given.
+            n = n_steps(args, len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0)
+            args.learning_rate = adapter_learning_rate(n) if is_peft_model(self.model) else FULL_LEARNING_RATE
 
         multiple: Any = args.pad_to_multiple_of
         if kwargs.get("data_collator") is None:  # the pad token is known now
