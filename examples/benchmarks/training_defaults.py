@@ -2,7 +2,6 @@
 What the default learning rate of adapters is chosen by: what trainings of several lengths learn at several rates.
 
     python -m examples.benchmarks.training_defaults
-    python -m examples.benchmarks.training_defaults --pairs 50 --references none --rates 1e-4
 
 Each training is that of `hf-genarm train` with its defaults (three epochs, 8 pairs per step, LoRA of rank 16 on the
 modules that PEFT chooses), on the pairs of the sentiment data with the shortest answers, as plain text, which takes a

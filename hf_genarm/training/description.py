@@ -63,7 +63,7 @@ class Description(TrainerCallback):
                 GuidanceWarning,
                 stacklevel=3,
             )
-        elif (what := learned(self.info)) is not None:
+        elif step > 0 and (what := learned(self.info)) is not None:
             what.warn_if_too_little(self._trainer.args.learning_rate, step)
 
     @property
