@@ -14,9 +14,10 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from ..decoding.assembly import assemble
 from ..decoding.guided_tokens import GuidedTokens
 from ..decoding.processor import GenARMLogitsProcessor
+from ..hub.compatibility import chat_of
 from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
-from .models import Models, chat_of
+from .models import Models
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.base_model import Base
+from ..hub.compatibility import chat_of
 from ..hub.info import HUB_ID
 from ..hub.loading import base_of, short_name
 from ..hub.placement import device_of
@@ -127,11 +128,6 @@ class Models:
                 f"The prompt has {length} tokens, but at most {MAX_PROMPT_TOKENS} are allowed. Shorten it."
             )
         return inputs.to(device_of(self.model))
-
-
-def chat_of(prompt: str) -> list[dict[str, str]]:
-    """Returns a question as the messages that a chat template takes."""
-    return [{"role": "user", "content": prompt}]
 
 
 def title_of(name: str, arm: AutoregressiveRewardModel) -> str:
