@@ -75,6 +75,12 @@ class Text:
         return self.input_ids[:, : self.input_ids.shape[1] - max(self.n_new)]
 
     @property
+    def answer_start(self) -> int:
+        """The number of columns before what was added to the prompts, also if a run inside of another adds drafts."""
+        run = self.run
+        return self.input_ids.shape[1] - max(self.n_new) if run.outer is None else run.root.prompt_length
+
+    @property
     def is_prompt(self) -> bool:
         """Whether nothing has been generated yet."""
         return not any(self.n_new)
@@ -90,11 +96,15 @@ class TextReader:
     Args:
         watch ([`StepWatch`], *optional*):
             The watch of the base.
+
+    Attributes:
+        run ([`Run`], *optional*):
+            The run of the last call.
     """
 
     def __init__(self, watch: StepWatch | None):
         self._watch = watch
-        self._run: Run | None = None  # the run of the last call
+        self.run: Run | None = None
         self._earlier = RecentTexts()  # runs and lengths of prompts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Text:
@@ -117,14 +127,14 @@ class TextReader:
             )
         text = self._read(input_ids)
         # What was drafted before the first pass of the base is part of the run.
-        continues = text.is_drafted and self._run is not None and self._run.is_custom_loop
-        text.is_new = (self._run is None or text.run.root is not self._run.root) and not continues
-        self._run = text.run
+        continues = text.is_drafted and self.run is not None and self.run.is_custom_loop
+        text.is_new = (self.run is None or text.run.root is not self.run.root) and not continues
+        self.run = text.run
         return text
 
     def begin_with_drafts(self, input_ids: Tensor) -> None:
         """Begins a run whose first tokens are drafted before the base has read anything of it."""
-        self._run = Run(input_ids, is_custom_loop=True)
+        self.run = Run(input_ids, is_custom_loop=True)
 
     def _read(self, input_ids: Tensor) -> Text:
         length, step = input_ids.shape[1], None if self._watch is None else self._watch.step_of(input_ids)
