@@ -1,6 +1,7 @@
 """One question, answered twice at the same time: with guidance and without, by the same random numbers."""
 
 import queue
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -25,12 +26,12 @@ class Settings:
     Holds the settings of a visitor. Those marked as live act from the next token on.
 
     Parameters:
+        strengths (`dict[str, float]`):
+            The strength of each adapter, by its name; live.
         sentences (list of `str`):
             Sentences to steer by; an empty one is none.
         sentence_strengths (list of `float`):
             The strength of each sentence; live.
-        strengths (`dict[str, float]`):
-            The strength of each adapter, by its name; live.
         temperature (`float`):
             Temperature of both answers; live.
         target_kl (`float`):
@@ -43,9 +44,9 @@ class Settings:
             Length of the longest answer.
     """
 
+    strengths: dict[str, float] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
     sentence_strengths: list[float] = field(default_factory=list)
-    strengths: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
     target_kl: float = 0.0
     reference: str = "none"
@@ -111,7 +112,8 @@ class Answer:
         self._rewards = [*map(models.sentence, self.sentences), *map(models.reward_model, self.adapters)]
         if not self._rewards:
             raise ValueError("Nothing steers: there is no sentence and no adapter. Add one.")
-        self.titles = [*(f"“{x}”" for x in self.sentences), *map(models.title, self.adapters)]
+        self.titles = [f"“{textwrap.shorten(x, 40, placeholder='…')}”" for x in self.sentences]
+        self.titles += map(models.title, self.adapters)
         self.strengths_at: list[tuple[int, list[float]]] = []
         self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
         self.changed_otherwise = False
@@ -215,6 +217,42 @@ class Answer:
             end = next((index for index, token in enumerate(row) if token in ends), len(row))
             ids.append(row[: end + 1])
         return Frame(ids, time.monotonic() - self._started, table)
+
+
+@dataclass
+class Visitor:
+    """
+    Holds the state of one open page.
+
+    Parameters:
+        settings ([`Settings`]):
+            The settings of the page.
+        own (`str`, *optional*):
+            The adapter that the visitor has loaded.
+        asked ([`Answer`], *optional*):
+            The answer that waits for its turn.
+        answer ([`Answer`], *optional*):
+            The answer that is written, or was written last.
+        shown ([`Frame`] and [`GuidedTokens`], *optional*):
+            The last frame of it that has statistics.
+    """
+
+    settings: Settings
+    own: str | None = None
+    asked: Answer | None = None
+    answer: Answer | None = None
+    shown: tuple[Frame, GuidedTokens] | None = field(default=None, repr=False)
+
+    def leave(self) -> None:
+        """Stops the answer that is written, and drops the one that waits."""
+        self.asked = None
+        if self.answer is not None:
+            self.answer.stop()
+
+    def ask(self, answer: Answer) -> None:
+        """Lets an answer wait for its turn, instead of those before."""
+        self.leave()
+        self.asked, self.answer = answer, None
 
 
 class SameDraw(LogitsProcessor):

@@ -1,16 +1,15 @@
 """The page: a prompt, sliders for sentences and adapters, two answers side by side, and what guidance did to them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from ..decoding.guided_tokens import GuidedTokens
 from ..decoding.recommended import recommended_alpha, wanted_reference
 from ..viewing.tokens import visible
-from .answers import Answer, Frame, Settings
+from .answers import Answer, Settings, Visitor
 from .drawing import SIDES, answers, facts, panel, tokens
 from .models import Models
 from .script import script_of
@@ -27,6 +26,7 @@ EXAMPLES = [
     "Should I learn to play the piano?",
     "How do I get over a bad day at work?",
 ]
+REFERENCES = [("minus the base", "base"), ("as it is", "none")]
 MEASURES = [("what guidance changed", "change"), ("divergence", "kl")]
 
 CSS = """
@@ -34,8 +34,10 @@ CSS = """
 #question { grid-area: prompt; } #steering { grid-area: steering; } #answers { grid-area: answers; }
 #question, #steering, #answers { min-width: 0 !important; }
 @media (max-width: 768px) { #desk { grid-template: "prompt" "steering" "answers" / 1fr; } }
+#answers .html-container, #picture .html-container { padding: 0; }
 .answer { min-height: 9em; padding: .8em 1em; border: 1px solid var(--border-color-primary); border-radius: 8px;
   background: var(--background-fill-secondary); white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
+#unguided, #guided, .answer { height: 100%; }
 .answer b { display: block; font-size: .85em; opacity: .75; margin-bottom: .3em; }
 .facts { border-collapse: collapse; font-size: .9em; border: none !important; }
 .facts tr, .facts td, .facts th { border: none !important; }
@@ -51,42 +53,6 @@ CSS = """
 .strength input[type=range]::-moz-range-track { background: var(--track) !important; }
 .strength input[type=range]::-moz-range-progress { background: none !important; }
 """
-
-
-@dataclass
-class Visitor:
-    """
-    Holds the state of one open page.
-
-    Parameters:
-        settings ([`Settings`]):
-            The settings of the page.
-        own (`str`, *optional*):
-            The adapter that the visitor has loaded.
-        asked ([`Answer`], *optional*):
-            The answer that waits for its turn.
-        answer ([`Answer`], *optional*):
-            The answer that is written, or was written last.
-        shown ([`Frame`] and [`GuidedTokens`], *optional*):
-            The last frame of it that has statistics.
-    """
-
-    settings: Settings
-    own: str | None = None
-    asked: Answer | None = None
-    answer: Answer | None = None
-    shown: tuple[Frame, GuidedTokens] | None = field(default=None, repr=False)
-
-    def leave(self) -> None:
-        """Stops the answer that is written, and drops the one that waits."""
-        self.asked = None
-        if self.answer is not None:
-            self.answer.stop()
-
-    def ask(self, answer: Answer) -> None:
-        """Lets an answer wait for its turn, instead of those before."""
-        self.leave()
-        self.asked, self.answer = answer, None
 
 
 def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
@@ -140,7 +106,14 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             raise refusal(error) from error
         visitor.ask(answer)
         choices = [*MEASURES, *((f"reward: {x}", x) for x in answer.titles)]
-        return f"“{escape(visible(prompt.strip()))}”", *map(panel, SIDES), "", "", "", gr.Dropdown(choices=choices)
+        return (
+            f"“{escape(visible(prompt.strip()))}”",
+            *map(panel, SIDES),
+            "",
+            "",
+            "",
+            gr.Dropdown(choices, visible=True),
+        )
 
     def write(visitor: Visitor, measure: str) -> Iterator[tuple]:
         """Writes the answer that waits, until the visitor asks something else."""
@@ -213,14 +186,17 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             with gr.Column(elem_id="question"):
                 prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, value=EXAMPLES[0], elem_id="prompt")
                 gr.Examples(EXAMPLES, prompt)
-                with gr.Row():
-                    run = gr.Button("Answer", variant="primary", elem_id="run", min_width=120)
-                    halt = gr.Button("Stop", elem_id="stop", min_width=120)
             with gr.Column(elem_id="steering"):
                 new = gr.Textbox(
-                    label="Steer by a sentence", placeholder="Answer like a pirate.", submit_btn="Add", elem_id="new"
+                    label="Steer by a sentence",
+                    info="No training is needed. Strength 1 is what the sentence does in a prompt. Edits act from the "
+                    f"next answer on. [More]({DOCS}/strength/)",
+                    placeholder="Answer like a pirate.",
+                    submit_btn="Add",
+                    elem_id="new",
                 )
-                slots = [_sentence(slot, *x) for slot, x in enumerate(zip(first_sentences, first_strengths))]
+                first = zip(first_sentences, first_strengths, strict=False)
+                slots = [_sentence(slot, text, strength) for slot, (text, strength) in enumerate(first)]
                 with gr.Group():
                     strengths = [
                         _strength(models.title(name), value, f"strength-{index}", info=f"recommended: {alpha:g}")
@@ -237,15 +213,18 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
                     seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**31, elem_id="seed")
                     n_tokens = gr.Slider(8, MAX_NEW_TOKENS, 64, step=8, label="tokens", elem_id="tokens")
                     reference = gr.Radio(
-                        [("minus the base (recommended)", "base"), ("as it is", "none")],
+                        [(title + (" (recommended)" if x == first_reference else ""), x) for title, x in REFERENCES],
                         value=first_reference,
                         label="reward",
-                        info="Minus the base, only what an adapter has learned counts. As it is, its whole "
-                        f"log-probability does, as in Eq. 7 of the paper ([more]({DOCS}/strength/#eq-7-or-a-reference)). "
-                        "Acts from the next answer on.",
+                        info="Minus the base, only what an adapter has learned counts; as it is, its whole "
+                        "log-probability does, as in Eq. 7 of the paper. It acts from the next answer on. "
+                        f"[More]({DOCS}/strength/#eq-7-or-a-reference)",
                         elem_id="reference",
                     )
             with gr.Column(elem_id="answers"):
+                with gr.Row():
+                    run = gr.Button("Answer", variant="primary", elem_id="run", min_width=120)
+                    halt = gr.Button("Stop", elem_id="stop", min_width=120)
                 asked = gr.HTML(elem_id="asked")
                 with gr.Row():
                     sides = []
@@ -253,7 +232,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
                         with gr.Column(min_width=240):
                             sides.append(gr.HTML(panel(side), elem_id=side))
                 numbers = gr.HTML(elem_id="facts")
-        measure = gr.Dropdown(MEASURES, value="change", label="Tokens coloured by", elem_id="measure")
+        measure = gr.Dropdown(MEASURES, value="change", label="Tokens coloured by", visible=False, elem_id="measure")
         picture = gr.HTML(elem_id="picture")
         with gr.Accordion("Show me the code", open=False):
             code = gr.Code(language="python", label="the guided answer as a script", elem_id="code")
@@ -330,9 +309,8 @@ class Slot:
 
 def _sentence(slot: int, text: str, strength: float) -> Slot:
     with gr.Group(visible=bool(text)) as group:
-        with gr.Row():
-            sentence = gr.Textbox(text, label="sentence", lines=1, max_lines=4, scale=8, elem_id=f"sentence-{slot}")
-            remove = gr.Button("Remove", size="sm", min_width=40, scale=1, elem_id=f"remove-{slot}")
+        remove = gr.Button("Remove", render=False, elem_id=f"remove-{slot}")
+        sentence = gr.Textbox(text, label="sentence", max_lines=4, buttons=[remove], elem_id=f"sentence-{slot}")
         slider = _strength("strength", strength, f"sentence-strength-{slot}")
     return Slot(group, sentence, slider, remove)
 

@@ -108,6 +108,7 @@ def serve(
     models = Models(loaded, arms, takes_folders=is_private)
     # A font of the system, so that a page on this machine loads nothing from elsewhere
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme.set(block_info_text_color="*neutral_500")  # legible
     page = build_page(models, sentences)
     page.launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
 
