@@ -308,18 +308,19 @@ class Fuzzer(RuleBasedStateMachine):
 
     # --- models ---
 
-    @rule(
-        guide=guides,
-        seed=st.integers(0, 9),
-        what=st.sampled_from(CHANGES),
-    )
+    @rule(guide=guides, seed=st.integers(0, 9), what=st.sampled_from(CHANGES))
     def change_weights(self, guide, seed, what):
-        """Of a reward model or the base, in place or not; or switches adapters off and on."""
+        """Of a reward model, the reference or the base, in place or not; or switches adapters off and on."""
         COUNTS["operations"] += 1
+        self.change(guide, seed, what)
+
+    def change(self, guide, seed, what):
         torch.manual_seed(seed)
+        if what == "reference" and guide.reference == "base":
+            what = "part of the base"
         if what in ("reward", "reference"):
             model = guide.rewards[seed % len(guide.rewards)][0]
-            if what == "reference" and guide.reference not in (None, "base"):
+            if what == "reference" and guide.reference is not None:
                 model = guide.reference
             layers = [
                 x for name, x in model.named_parameters() if name.endswith(("norm.weight", "lora_A.default.weight"))
@@ -466,6 +467,9 @@ class Fuzzer(RuleBasedStateMachine):
             self.check(guide, inputs, written)
             new = mask.new_ones(len(mask), written.sequences.shape[1] - mask.shape[1])
             ids, mask = written.sequences, torch.cat([mask, new], dim=1)
+        self.loop(guide, ids, mask, n_steps)
+
+    def loop(self, guide, ids, mask, n_steps):
         guide.set(attention_mask=mask)
         oracle = Oracle(guide, mask)
         for _ in range(n_steps):
@@ -473,6 +477,26 @@ class Fuzzer(RuleBasedStateMachine):
             result = guide.processor(ids, scores)
             oracle.check(ids, result, scores)
             ids = torch.cat([ids, result.argmax(dim=-1, keepdim=True).to(ids.dtype)], dim=1)
+
+    @rule(
+        guide=guides.filter(lambda guide: guide.reference is not None),
+        data=st.data(),
+        seed=st.integers(0, 9),
+        what=st.sampled_from(["reference", "reference", "reward", "base"]),
+        is_loop=st.booleans(),
+    )
+    def the_same_prompts_after_a_change(self, guide, data, seed, what, is_loop):
+        """What was read of them with other weights is useless. After a loop, unlike `generate`, nothing is released."""
+        COUNTS["operations"] += 1
+        inputs = self.inputs_for(guide, data)
+        for _ in range(2):
+            if is_loop:
+                self.loop(guide, inputs["input_ids"], inputs["attention_mask"], 2)
+            else:
+                self.give_mask(guide, inputs["attention_mask"], data)
+                output = self.write(guide, inputs, [guide.processor], seed)
+                self.check(guide, inputs, output, is_greedy=True)
+            self.change(guide, seed, what)
 
     @rule(
         outer=guides,
