@@ -363,7 +363,7 @@ class Fuzzer(RuleBasedStateMachine):
         kept = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": n_new}
         return guide.base.generate(**inputs, **kept, **options, logits_processor=processors)
 
-    def check(self, guide, inputs, output, is_greedy=False, may_skip=False):
+    def check(self, guide, inputs, output, is_greedy=False, may_skip=False, has_own_texts=True):
         """Compares the scores of each step, and the statistics, of texts that no beams wrote."""
         oracle, length = Oracle(guide, inputs["attention_mask"]), inputs["input_ids"].shape[1]
         sequences = output.sequences
@@ -374,7 +374,8 @@ class Fuzzer(RuleBasedStateMachine):
                 likeliest = oracle(sequences[:, :at]).argmax(dim=-1)
                 assert ((sequences[:, at] == likeliest) | is_over).all()
             is_over |= sequences[:, at] == EOS
-        self.check_statistics(guide, oracle, sequences, may_skip)
+        if has_own_texts:
+            self.check_statistics(guide, oracle, sequences, may_skip)
 
     def check_statistics(self, guide, oracle, sequences, may_skip=False):
         if not guide.processor.keeps_statistics or not torch.as_tensor(oracle.parts(sequences)[2]).any():
@@ -432,7 +433,7 @@ class Fuzzer(RuleBasedStateMachine):
         COUNTS["operations"] += 1
         inputs, cache = self.inputs_for(guide, data), DynamicCache(config=guide.base.config)
         self.give_mask(guide, inputs["attention_mask"], data)
-        output = self.write(guide, inputs, [guide.processor], seed, 3, **{CACHE: cache})
+        output = self.write(guide, inputs, [guide.processor], seed, 4, **{CACHE: cache})
         self.check(guide, inputs, output)
         written = output.sequences
         more = random_prompts(len(written), n_more, seed).to(written.dtype)
@@ -440,7 +441,7 @@ class Fuzzer(RuleBasedStateMachine):
         mask = torch.cat([inputs["attention_mask"], new], dim=1)
         longer = {"input_ids": torch.cat([written, more], dim=1), "attention_mask": mask}
         self.give_mask(guide, mask, data)
-        self.check(guide, longer, self.write(guide, longer, [guide.processor], seed, 3, **{CACHE: cache}))
+        self.check(guide, longer, self.write(guide, longer, [guide.processor], seed, 2, **{CACHE: cache}))
 
     @rule(guide=guides, data=st.data(), at=st.integers(0, 3), is_before=st.booleans(), n_beams=st.integers(1, 2))
     def interrupted(self, guide, data, at, is_before, n_beams):
@@ -530,7 +531,8 @@ class Fuzzer(RuleBasedStateMachine):
         self.check(outer, inputs, self.write(outer, inputs, [around]))
         for ours, output in rollouts:
             COUNTS["nested calls"] += 1
-            self.check(inner, ours, output)
+            # What two runs of one processor have written is in the table of the run that went on.
+            self.check(inner, ours, output, has_own_texts=inner is not outer)
 
 
 def run(n_examples: int, n_steps: int, is_fixed: bool) -> None:
