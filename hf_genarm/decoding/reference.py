@@ -30,7 +30,7 @@ class Reference:
 
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
         self._watch = watch if model == "base" else None
-        self._lockstep = None if model == "base" else LockstepLM(model)
+        self._lockstep = None if model == "base" else LockstepLM(model, "reference")
         # Reward models read a text as in training. If `generate` reads it otherwise, its logits can't be the reference.
         self._keeps_logits = watch is not None and not is_read_otherwise_by_generate(network_of(watch.model))
         if self._watch is not None and self._keeps_logits:
@@ -76,7 +76,7 @@ class Reference:
             logits = text.step.base_logits(text.input_ids.shape[1])
         if logits is None:
             if self._lockstep is None and self._watch is not None:
-                self._lockstep = LockstepLM(twin(self._watch.model))
+                self._lockstep = LockstepLM(twin(self._watch.model), "reference")
             assert self._lockstep is not None
             logits = self._lockstep(text.input_ids, attention_mask)
         if logits.shape[-1] != scores.shape[-1]:

@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from ..arguments import refuse_no_seed
 from ..hub.placement import device_of
+from ..viewing.terminal import as_width
 from .guided_model import GuidanceArguments, load_guided
 from .prompts import left_padded, token_ids
 
@@ -36,10 +37,10 @@ class ShowArguments:
     width: int | None = field(default=None, metadata={"help": "Width in columns. Defaults to that of the terminal."})
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}, but must be at least 1.")
+        if self.width is not None:
+            as_width(self.width)
         refuse_no_seed(self.seed)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")
