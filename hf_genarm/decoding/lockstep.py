@@ -135,7 +135,8 @@ class LockstepLM:
                 The number of columns that must have been read.
         """
         state = self._state
-        if state is None or not self.has_cache or input_ids.shape[1] > self._fixed_length:
+        longest = min(self._fixed_length, self._n_positions)
+        if state is None or not self.has_cache or input_ids.shape[1] > longest:
             return None
         rows, shared = _longest_shared_prefix(state, input_ids.long(), attention_mask)
         if shared != length:
