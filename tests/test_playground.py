@@ -234,7 +234,7 @@ def test_a_space_is_written(folders, tmp_path):
     assert card.data["sdk"] == "gradio"
     assert card.data["app_file"] == "app.py"
     assert card.data["models"] == [DEMO_MODEL_ID, "user/my-arm"]
-    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo]>=")
+    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo] @ git+https://")
 
 
 @needs_gradio
@@ -270,7 +270,7 @@ def test_the_command(folders, tmp_path, monkeypatch, capsys):
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"pip install hf_genarm\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_genarm\[demo\]"):
         serve("base", ["arm"])
 
 

@@ -7,36 +7,10 @@ Without `--arm`, it shows the reward models in the folder `model_cards`. It is s
 `--host` or `--share` is given. `--export FOLDER` writes a Hugging Face Space instead.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from .guided_model import BaseArguments
-
-LOOPBACK = "127.0.0.1"
-
-
-@dataclass
-class DemoArguments(BaseArguments):
-    """Chooses the reward models to show, and the address of the page."""
-
-    arm: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder of a reward model, an adapter on the base. Repeatable.",
-            "action": "extend",
-        },
-    )
-    host: str = field(default=LOOPBACK, metadata={"help": "Address to serve on. '0.0.0.0' serves the whole network."})
-    port: int | None = field(default=None, metadata={"help": "Port to serve on. Defaults to a free one from 7860 on."})
-    share: bool = field(default=False, metadata={"help": "Whether to open a public link through gradio.live."})
-    export: str | None = field(default=None, metadata={"help": "Writes a Hugging Face Space into this folder instead."})
-
-    def __post_init__(self) -> None:
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ValueError(f"`port` is {self.port}, but must be from 1 to 65535. Leave it out for a free one.")
-
-
-ARGUMENTS = (DemoArguments,)
+from ..hub.card import requirement
+from .arguments import LOOPBACK, BaseArguments, DemoArguments
 
 
 def main(args: DemoArguments) -> None:
@@ -102,4 +76,4 @@ def _check_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ImportError("The playground needs gradio: `pip install hf_genarm[demo]`.") from error
+        raise ImportError(f"The playground needs gradio: `pip install '{requirement('demo')}'`.") from error

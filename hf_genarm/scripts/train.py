@@ -16,7 +16,10 @@ from transformers import AutoConfig
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..files import make_output_dir
+from ..demo import loadable_name
+from ..files import make_output_dir, refuse_overwriting
+from ..hub.info import INFO_NAME
+from ..hub.loading import ADAPTER_CONFIG
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
 from .pairs import PairArguments, hold_out, load_pairs, public_name
@@ -37,7 +40,16 @@ class ModelArguments(ModelConfig):
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The task type of the adapter."})
 
 
-ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments, SampleArguments)
+@dataclass
+class OutputArguments:
+    """Chooses whether earlier results may be overwritten."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether `output_dir` may have a reward model already, which is overwritten."}
+    )
+
+
+ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments, SampleArguments, OutputArguments)
 
 
 def main(
@@ -45,18 +57,22 @@ def main(
     training_args: AutoregressiveRewardConfig,
     model_args: ModelArguments,
     sample_args: SampleArguments,
+    output_args: OutputArguments,
 ) -> None:
     output_dir = str(training_args.output_dir)
     make_output_dir(output_dir)
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is not None and not os.path.isdir(checkpoint):
         raise ValueError(f"`resume_from_checkpoint` is {checkpoint!r}, but there is no such folder.")
+    if checkpoint is None and not output_args.overwrite_output_dir:
+        refuse_overwriting(output_dir, (INFO_NAME, ADAPTER_CONFIG, "model.safetensors"))
     train_pairs = load_pairs(pair_args, pair_args.dataset_train_split)
     test_pairs = None
     if pair_args.dataset_test_split is not None:
         test_pairs = load_pairs(pair_args, pair_args.dataset_test_split)
     elif pair_args.test_size != 0:
         train_pairs, test_pairs = hold_out(train_pairs, pair_args.test_size or HELD_OUT)
+    model_args.model_name_or_path = loadable_name(model_args.model_name_or_path)
     check_model(model_args, training_args.trust_remote_code)
 
     given: Any = training_args.model_init_kwargs or {}  # `RewardConfig` has made it a dict
