@@ -6,13 +6,16 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, run, write
+from huggingface_hub import ModelCard
 from pairs import PROMPTS, STANDARD
 from tiny import save_adapter, save_llama
 
-from hf_genarm import RewardInfo, __version__, cli
+from hf_genarm import AutoregressiveRewardModel, RewardInfo, __version__, cli
+from hf_genarm.demo import DEMO_MODEL_ID
 from hf_genarm.files import write_whole
 from hf_genarm.scripts import generate
 from hf_genarm.training.trainer import AutoregressiveRewardTrainer
@@ -46,9 +49,9 @@ from hf_genarm import cli
 
 calls = [["tran"], ["--version"], ["--help"], ["generate", "--promts", "x"], ["show", "--arm", "x", "--promt", "x"],
     ["tune", "--arm", "x", "--prompts", "x", "--alfa", "1"], ["env", "--armm", "x"], ["publish", "--dry"],
-    ["demo", "--prot", "1"], ["generate", "--help"], ["publish", "--help_all"]]
+    ["demo", "--prot", "1"], ["evaluate", "--modl", "x"], ["generate", "--help"], ["publish", "--help_all"]]
 codes = [cli.main(call) for call in calls]
-assert codes == [2, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0], codes
+assert codes == [2, 0, 0, 2, 2, 2, 2, 2, 2, 2, 0, 0], codes
 assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -152,6 +155,41 @@ def test_show_has_colours_in_terminals_only(models, capsys, monkeypatch):
     assert "\033[38;2;" in shown(models, "--alpha", 9, capsys=capsys)[0]
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in shown(models, "--alpha", 9, capsys=capsys)[0]
+
+
+# --- bases by their names ---
+
+
+def test_the_hub_id_of_the_examples_works_without_the_hub(tmp_path, monkeypatch, capsys):
+    """From training to publishing, whose card names it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_GENARM_SMOKE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--report_to", "none", "--max_steps", 1, "--test_size", 0, "--lora_target_modules", "q_proj", "v_proj"]
+    path = write(tmp_path, "jsonl", STANDARD)
+    run("train", "--model", DEMO_MODEL_ID, "--dataset", path, "--output_dir", "my-arm", *options)
+    assert ModelCard.load(tmp_path / "my-arm" / "README.md").data.base_model == DEMO_MODEL_ID
+    capsys.readouterr()
+    run("publish", "my-arm", "me/my-arm", "--dry_run")
+    assert f"Licence: apache-2.0. Base: {DEMO_MODEL_ID}." in capsys.readouterr().out
+
+    config = tmp_path / "my-arm" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": DEMO_MODEL_ID}))
+    assert AutoregressiveRewardModel.from_pretrained("my-arm").score(["How?"], ["Well."]).isfinite()
+    run("show", "--arm", "my-arm", "--prompt", "How?", "--max_new_tokens", 2)
+
+
+def test_a_base_that_cannot_be_loaded_is_what_the_error_names(tmp_path, capsys):
+    base = Path(save_llama(tmp_path / "base"))
+    arm = save_adapter(str(base), str(tmp_path / "arm"))
+    for path in base.glob("*.safetensors"):
+        path.unlink()
+    named = f"`{base}`, on which `{arm}` was trained, can't be loaded"
+    with pytest.raises(ValueError, match=re.escape(named)):
+        AutoregressiveRewardModel.from_pretrained(arm)
+    assert cli.main(["show", "--arm", arm, "--prompt", "How?"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"hf-genarm show: `{base}`, the base that `{arm}` names, can't be loaded.")
 
 
 # --- commands that end early ---

@@ -22,7 +22,8 @@ from ..hub.info import INFO_NAME
 from ..hub.loading import ADAPTER_CONFIG
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
-from .pairs import PairArguments, hold_out, load_pairs, public_name
+from .arguments import PairArguments
+from .pairs import hold_out, load_pairs, public_name
 from .plots import plot_training
 from .samples import SampleArguments, SamplesCallback, sample_prompts
 
