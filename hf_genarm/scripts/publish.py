@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token
 
@@ -51,7 +52,7 @@ def main(args: PublishArguments) -> None:
         raise ValueError("There is no token to publish with. Log in by `hf auth login`, or set `HF_TOKEN`.")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "upload")
-        card = write_upload(Path(args.arm), folder, args.repo_id, args.base, args.license)
+        card: Any = write_upload(Path(args.arm), folder, args.repo_id, args.base, args.license)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"  {path.relative_to(folder)}  {path.stat().st_size / 2**20:.2f} MB")
         left = sorted(path.name for path in Path(args.arm).iterdir() if not (folder / path.name).exists())
@@ -142,7 +143,7 @@ def _card(folder: Path, info: RewardInfo, repo_id: str, is_adapter: bool) -> Mod
     name = repo_id.split("/")[1]
     if not (folder / "README.md").exists():
         return reward_model_card(info, name, repo_id, is_adapter)
-    card = ModelCard.load(folder / "README.md")
+    card: Any = ModelCard.load(folder / "README.md")
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
     if info.base_model is not None:
         card.data.base_model = info.base_model
@@ -154,7 +155,7 @@ def _card(folder: Path, info: RewardInfo, repo_id: str, is_adapter: bool) -> Mod
     return card
 
 
-def _add_license(card: ModelCard, license: str | None) -> None:
+def _add_license(card: Any, license: str | None) -> None:
     """
     Adds the licence to the metadata of a card that has none.
 
