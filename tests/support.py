@@ -274,6 +274,8 @@ def table() -> str:
     lines += ["", "| reward model | guided text |", "|---|---|"]
     lines += [f"| {family.name}{f' ({family.note})' if family.note else ''} | exact |" for family in ARCHITECTURES]
     lines += [f"| {name} | {outcome} |" for name, outcome in OTHER_REWARD_MODELS]
+    lines += ["", "| where a model reads a prompt of its own | guided text |", "|---|---|"]
+    lines += [f"| {name} | {outcome} |" for name, outcome in OWN_PROMPTS]
     lines += ["", "| prompts and vocabularies | guided text |", "|---|---|"]
     lines += [f"| {name} | {outcome} |" for name, outcome in PROMPTS_AND_VOCABULARIES]
     return "\n".join(lines)
@@ -325,6 +327,21 @@ OTHER_REWARD_MODELS = [
     ),
     ("encoder-decoder, classifier, or bidirectional model", "refused: not a causal LM"),
     ("pickled, damaged, incomplete or infinite weights", "refused"),
+]
+OWN_PROMPTS = [
+    ("reward models and references with weights of their own, in every mode above", "exact, in separate passes"),
+    ("adapters and sentences on the base, in every mode above", "exact, fused, with longer and shorter prompts"),
+    ('a negative prompt, for `reference="base"`', "exact, fused; `guidance_scale` for one prompt, greedy or sampled"),
+    ("with the families of reward models above", "exact, fused where they are above"),
+    ("sequential Monte Carlo, statistics, `target_kl`, schedules, one strength per request", "exact, by request"),
+    ("chats that are continued, reuse in any order, your own decoding loop, copies and pickles", "exact"),
+    ("`assistant_model=processor.assistant()` of a separate reward model", "exact: it drafts after its own prompt"),
+    ("`processor.assistant()` of a sentence on the base", "refused: drafts would gain nothing"),
+    ("vocabularies that are aligned", "exact: the prompt in ids of the model, the answer is translated"),
+    ("at strength 0", "bit for bit that of the base; nothing is read"),
+    ("another number of rows than `generate` has prompts, or texts that did not begin together", "refused"),
+    ("a sentence without encoded prompts, or with others than those of the call", "refused: use `processor.encode`"),
+    ("padding on the right, rows of padding alone, no mask", "refused"),
 ]
 PROMPTS_AND_VOCABULARIES = [
     ("left padding, inferred or given; masks with holes", "exact"),

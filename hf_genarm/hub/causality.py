@@ -23,6 +23,11 @@ _SETTINGS = {"is_decoder": False, "is_causal": False, "causal": False, "use_bidi
 _known: WeakSet[PreTrainedModel] = WeakSet()  # found to be causal
 
 
+def take_as_causal(model: PreTrainedModel) -> None:
+    """Records that a model is causal, since other modules around the same weights are: it is not tested."""
+    _known.add(model)
+
+
 def refuse_not_causal(model: PreTrainedModel | PeftModel) -> None:
     """
     Refuses a model that is not a causal LM: a change of the last token must not change logits before it, and reading

@@ -116,7 +116,7 @@ def token_rewards(
             raise ValueError(f"`{name}` is {shown(value)}, but it is a number of texts or tokens: give 1 or more.")
     for scored in (model,) if reference is None else (model, reference):
         refuse_not_causal(scored)
-    prompts, responses = _listed("prompts", prompts), _listed("responses", responses)
+    prompts, responses = listed("prompts", prompts), listed("responses", responses)
     if len(prompts) != len(responses):
         raise ValueError(f"There are {len(prompts)} prompts, but {len(responses)} responses. Give one prompt for each.")
     ends = end_token_ids(network_of(model).generation_config, tokenizer)
@@ -159,7 +159,7 @@ def length_to_end(input_ids: Sequence[int], start: int, ends: set[int]) -> int:
     return last + 1
 
 
-def _listed(name: str, texts: Any) -> list:
+def listed(name: str, texts: Any) -> list:
     """Returns texts as a list, and refuses what is neither text nor a chat."""
     if isinstance(texts, str | bytes | Mapping | Tensor) or not isinstance(texts, Iterable):
         raise TypeError(
