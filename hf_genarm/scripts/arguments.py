@@ -101,10 +101,13 @@ class GuidanceArguments(BaseArguments):
     Chooses what is steered, by which reward models, and how strongly.
 
     Parameters:
-        arm (list of `str`):
+        arm (list of `str`, *optional*):
             Hub ids or folders of reward models.
+        sentence (list of `str`, *optional*):
+            Sentences that steer as reward models do; they come after those of `arm`.
         alpha (list of `float`, *optional*):
-            The strength of all reward models, or one for each. Defaults to what they recommend, or else 1.
+            The strength of all reward models, or one for each. Defaults to what they recommend, or else 1, for a
+            sentence 1.5.
         reference (`str`, *optional*, defaults to `"auto"`):
             `"base"` steers by what reward models have learned, their log-probability minus that of the base; `"none"`
             by Eq. 7; `"auto"` as they recommend, or else were trained.
@@ -114,16 +117,22 @@ class GuidanceArguments(BaseArguments):
             As for [`BaseArguments`].
 
     Raises:
-        ValueError: if there are not as many strengths as reward models, or one is not a number.
+        ValueError: if there is nothing to steer by, there are not as many strengths as reward models, or one is not a
+            number.
     """
 
     arm: list[str] = field(
+        default_factory=list,
         metadata={"help": "Hub id or folder of a reward model. Repeatable.", "action": "extend"},
+    )
+    sentence: list[str] = field(
+        default_factory=list,
+        metadata={"help": "A sentence to steer by, such as 'You are kind.' Repeatable.", "action": "extend"},
     )
     alpha: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Strength of all, or one for each. Defaults to what they recommend, or else 1.",
+            "help": "Strength of all, or one for each. Defaults to what they recommend, or else 1, for a sentence 1.5.",
             "nargs": "+",
         },
     )
@@ -135,11 +144,20 @@ class GuidanceArguments(BaseArguments):
         default=None, metadata={"help": "Mean divergence per token, in nats, that each text is held at."}
     )
 
+    @property
+    def names(self) -> list[str]:
+        """The reward models, as they are called in what is printed."""
+        return [*self.arm, *self.sentence]
+
     def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("There is nothing to steer by. Give a reward model, `--arm`, or a sentence, `--sentence`.")
+        if not all(sentence.strip() for sentence in self.sentence):
+            raise ValueError(f"`sentence` is {self.sentence}, of which one is empty. Write what is asked for.")
         if self.alpha is not None:
             from ..decoding.strength import check_alpha
 
-            strengths: Any = check_alpha(self.alpha[0] if len(self.alpha) == 1 else self.alpha, len(self.arm))
+            strengths: Any = check_alpha(self.alpha[0] if len(self.alpha) == 1 else self.alpha, len(self.names))
             self.alpha = strengths  # one for each
         if self.target_kl is not None:
             from ..decoding.kl_control import check_target_kl
@@ -270,9 +288,12 @@ class GenerateArguments:
 class TuneArguments(BaseArguments):
     """Chooses what to tune, on which prompts, and within which limits."""
 
-    arm: str = field(metadata={"help": "Hub id or folder of a reward model."})
     prompts: str = field(
         metadata={"help": "Hub id, folder or file (JSONL, CSV, …) with a column `prompt` of texts or messages."}
+    )
+    arm: str | None = field(default=None, metadata={"help": "Hub id or folder of a reward model."})
+    sentence: str | None = field(
+        default=None, metadata={"help": "Instead of a reward model, a sentence to steer by, such as 'You are kind.'"}
     )
     scorer: str | None = field(
         default=None,
@@ -299,14 +320,15 @@ class TuneArguments(BaseArguments):
             "temperature 1."
         },
     )
-    alpha: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0], metadata={"help": "Strengths to try."}
+    alpha: list[float] | None = field(
+        default=None,
+        metadata={"help": "Strengths to try. Defaults to 0.25 0.5 1 2 4, for a sentence to 1 1.5 2 3."},
     )
     reference: list[str] | None = field(
         default=None,
         metadata={
-            "help": "References to try: 'none' (Eq. 7) and 'base'. Defaults to 'base' for an adapter, and 'none' for "
-            "another model.",
+            "help": "References to try: 'none' (Eq. 7) and 'base'. Defaults to 'base' for an adapter or a sentence, "
+            "and 'none' for another model.",
             "choices": ["none", "base"],
         },
     )
@@ -322,6 +344,12 @@ class TuneArguments(BaseArguments):
     json: bool = field(default=False, metadata=_JSON)
 
     def __post_init__(self) -> None:
+        if (self.arm is None) == (self.sentence is None):
+            raise ValueError(
+                f"`arm` is {self.arm!r} and `sentence` is {self.sentence!r}, but one of them is to be tuned. Give one."
+            )
+        if self.alpha is None:
+            self.alpha = [0.25, 0.5, 1.0, 2.0, 4.0] if self.sentence is None else [1.0, 1.5, 2.0, 3.0]
         if (self.scorer is None) == (self.pairs is None):
             raise ValueError(
                 f"`scorer` is {self.scorer!r} and `pairs` is {self.pairs!r}, but one of them defines what a good "

@@ -4,7 +4,8 @@ Answers prompts with guidance, in batches of similar lengths.
     hf-genarm generate --arm model_cards/arm-smollm2-135m-sentiment --prompts prompts.jsonl --output answers.jsonl
 
 Each line of `--prompts` is an object with a `prompt`, text or messages; its other keys are carried over. `--output`
-has the same lines in the same order, with a `completion`. A command that was killed continues where it stopped when it
+has the same lines in the same order, with a `completion`. `--sentence "You are kind."` steers by a sentence, with or
+without reward models. A command that was killed continues where it stopped when it
 is started again. `torchrun --nproc_per_node 2 -m hf_genarm generate …` splits the prompts over processes; answers are
 the same.
 """
@@ -23,7 +24,7 @@ from transformers import set_seed
 from ..hub.placement import device_of
 from .arguments import GenerateArguments, GuidanceArguments
 from .guided_model import load_guided, recommended_temperature
-from .prompts import completion_of, left_padded, read_rows, token_ids
+from .prompts import completion_of, read_rows, token_ids
 from .shards import Shards, digest
 
 _WHERE = ("output", "device", "device_map")  # what answers don't depend on
@@ -61,7 +62,7 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
         for numbers in own:
             if not done.issuperset(numbers):
                 set_seed(args.seed + numbers[0])  # so that the answers of a batch don't depend on the process
-                texts = answer(model, tokenizer, [ids[number] for number in numbers], processor, options)
+                texts = answer(model, tokenizer, [prompts[number] for number in numbers], processor, options)
                 answers = {n: completion_of(prompts[n], text) for n, text in zip(numbers, texts, strict=True)}
                 shards.add({n: completion for n, completion in answers.items() if n not in done})
             progress.update(len(numbers))
@@ -87,9 +88,9 @@ def batches_by_length(ids: list[list[int]], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def answer(model: Any, tokenizer: Any, ids: list[list[int]], processor: Any, options: dict[str, Any]) -> list[str]:
-    """Answers prompts, given as tokens, with guidance; returns the answers as text without special tokens."""
-    inputs = left_padded(tokenizer, ids, device_of(model))
+def answer(model: Any, tokenizer: Any, prompts: list, processor: Any, options: dict[str, Any]) -> list[str]:
+    """Answers prompts, texts or chats, with guidance; returns the answers as text without special tokens."""
+    inputs = processor.encode(prompts).to(device_of(model))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     output = model.generate(**inputs, logits_processor=[processor], pad_token_id=pad, **options)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

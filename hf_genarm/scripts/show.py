@@ -7,7 +7,8 @@ Both answers are drawn by the same random numbers, so that they differ only wher
 tokens are on one scale, the same for every reward model: blue tokens are likelier under the reward model than under the
 base, orange ones less likely. From 0.5 nats on (1.6 times as likely) letters are coloured, from 1.5 nats on (4.5 times)
 what is behind them. The score of an answer is the sum over its tokens. `--alpha` takes one strength for all reward
-models, or one for each. There are no colours in files and pipes, nor if `NO_COLOR` is set in the environment.
+models, or one for each. `--sentence "You are kind."` steers by a sentence, with or without reward models. There are no
+colours in files and pipes, nor if `NO_COLOR` is set in the environment.
 """
 
 import math
@@ -21,7 +22,6 @@ from ..hub.placement import device_of
 from ..playground.answers import SameDraw, Settings
 from .arguments import GuidanceArguments, ShowArguments
 from .guided_model import load_guided, recommended_temperature
-from .prompts import left_padded, token_ids
 
 _LEARNED = "{} minus base, nats"
 _SCALE = 3.0  # nats; the colours of the terminal begin at a sixth and at a half of it
@@ -37,8 +37,8 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
     print(f"Temperature: {temperature:g}{', as recommended' if temperature == recommended else ''}")
     strengths: Any = processor.alpha  # one for each
     is_chat = tokenizer.chat_template is not None
-    ids = token_ids(tokenizer, [{"role": "user", "content": args.prompt}] if is_chat else args.prompt)
-    rows = left_padded(tokenizer, [ids] * 2, device_of(model))
+    prompt = [{"role": "user", "content": args.prompt}] if is_chat else args.prompt
+    rows = processor.encode([prompt] * 2).to(device_of(model))
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True
     draws = [SameDraw(Settings(temperature=temperature, seed=args.seed), device_of(model))] if temperature else []
@@ -47,7 +47,7 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
     )
     has_colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     table: Any = processor.statistics(output)
-    for index, (name, strength) in enumerate(zip(guidance_args.arm, strengths, strict=True)):
+    for index, (name, strength) in enumerate(zip(guidance_args.names, strengths, strict=True)):
         if strength == 0:
             continue  # it was not run
         learned = table[f"reward_log_prob_{index}"]

@@ -9,7 +9,8 @@ text at temperature 1, and near the base, whose mean divergence is at most `--ma
 one with the highest mean reward, if that is above the reward of the base alone at the same temperature.
 
 The setting and what was measured are written into `genarm_config.json` and the card of `--arm`, if that is a folder, or
-else into `--output_dir`. Sampled answers are kept there, and are not sampled again. `--json` prints what was measured.
+else into `--output_dir`; `--sentence "You are kind."` tunes a sentence, of which `--output_dir` becomes the folder.
+Sampled answers are kept there, and are not sampled again. `--json` prints what was measured.
 """
 
 import os
@@ -29,7 +30,7 @@ from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.recommended import base_reference
 from ..files import make_output_dir
 from ..hub.card import reward_model_card
-from ..hub.info import INFO_NAME, RewardInfo
+from ..hub.info import INFO_NAME
 from ..hub.loading import download
 from ..hub.recommendation import (
     MEASURES,
@@ -40,6 +41,7 @@ from ..hub.recommendation import (
     with_recommendation,
 )
 from ..hub.reward_model import AutoregressiveRewardModel
+from ..hub.sentence import sentence_card
 from .arguments import TuneArguments
 from .judge import Judge
 from .pairs import load_prompts, public_name
@@ -54,7 +56,8 @@ N_RESAMPLES = 2_000
 def main(args: TuneArguments) -> dict[str, Any]:
     """Returns what was measured, and what is `recommended`, which is `None` if nothing is better than the base."""
     make_output_dir(args.output_dir)
-    target = Path(args.arm if Path(args.arm).is_dir() else args.output_dir)
+    is_folder = args.arm is not None and Path(args.arm).is_dir()
+    target = Path(str(args.arm) if is_folder else args.output_dir)
     if not os.access(target, os.W_OK):
         raise ValueError(
             f"`{target}` can't be written to, but the setting goes there. Copy the folder, and tune the copy."
@@ -64,13 +67,12 @@ def main(args: TuneArguments) -> dict[str, Any]:
     prompts = load_prompts(args.prompts, args.prompts_split)[: args.max_prompts]
     if len(prompts) < 2:
         raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals need at least 2.")
-    base = args.load([args.arm])
+    base = args.load([] if args.arm is None else [args.arm])
     model, tokenizer = base.model, base.tokenizer
     if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
         raise ValueError(f"The prompts are messages, but `{base.name}` has no chat template. Give texts.")
-    arm = AutoregressiveRewardModel.from_pretrained(
-        args.arm, model, base_tokenizer=tokenizer, trust_remote_code=args.trust_remote_code
-    )
+    name = args.arm or str(args.sentence)
+    arm = load(args, model, tokenizer)
 
     scored_by = f"`{args.scorer}`"
     if judge is not None:
@@ -78,20 +80,21 @@ def main(args: TuneArguments) -> dict[str, Any]:
         scorer, scored_by = judging.as_reward_func(args.batch_size), judge.described(judging)
     assert scorer is not None
 
-    # With an adapter on the base, Eq. 7 is the reference "base" at other strengths and temperatures.
-    references = args.reference or (["base"] if isinstance(arm.model, PeftModel) else ["none"])
-    processors = {x: make_processor(args.arm, arm, model, tokenizer, x) for x in references}
+    # On the base, Eq. 7 is the reference "base" at other strengths and temperatures.
+    is_on_base = isinstance(arm.model, PeftModel) or args.sentence is not None
+    references = args.reference or (["base"] if is_on_base else ["none"])
+    processors = {x: make_processor(name, arm, model, tokenizer, x) for x in references}
     temperatures = sorted(set(args.temperature) | {1.0}, reverse=True)
     settings = [Setting(0.0, None, x) for x in temperatures]
     settings += [
         Setting(alpha, None if reference == "none" else reference, temperature)
         for reference in references
         for temperature in args.temperature
-        for alpha in sorted(set(args.alpha))
+        for alpha in sorted(set(args.alpha or []))
     ]
     folder = Path(args.output_dir, "answers")
     sweep = Sweep(model, tokenizer, prompts, folder, args.max_new_tokens, args.batch_size, args.seed)
-    arm_id, measured = fingerprint(arm.model), []
+    arm_id, measured = args.sentence or fingerprint(arm.model), []
     with tqdm(total=sweep.n_batches * len(settings), desc="Answering") as progress:
         for setting in settings:
             processor = processors[setting.reference or "none"] if setting.alpha else None
@@ -135,12 +138,12 @@ def main(args: TuneArguments) -> dict[str, Any]:
             "examples": [{"prompt": last_text(prompts[i]), "answer": measured[index][0].texts[i]} for i in shown],
         }
     }
-    write(arm.info, args.arm, target, isinstance(arm.model, PeftModel))
+    write(arm, args.arm, target)
     if picture.exists() and target != picture.parent:
         shutil.copy(picture, target)
     files = f"`{INFO_NAME}`, `README.md` and `{PICTURE}` in {target}"
-    if Path(args.arm).is_dir():
-        print(f"`from_pretrained({args.arm!r})` uses strength and reference from now on: they are in {files}.")
+    if is_folder or args.arm is None:
+        print(f"`from_pretrained({str(target)!r})` uses strength and reference from now on: they are in {files}.")
     else:
         print(f"Upload {files} to `{args.arm}`, and `from_pretrained` uses strength and reference.")
     temperature = settings[index].temperature
@@ -148,6 +151,15 @@ def main(args: TuneArguments) -> dict[str, Any]:
         f"`generate` needs the temperature: `do_sample=True, top_k=0, temperature={temperature:g}`. Commands apply it."
     )
     return result | {"recommended": asdict(settings[index])}
+
+
+def load(args: TuneArguments, model: Any, tokenizer: Any) -> AutoregressiveRewardModel:
+    """Loads what is tuned, a reward model or a sentence."""
+    if args.arm is None:
+        return AutoregressiveRewardModel.from_sentence(str(args.sentence), model, tokenizer)
+    return AutoregressiveRewardModel.from_pretrained(
+        args.arm, model, base_tokenizer=tokenizer, trust_remote_code=args.trust_remote_code
+    )
 
 
 def make_processor(
@@ -225,17 +237,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
-    """Updates `genarm_config.json` and the card of a folder; for a reward model on the Hub, writes copies of them."""
-    info.save(folder)
-    card = download(arm) / "README.md"
+def write(arm: AutoregressiveRewardModel, name: str | None, folder: Path) -> None:
+    """
+    Updates `genarm_config.json` and the card of a folder; of a reward model on the Hub, writes copies of them, and of a
+    sentence, which has no name, a folder that can be loaded.
+    """
+    arm.info.save(folder)
+    card = (folder if name is None else download(name)) / "README.md"
     if card.exists():
-        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info))
-        widget = shown_on_the_hub(info)
+        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(arm.info))
+        widget = shown_on_the_hub(arm.info)
         if widget or text.startswith("---\n"):  # a card without metadata stays without, if there is nothing to add
             changed = ModelCard(text)
             changed.data["widget"] = widget
             text = str(changed)
         (folder / "README.md").write_text(text, encoding="utf-8")
+    elif name is None:
+        sentence_card(arm.info, folder.name).save(folder / "README.md")
     else:
-        reward_model_card(info, Path(arm).name, arm, is_adapter).save(folder / "README.md")
+        is_adapter = isinstance(arm.model, PeftModel)
+        reward_model_card(arm.info, Path(name).name, name, is_adapter).save(folder / "README.md")
