@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..functional import guided_product
-from ..hub.compatibility import generation_prompt_ids
+from ..hub.compatibility import prompt_format
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
@@ -133,7 +133,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         own = next((x for x in self._tokenizers if x is not None), None)
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
-        self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
+        self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
         super().__init__(infos, alpha, target_kl, pads, attention_mask)
@@ -148,7 +148,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             self._base,
             self.reference,
             self._tokenizer,
-            self._generation_prompt_ids,
+            self._prompt_format,
             self._own_prompts,
         )
 

@@ -372,7 +372,12 @@ class TuneArguments(BaseArguments):
 class ShowArguments:
     """Chooses the question, and how it is answered."""
 
-    prompt: str = field(metadata={"help": "A question, or if the base has no chat template, the beginning of a text."})
+    prompt: str = field(
+        metadata={
+            "help": "A question. It goes through the chat template of the base, unless the reward model was trained on "
+            "plain text."
+        }
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers."})
     temperature: float | None = field(
         default=None,
@@ -395,8 +400,11 @@ class ShowArguments:
 
 @dataclass
 class DemoArguments(BaseArguments):
-    """Chooses the reward models to show, and the address of the page."""
+    """Chooses the sentences and adapters to begin with, and the address of the page."""
 
+    sentence: list[str] | None = field(
+        default=None, metadata={"help": "A sentence to steer by. Repeatable.", "action": "extend"}
+    )
     arm: list[str] | None = field(
         default=None,
         metadata={

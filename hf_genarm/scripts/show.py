@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..hub.compatibility import as_trained
+from ..hub.loading import info_of
 from ..hub.placement import device_of
 from ..playground.answers import SameDraw, Settings
 from .arguments import GuidanceArguments, ShowArguments
@@ -36,8 +38,7 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
     temperature = (recommended or 1.0) if args.temperature is None else args.temperature
     print(f"Temperature: {temperature:g}{', as recommended' if temperature == recommended else ''}")
     strengths: Any = processor.alpha  # one for each
-    is_chat = tokenizer.chat_template is not None
-    prompt = [{"role": "user", "content": args.prompt}] if is_chat else args.prompt
+    prompt = as_trained(args.prompt, tokenizer, [info_of(name) for name in guidance_args.arm])
     rows = processor.encode([prompt] * 2).to(device_of(model))
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True
