@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .scripts.arguments import ARGUMENTS, UsageError
+from .scripts.arguments import ARGUMENTS
+from .scripts.shared_arguments import UsageError
 
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",

@@ -60,8 +60,10 @@ def make_output_dir(folder: str | Path) -> None:
 
 def refuse_overwriting(folder: str | Path, names: Iterable[str]) -> None:
     """
+    Refuses a folder with results in it, which took hours to make.
+
     Raises:
-        ValueError: if a folder has one of these files, which took hours to make.
+        ValueError: if the folder has one of these files.
     """
     there = [name for name in names if Path(folder, name).exists()]
     if there:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..decoding.recommended import recommended_alpha, wanted_reference
+from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
 from .drawing import SIDES, answers, facts, panel, tokens
@@ -74,16 +74,17 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     recommended = recommended_alpha([arm.info for arm in arms])
     first_sentences = [*sentences, *[""] * (MAX_SENTENCES - len(sentences))]
     first_strengths = [0.0] * (MAX_SENTENCES + len(arms))
-    first_reference = "base"
+    first_reference, first_temperature = "base", 1.0
     if sentences:
         first_strengths[0] = SENTENCE_STRENGTH
     elif arms:
         first_strengths[MAX_SENTENCES] = recommended[0]
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
+        first_temperature = recommended_temperature([arms[0].info]) or 1.0
 
     def arrive() -> Visitor:
         visitor = Visitor(Settings())
-        steer(visitor, 1.0, 0.0, *first_strengths, 0.0)
+        steer(visitor, first_temperature, 0.0, *first_strengths, 0.0)
         return visitor
 
     def steer(visitor: Visitor, temperature: float, target_kl: float, *strengths: float) -> None:
@@ -206,7 +207,9 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
                     ]
                     own = _strength("", 0.0, "strength-own", visible=False)
                 with gr.Accordion("More settings", open=False):
-                    temperature = gr.Slider(0.1, 1.5, 1.0, step=0.1, label="temperature", elem_id="temperature")
+                    temperature = gr.Slider(
+                        0.1, 1.5, first_temperature, step=0.1, label="temperature", elem_id="temperature"
+                    )
                     target_kl = gr.Slider(
                         0, 2, 0.0, step=0.05, label="target KL", info="nats per token; 0: strengths are not scaled"
                     )

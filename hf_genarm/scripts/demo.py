@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..demo import DEMO_MODEL_ID
 from ..hub.card import requirement
-from .arguments import LOOPBACK, BaseArguments, DemoArguments
+from .arguments import LOOPBACK, DemoArguments
+from .shared_arguments import BaseArguments
 
 # What the page begins with, unless other sentences or adapters are given
 SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."

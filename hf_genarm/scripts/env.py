@@ -20,8 +20,9 @@ from accelerate import PartialState
 
 import hf_genarm
 
-from .arguments import BaseArguments, EnvArguments, GuidanceArguments
+from .arguments import EnvArguments
 from .guided_model import load_guided
+from .shared_arguments import BaseArguments, GuidanceArguments
 
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "huggingface_hub")
 OPTIONAL = ("vllm", "lm_eval", "gradio")

@@ -22,9 +22,10 @@ from ..hub.info import package_versions
 from ..hub.loading import base_of, info_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..training.metrics import preference_metrics
-from .arguments import EvaluateArguments, PairArguments
+from .arguments import EvaluateArguments
 from .pairs import hold_out, load_pairs
 from .plots import plot_evaluation
+from .shared_arguments import PairArguments
 
 
 def main(pair_args: PairArguments, args: EvaluateArguments) -> dict[str, Any]:

@@ -21,11 +21,14 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import set_seed
 
+from ..decoding.recommended import recommended_temperature
+from ..hub.loading import info_of
 from ..hub.placement import device_of
-from .arguments import GenerateArguments, GuidanceArguments
-from .guided_model import load_guided, recommended_temperature
+from .arguments import GenerateArguments
+from .guided_model import load_guided
 from .prompts import completion_of, read_rows, token_ids
 from .shards import Shards, digest
+from .shared_arguments import GuidanceArguments
 
 _WHERE = ("output", "device", "device_map")  # what answers don't depend on
 
@@ -46,7 +49,7 @@ def main(guidance_args: GuidanceArguments, args: GenerateArguments) -> None:
 
     base, processor = load_guided(guidance_args, announce=state.is_main_process)
     model, tokenizer = base.model, base.tokenizer
-    recommended = recommended_temperature(guidance_args.arm)
+    recommended = recommended_temperature([info_of(name) for name in guidance_args.arm])
     temperature = args.temperature or recommended or 1.0
     prompts = [row[args.prompt_column] for row in rows]
     ids = [token_ids(tokenizer, prompt) for prompt in prompts]

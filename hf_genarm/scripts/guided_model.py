@@ -1,13 +1,10 @@
-"""What commands steer with: the base, the processor, and the temperature that reward models recommend."""
-
-from collections.abc import Sequence
+"""What commands steer with: the base, and the processor of reward models and sentences."""
 
 from ..decoding.assembly import assemble, load_reward_models
 from ..decoding.processor import GenARMLogitsProcessor
 from ..hub.base_model import Base
-from ..hub.loading import info_of
 from ..hub.reward_model import AutoregressiveRewardModel
-from .arguments import GuidanceArguments
+from .shared_arguments import GuidanceArguments
 
 
 def load_guided(args: GuidanceArguments, announce: bool = True) -> tuple[Base, GenARMLogitsProcessor]:
@@ -37,10 +34,3 @@ def load_guided(args: GuidanceArguments, announce: bool = True) -> tuple[Base, G
     processor = GenARMLogitsProcessor(**vars(parts), target_kl=args.target_kl)
     processor._machine.rewards.log_engines(args.names)  # as `from_pretrained` does
     return base, processor
-
-
-def recommended_temperature(reward_models: Sequence[str]) -> float | None:
-    """Returns the temperature that reward models recommend, Hub ids or folders; `None` if they don't agree on one."""
-    settings = [info_of(name).recommended for name in reward_models]
-    temperatures = {None if setting is None else setting["temperature"] for setting in settings}
-    return temperatures.pop() if len(temperatures) == 1 else None

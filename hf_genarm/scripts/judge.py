@@ -12,8 +12,8 @@ from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import frozen_twin
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
-from .arguments import PairArguments
 from .pairs import hold_out, load_pairs
+from .shared_arguments import PairArguments
 
 HELD_OUT = 0.1
 

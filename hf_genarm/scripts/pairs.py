@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from trl.data_utils import maybe_extract_prompt
 
-from .arguments import PairArguments
+from .shared_arguments import PairArguments
 
 _FILES = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")

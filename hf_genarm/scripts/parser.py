@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from trl import TrlParser
 
-from .arguments import UsageError
+from .shared_arguments import UsageError
 
 # Of the arguments that TRL and transformers define, those that `--help` lists
 _USED_MOST = (

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from ..decoding.recommended import recommended_temperature
 from ..hub.compatibility import as_trained
 from ..hub.loading import info_of
 from ..hub.placement import device_of
 from ..playground.answers import SameDraw, Settings
-from .arguments import GuidanceArguments, ShowArguments
-from .guided_model import load_guided, recommended_temperature
+from .arguments import ShowArguments
+from .guided_model import load_guided
+from .shared_arguments import GuidanceArguments
 
 _LEARNED = "{} minus base, nats"
 _SCALE = 3.0  # nats; the colours of the terminal begin at a sixth and at a half of it
@@ -34,11 +36,12 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
         raise ValueError(f"`alpha` is {guidance_args.alpha}, at which nothing is guided. Give a strength other than 0.")
     base, processor = load_guided(guidance_args)
     model, tokenizer = base.model, base.tokenizer
-    recommended = recommended_temperature(guidance_args.arm)
+    infos = [info_of(name) for name in guidance_args.arm]
+    recommended = recommended_temperature(infos)
     temperature = (recommended or 1.0) if args.temperature is None else args.temperature
     print(f"Temperature: {temperature:g}{', as recommended' if temperature == recommended else ''}")
     strengths: Any = processor.alpha  # one for each
-    prompt = as_trained(args.prompt, tokenizer, [info_of(name) for name in guidance_args.arm])
+    prompt = as_trained(args.prompt, tokenizer, infos)
     rows = processor.encode([prompt] * 2).to(device_of(model))
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True

@@ -26,10 +26,10 @@ from ..hub.loading import ADAPTER_CONFIG
 from ..training.config import AutoregressiveRewardConfig
 from ..training.learned import learned
 from ..training.trainer import AutoregressiveRewardTrainer
-from .arguments import PairArguments
 from .pairs import hold_out, load_pairs, public_name
 from .plots import plot_training
 from .samples import SampleArguments, SamplesCallback, sample_prompts
+from .shared_arguments import PairArguments
 
 logger = logging.get_logger(__name__)
 
