@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run, write
 from huggingface_hub import ModelCard
-from pairs import PROMPTS, STANDARD
+from pairs import PROMPTS, STANDARD, conversational
 from tiny import save_adapter, save_llama
 
 from hf_genarm import AutoregressiveRewardModel, RewardInfo, __version__, cli
@@ -166,7 +165,7 @@ def test_the_hub_id_of_the_examples_works_without_the_hub(tmp_path, monkeypatch,
     monkeypatch.setenv("HF_GENARM_SMOKE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = ["--report_to", "none", "--max_steps", 1, "--test_size", 0, "--lora_target_modules", "q_proj", "v_proj"]
-    path = write(tmp_path, "jsonl", STANDARD)
+    path = write(tmp_path, "jsonl", conversational(True))
     run("train", "--model", DEMO_MODEL_ID, "--dataset", path, "--output_dir", "my-arm", *options)
     assert ModelCard.load(tmp_path / "my-arm" / "README.md").data.base_model == DEMO_MODEL_ID
     capsys.readouterr()
@@ -202,7 +201,7 @@ def interrupts_at(n, function):
     def call(*args, **kwargs):
         calls.append(None)
         if len(calls) == n:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return function(*args, **kwargs)
 
     return call
@@ -230,7 +229,15 @@ def test_generate_is_interrupted(models, prompts, tmp_path, monkeypatch, capsys)
 def test_training_is_interrupted_and_goes_on(models, tmp_path, monkeypatch, capsys, save_steps):
     step = AutoregressiveRewardTrainer.training_step
     monkeypatch.setattr(AutoregressiveRewardTrainer, "training_step", interrupts_at(3, step))
-    call = ["train", "--model", models[0], "--dataset", write(tmp_path, "jsonl", STANDARD), "--test_size", 0]
+    call = [
+        "train",
+        "--model",
+        models[0],
+        "--dataset",
+        write(tmp_path, "jsonl", conversational(True)),
+        "--test_size",
+        0,
+    ]
     call += ["--output_dir", tmp_path / "arm", "--report_to", "none", "--max_steps", 4, "--save_steps", save_steps]
     line = interrupted(call, capsys)
     if save_steps == 50:

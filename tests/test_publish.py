@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from helpers import run
-from hub_server import TOKEN, Repo
-from huggingface_hub import ModelCard, constants
+from hub_server import Repo, connect
+from huggingface_hub import ModelCard
 from tiny import save_adapter, save_llama
 
 from hf_genarm import RewardInfo, cli
@@ -19,15 +19,9 @@ BASE = "someone/a-model"
 
 
 @pytest.fixture
-def hub(server, monkeypatch):
+def hub(server, tmp_path, monkeypatch):
     """The server as the Hub of this process."""
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    connect(monkeypatch, server, tmp_path / "home")
     return server
 
 
@@ -100,7 +94,6 @@ def test_what_must_be_known(arm, hub, tmp_path, capsys, monkeypatch):
     assert "`repo_id` is `warm`" in refused("publish", "my-arm", "warm", capsys=capsys)
     assert "`no` has no weights in safetensors" in refused("publish", "no", "me/warm", capsys=capsys)
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     assert "There is no token" in refused(*call, "--base", BASE, "--license", "mit", capsys=capsys)
     assert not hub.repos
 

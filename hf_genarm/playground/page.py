@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
+from ..hub.info import RewardInfo
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
 from .drawing import SIDES, answers, facts, panel, tokens
@@ -71,16 +72,15 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     if len(sentences) > MAX_SENTENCES:
         raise ValueError(f"`sentence` has {len(sentences)} sentences, but the page has room for {MAX_SENTENCES}.")
     arms = [models.reward_model(name) for name in models.adapters]
-    recommended = recommended_alpha([arm.info for arm in arms])
     first_sentences = [*sentences, *[""] * (MAX_SENTENCES - len(sentences))]
     first_strengths = [0.0] * (MAX_SENTENCES + len(arms))
-    first_reference, first_temperature = "base", 1.0
+    first_temperature, first_reference = 1.0, "base"
     if sentences:
         first_strengths[0] = SENTENCE_STRENGTH
     elif arms:
-        first_strengths[MAX_SENTENCES] = recommended[0]
-        first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
+        (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
         first_temperature = recommended_temperature([arms[0].info]) or 1.0
+        first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
         visitor = Visitor(Settings())
@@ -199,11 +199,10 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
                 first = zip(first_sentences, first_strengths, strict=False)
                 slots = [_sentence(slot, text, strength) for slot, (text, strength) in enumerate(first)]
                 with gr.Group():
+                    adapters = zip(models.adapters, arms, first_strengths[MAX_SENTENCES:], strict=True)
                     strengths = [
-                        _strength(models.title(name), value, f"strength-{index}", info=f"recommended: {alpha:g}")
-                        for index, (name, value, alpha) in enumerate(
-                            zip(models.adapters, first_strengths[MAX_SENTENCES:], recommended, strict=True)
-                        )
+                        _strength(models.title(name), value, f"strength-{index}", info=_recommended(arm.info))
+                        for index, (name, arm, value) in enumerate(adapters)
                     ]
                     own = _strength("", 0.0, "strength-own", visible=False)
                 with gr.Accordion("More settings", open=False):
@@ -322,6 +321,12 @@ def _strength(label: str, value: float, elem_id: str, **kwargs: Any) -> gr.Slide
     return gr.Slider(
         -3, 3, value, step=0.05, label=label, buttons=[], elem_id=elem_id, elem_classes="strength", **kwargs
     )
+
+
+def _recommended(info: RewardInfo) -> str | None:
+    """Returns in words how an adapter recommends to use it, if it does."""
+    setting = info.recommended
+    return None if setting is None else f"recommended: {setting['alpha']:g} at temperature {setting['temperature']:g}"
 
 
 def refusal(error: Exception) -> gr.Error:

@@ -164,7 +164,11 @@ class ShowArguments:
     width: int | None = field(default=None, metadata={"help": "Width in columns. Defaults to that of the terminal."})
 
     def __post_init__(self) -> None:
-        refuse_below(self, max_new_tokens=1, width=1)
+        refuse_below(self, max_new_tokens=1)
+        if self.width is not None:
+            from ..viewing.terminal import as_width  # which imports torch
+
+            as_width(self.width)
         refuse_wrong_seed(self)
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")

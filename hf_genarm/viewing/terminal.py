@@ -3,10 +3,13 @@
 import re
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
+from ..arguments import as_number, as_whole_number
 from .tokens import TokenText, cells, scale_ends, scale_limit, shade, visible, wrap
 
 _GAP = "   "
+_WIDEST = 10_000  # columns
 # Shares of the scale from which on letters are coloured, and then what is behind them. Below, tokens look like any text
 # in this terminal, whose background is not known, so that colours can't be mixed with it.
 _LETTERS, _BEHIND = 1 / 6, 1 / 2
@@ -27,9 +30,15 @@ def to_ansi(
             The value at which colours are full. Defaults to what suits these texts.
         has_colors (`bool`, *optional*, defaults to `True`):
             Whether to write escape codes.
+
+    Raises:
+        TypeError: if the width is no whole number, or the limit no number.
+        ValueError: if the width is less than 1 or more than 10,000, or the limit is not positive.
     """
-    width = width or shutil.get_terminal_size().columns
-    limit = limit or scale_limit(texts)
+    width = shutil.get_terminal_size().columns if width is None else as_width(width)
+    limit = scale_limit(texts) if limit is None else as_number("limit", limit, "the value at which colours are full")
+    if not limit > 0:
+        raise ValueError(f"`limit` is {limit}, but must be positive: it is the value at which colours are full.")
     column = max((width - len(_GAP) * (len(texts) - 1)) // max(len(texts), 1), 8)
     columns = []
     for text in texts:
@@ -47,6 +56,11 @@ def to_ansi(
     scale = " ".join(_colored(f" {x:+.2g} ", x, limit) for x in marks)
     picture = "\n".join([*([f"{measure}  {scale}"] if measure else []), *rows])
     return picture if has_colors else re.sub(r"\033\[[\d;]*m", "", picture)
+
+
+def as_width(value: Any) -> int:
+    """Returns the width of a terminal, and refuses what can't be one, as for [`to_ansi`]."""
+    return as_whole_number("width", value, f"a number of columns, from 1 to {_WIDEST:,}", most=_WIDEST)
 
 
 def _colored(text: str, value: float, limit: float) -> str:
