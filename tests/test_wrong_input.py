@@ -21,6 +21,7 @@ from transformers import LlamaForSequenceClassification, LlamaModel, T5Config, T
 import hf_genarm
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo, cli, smc_sample
 from hf_genarm.hub.card import reward_model_card
+from hf_genarm.scripts.arguments import ARGUMENTS
 
 OURS = str(Path(hf_genarm.__file__).parent)
 BASE, ARM, TOKENIZER = tiny_llama(0), tiny_llama(1, num_hidden_layers=1), tiny_tokenizer()
@@ -334,8 +335,8 @@ def own_arguments(command):
     """Returns the arguments that are defined here, by the dataclasses of a command."""
     if command in OWN:
         return OWN[command].split()
-    script = importlib.import_module(f"hf_genarm.scripts.{command}")
-    return [field.name for group in script.ARGUMENTS for field in dataclasses.fields(group)]
+    groups = ARGUMENTS.get(command) or importlib.import_module(f"hf_genarm.scripts.{command}").ARGUMENTS
+    return [field.name for group in groups for field in dataclasses.fields(group)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..decoding.recommended import recommended_alpha, wanted_reference
+from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
 from ..hub.info import RewardInfo
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
@@ -79,7 +79,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         first_strengths[0] = SENTENCE_STRENGTH
     elif arms:
         (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
-        first_temperature = (arms[0].info.recommended or {"temperature": 1.0})["temperature"]
+        first_temperature = recommended_temperature([arms[0].info]) or 1.0
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
