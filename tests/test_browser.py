@@ -33,7 +33,7 @@ SCREENSHOTS = ROOT / "screenshots"
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 SIZES = {"wide": (1440, 1500), "narrow": (390, 2600)}
-ALONE = ["#prompt", "#run", "#stop", "#new", "#sentence-0", "#remove-0", "#sentence-strength-0", "#strength-0"]
+ALONE = ["#prompt", "#run", "#stop", "#new", "#sentence-0", "#sentence-strength-0", "#strength-0"]
 ALONE += ["#strength-1", "#strength-2", "#temperature", "#seed", "#tokens", "#reference", "#asked", "#unguided"]
 ALONE += ["#guided", "#facts", "#measure", "#picture", "#code", "#own"]
 TIMEOUT = 180  # seconds; the machine may have other things to do
@@ -58,7 +58,6 @@ def wait_for(what, timeout=TIMEOUT):
 @contextlib.contextmanager
 def serving(command, folder, log):
     """The address of a server that runs meanwhile."""
-    demo.demo_model()
     port = free_port()
     environment = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
@@ -74,7 +73,19 @@ def serving(command, folder, log):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with serving(["tests/serve_tiny.py", str(folder)], ROOT, folder / "log") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def real_address(tmp_path_factory):
+    demo.demo_model()
     with serving(["-m", "hf_genarm.cli", "demo"], ROOT, tmp_path_factory.mktemp("demo") / "log") as address:
         yield address
 
@@ -143,7 +154,8 @@ class Page:
         field.send_keys(sentence, webdriver.Keys.ENTER)
 
     def answers(self):
-        return [self.text(f"#{side} .answer span") for side in ("unguided", "guided")]
+        """Both as far as they are written, without a character whose last bytes are missing."""
+        return [self.text(f"#{side} .answer span").rstrip("�") for side in ("unguided", "guided")]
 
     def picture(self, path):
         """Of the whole page."""
@@ -156,11 +168,11 @@ class Page:
 
 
 @pytest.fixture
-def open_page(address, tmp_path):
+def open_page(request, tmp_path):
     pages = []
 
-    def open_one(*args):
-        pages.append(Page(address, tmp_path / str(len(pages)), *args))
+    def open_one(*args, of="address"):
+        pages.append(Page(request.getfixturevalue(of), tmp_path / str(len(pages)), *args))
         return pages[-1]
 
     yield open_one
@@ -208,9 +220,11 @@ def test_stop(open_page):
         seen.append(page.answers()[1])
 
     seen = []
+    page.write("#tokens", "256")
     _, guided = page.run("Tell me a long story about a train.", 0, stop)
     assert guided.startswith(seen[0])
-    assert len(guided.removeprefix(seen[0]).split()) <= 4
+    (n_tokens,) = {int(x.text) for x in page.all("#facts tr:nth-child(2) td")[1:]}
+    assert 2 < n_tokens < 200
 
 
 def test_html_stays_text_and_limits_are_said(open_page):
@@ -239,8 +253,8 @@ def test_two_visitors_at_once(open_page):
         page.complete()
     strengths = [re.search(r"processor.alpha = (\[.*?\])", page.text("#code")).group(1) for page in pages]
     assert strengths == [f"[{SENTENCE_STRENGTH}, -3.0]"] * 2
-    for page, name in zip(pages, ("sentiment", "brevity"), strict=True):
-        assert f"arm-smollm2-135m-{name}" in page.text("#code")
+    for page, name in zip(pages, ("arm-0", "arm-1"), strict=True):
+        assert name in page.text("#code")
     assert pages[0].answers()[0] == pages[1].answers()[0]  # the same seed
     assert pages[0].answers()[1] != pages[1].answers()[1]
 
@@ -252,17 +266,17 @@ def test_sentences_are_added_edited_and_removed(open_page):
     page.add("Answer like a pirate.")
     wait_for(lambda: [x for x in page.all("#sentence-1 textarea") if x.is_displayed()])
     page.write("#sentence-1", "Answer in German.")
-    page.press("#remove-0")
+    page.press("#sentence-0 button")
     wait_for(lambda: not any(x.is_displayed() for x in page.all("#sentence-0")))
     unguided, guided = page.run(PROMPT)
     assert unguided != guided
     assert "“Answer in German.”, minus the base" in page.text("#facts")
     assert "from_sentence('Answer in German.'" in page.text("#code")
     assert SENTENCE not in page.text("#code")
-    page.press("#remove-1")
+    page.press("#sentence-1 button")
     for sentence in map(str, range(MAX_SENTENCES)):
         page.add(sentence)
-        wait_for(lambda: [x for x in page.all("#steering textarea") if x.get_attribute("value") == sentence])  # noqa: B023
+        wait_for(lambda: [x for x in page.all("[id^=sentence-] textarea") if x.get_attribute("value") == sentence])  # noqa: B023
     page.add("One too many.")
     wait_for(lambda: f"room for {MAX_SENTENCES} sentences" in page.text("body"))
     assert page.errors() == []
@@ -286,6 +300,7 @@ def test_who_waits_sees_a_place_in_the_queue_and_can_leave_it(open_page):
     pages = [open_page(), open_page()]
     pages[1].run(PROMPT)
     for page in pages:
+        page.write("#tokens", "256")
         page.ask("Tell me a long story about a train.")
     wait_for(lambda: len(pages[0].answers()[1]) > 15)
     wait_for(lambda: "queue: 1/1" in pages[1].text("#asked, #answers"))
@@ -296,9 +311,9 @@ def test_who_waits_sees_a_place_in_the_queue_and_can_leave_it(open_page):
     assert pages[1].answers() == ["", ""]
 
 
-def test_another_adapter(open_page, tmp_path):
+def test_another_adapter(open_page, folder, tmp_path):
     page = open_page()
-    folder = shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-brevity", tmp_path / "my-arm")
+    folder = shutil.copytree(folder / "arm-1", tmp_path / "my-arm")
     page.write("#own", str(folder))
     page.press("#load")
     wait_for(lambda: "my-arm" in page.text("#about"))
@@ -347,9 +362,10 @@ def test_nothing_overlaps(open_page, size, theme):
 @pytest.mark.parametrize(("size", "theme"), [*itertools.product(SIZES, ["light", "dark"])])
 def test_the_pictures_of_the_readme(open_page, size, theme):
     """`make pictures` copies them to `docs/images`."""
-    page = open_page(size, theme, False)
+    page = open_page(size, theme, False, of="real_address")
     page.ask(PROMPT)
-    wait_for(lambda: "minus the base" in page.text("#facts"))
+    wait_for(lambda: "minus the base" in page.text("#facts"), 600)
+    page.press("#picture .genarm-texts > div:nth-child(2) .genarm-token[tabindex]:nth-child(5)")
     SCREENSHOTS.mkdir(exist_ok=True)
     page.picture(SCREENSHOTS / f"playground-{size}-{theme}.png")
 
@@ -359,6 +375,7 @@ def test_an_exported_space_answers(tmp_path):
     space = tmp_path / "space"
     command = ["-m", "hf_genarm.cli", "demo", "--arm", "model_cards/arm-smollm2-135m-sentiment", "--export", str(space)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    demo.demo_model()
     with serving(["app.py"], space, tmp_path / "log") as address:
         page = Page(address, tmp_path / "profile")
         try:

@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..decoding.recommended import recommended_alpha, wanted_reference
+from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
+from ..hub.info import RewardInfo
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
 from .drawing import SIDES, answers, facts, panel, tokens
@@ -71,19 +72,19 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     if len(sentences) > MAX_SENTENCES:
         raise ValueError(f"`sentence` has {len(sentences)} sentences, but the page has room for {MAX_SENTENCES}.")
     arms = [models.reward_model(name) for name in models.adapters]
-    recommended = recommended_alpha([arm.info for arm in arms])
     first_sentences = [*sentences, *[""] * (MAX_SENTENCES - len(sentences))]
     first_strengths = [0.0] * (MAX_SENTENCES + len(arms))
-    first_reference = "base"
+    first_temperature, first_reference = 1.0, "base"
     if sentences:
         first_strengths[0] = SENTENCE_STRENGTH
     elif arms:
-        first_strengths[MAX_SENTENCES] = recommended[0]
+        (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
+        first_temperature = recommended_temperature([arms[0].info]) or 1.0
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
         visitor = Visitor(Settings())
-        steer(visitor, 1.0, 0.0, *first_strengths, 0.0)
+        steer(visitor, first_temperature, 0.0, *first_strengths, 0.0)
         return visitor
 
     def steer(visitor: Visitor, temperature: float, target_kl: float, *strengths: float) -> None:
@@ -153,9 +154,9 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     def add(text: str, *texts: str) -> list[Any]:
         """Shows a sentence with its slider in the first place that is free."""
         free = next((slot for slot, other in enumerate(texts) if not other.strip()), None)
-        if not text.strip() or free is None:
-            if free is None:
-                gr.Warning(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
+        if free is None:
+            raise refusal(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
+        if not text.strip():
             return [gr.skip()] * (1 + 3 * MAX_SENTENCES)
         shown = [gr.Group(visible=True), text.strip(), SENTENCE_STRENGTH]
         return ["", *(x for slot in range(MAX_SENTENCES) for x in (shown if slot == free else [gr.skip()] * 3))]
@@ -198,15 +199,16 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
                 first = zip(first_sentences, first_strengths, strict=False)
                 slots = [_sentence(slot, text, strength) for slot, (text, strength) in enumerate(first)]
                 with gr.Group():
+                    adapters = zip(models.adapters, arms, first_strengths[MAX_SENTENCES:], strict=True)
                     strengths = [
-                        _strength(models.title(name), value, f"strength-{index}", info=f"recommended: {alpha:g}")
-                        for index, (name, value, alpha) in enumerate(
-                            zip(models.adapters, first_strengths[MAX_SENTENCES:], recommended, strict=True)
-                        )
+                        _strength(models.title(name), value, f"strength-{index}", info=_recommended(arm.info))
+                        for index, (name, arm, value) in enumerate(adapters)
                     ]
                     own = _strength("", 0.0, "strength-own", visible=False)
                 with gr.Accordion("More settings", open=False):
-                    temperature = gr.Slider(0.1, 1.5, 1.0, step=0.1, label="temperature", elem_id="temperature")
+                    temperature = gr.Slider(
+                        0.1, 1.5, first_temperature, step=0.1, label="temperature", elem_id="temperature"
+                    )
                     target_kl = gr.Slider(
                         0, 2, 0.0, step=0.05, label="target KL", info="nats per token; 0: strengths are not scaled"
                     )
@@ -309,7 +311,7 @@ class Slot:
 
 def _sentence(slot: int, text: str, strength: float) -> Slot:
     with gr.Group(visible=bool(text)) as group:
-        remove = gr.Button("Remove", render=False, elem_id=f"remove-{slot}")
+        remove = gr.Button("Remove", render=False)
         sentence = gr.Textbox(text, label="sentence", max_lines=4, buttons=[remove], elem_id=f"sentence-{slot}")
         slider = _strength("strength", strength, f"sentence-strength-{slot}")
     return Slot(group, sentence, slider, remove)
@@ -321,6 +323,12 @@ def _strength(label: str, value: float, elem_id: str, **kwargs: Any) -> gr.Slide
     )
 
 
-def refusal(error: Exception) -> gr.Error:
+def _recommended(info: RewardInfo) -> str | None:
+    """Returns in words how an adapter recommends to use it, if it does."""
+    setting = info.recommended
+    return None if setting is None else f"recommended: {setting['alpha']:g} at temperature {setting['temperature']:g}"
+
+
+def refusal(error: Exception | str) -> gr.Error:
     """Returns an error as a message on the page, which stays until it is closed."""
     return gr.Error(str(error), duration=None, print_exception=False)
