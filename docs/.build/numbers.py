@@ -248,6 +248,23 @@ def serving() -> str:
     )
 
 
+def training_defaults() -> str:
+    rows = [row for run in runs("training_defaults") for row in run["results"]]
+    return table(
+        ["pairs", "steps", "learning rate", "held-out pairs right", "answers apart, nats"],
+        [
+            [
+                str(row["pairs"]),
+                str(row["steps"]),
+                f"{row['learning_rate']:.1e}".replace("e-0", "e-") + (" (default)" if row["rate"] == "default" else ""),
+                spread(row["accuracy"]),
+                f"{row['nats_apart']:.1f}",
+            ]
+            for row in sorted(rows, key=lambda row: (row["pairs"], row["learning_rate"]))
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "capability": capability,
     "cost": cost,
@@ -262,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
+    "training_defaults": training_defaults,
     "two_objectives": partial(of_report, "Two objectives", "Hypervolume"),
 }
 
