@@ -1,9 +1,9 @@
 """
-Answers one question unguided, with a sentence and with an adapter, with three seeds each, and keeps the answers.
+Answers one question unguided, with a sentence and with an adapter, three times each, and keeps the answers.
 
     python -m examples.answers
 
-The README and the quickstart show `examples/answers.json`. The seeds are the first three.
+README and quickstart show `examples/answers.json`: the first draws of seed 0.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 
 QUESTION = "What did you think of the hotel? Answer in one sentence."
-SENTENCE = "You love everything."
+SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
 ADAPTER = "model_cards/arm-smollm2-135m-sentiment"
 STRENGTHS = {"unguided": 0.0, "sentence": 2.0, "adapter": 0.5}
-SEEDS = (0, 1, 2)
+N_ANSWERS = 3
 
 
 def main() -> None:
@@ -37,16 +37,14 @@ def main() -> None:
     for name, alpha in STRENGTHS.items():
         processor = adapter if name == "adapter" else sentence
         processor.alpha = alpha
-        answers[name] = []
-        for seed in SEEDS:
-            inputs = sentence.encode([{"role": "user", "content": QUESTION}])
-            set_seed(seed)
-            output = model.generate(**inputs, logits_processor=[processor], **options)
-            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers[name].append(text.strip())
-            print(f"{name}, seed {seed}: {text.strip()}")
+        inputs = sentence.encode([[{"role": "user", "content": QUESTION}]] * N_ANSWERS)
+        set_seed(0)
+        output = model.generate(**inputs, logits_processor=[processor], **options)
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers[name] = [" ".join(text.split()) for text in texts]
+        print(name, *answers[name], sep="\n")
     report = {"model": DEMO_MODEL_ID, "question": QUESTION, "sentence": SENTENCE, "adapter": ADAPTER}
-    report |= {"strengths": STRENGTHS, "seeds": SEEDS, "options": options, "answers": answers}
+    report |= {"strengths": STRENGTHS, "options": options, "answers": answers}
     args.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
