@@ -28,7 +28,7 @@ import psutil
 
 from ..hub.loading import info_of
 from .request_settings import ServerDefaults
-from .server_config import ServerConfig
+from .server_config import ENVIRONMENT, ServerConfig
 
 logger = logging.getLogger("vllm.hf_genarm")
 
@@ -95,15 +95,15 @@ class Handshake:
 
     def _from_environment(self) -> ServerDefaults | None:
         """Returns the defaults of the configuration in the environment, with what its reward models recommend."""
-        config = ServerConfig.from_environment()
-        if config is None:
+        text = os.environ.get(ENVIRONMENT)
+        if text is None:
             return None
-        text = repr(config)
         if self._environment is None or self._environment[0] != text:
+            config = ServerConfig.from_environment()
+            assert config is not None
             is_open = config.alpha is None or config.reference == "auto"
             infos = [info_of(x) for x in config.reward_models] if is_open else []
-            resolved = config.with_recommended(infos)
-            self._environment = text, resolved.server_defaults()
+            self._environment = text, config.with_recommended(infos).server_defaults()
         return self._environment[1]
 
     def _look(self) -> None:

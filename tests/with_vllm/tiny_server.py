@@ -1,5 +1,6 @@
 """A tiny model and adapters, a server with them, and what `generate` writes with them."""
 
+import json
 import os
 import signal
 import socket
@@ -72,13 +73,19 @@ def check(expected, ids):
     return "tie" if at < len(margins) and margins[at] < TIE else "wrong"
 
 
+def guided_by(config):
+    """The options of a guided server, for its own command."""
+    return ["--additional-config", json.dumps({"genarm": config})]
+
+
 @contextmanager
 def server(base, log, *options):
-    """A server on loopback, its process and its address, until it is ended."""
+    """A server on loopback, its process and its address, until it is ended; guided if it has a configuration."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", "m"]
+    module = "hf_genarm.vllm" if "--additional-config" in options else "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", base, "--served-model-name", "m"]
     command += ["--host", "127.0.0.1", "--port", port, *OPTIONS, *options]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(log, "w", encoding="utf-8") as file:
