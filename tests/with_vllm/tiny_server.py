@@ -78,6 +78,13 @@ def guided_by(config):
     return ["--additional-config", json.dumps({"genarm": config})]
 
 
+def _is_up(url):
+    try:
+        return requests.get(f"{url}/health", timeout=30).ok
+    except requests.RequestException:
+        return False
+
+
 @contextmanager
 def server(base, log, *options):
     """A server on loopback, its process and its address, until it is ended; guided if it has a configuration."""
@@ -92,15 +99,13 @@ def server(base, log, *options):
         process = subprocess.Popen([str(x) for x in command], env=environment, stdout=file, stderr=file)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 1800  # of a busy machine
+        while not _is_up(url):
             assert process.poll() is None, log.read_text()
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.5)
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
         yield process, url
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            process.wait(300)
