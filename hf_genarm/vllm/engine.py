@@ -53,7 +53,9 @@ def load_guidance(vllm_config: VllmConfig, device: torch.device) -> tuple[BatchG
     config = check_reward_models(config, model.model, model.tokenizer, model.max_model_len, model.trust_remote_code)
 
     own_reference = [config.reference] if config.reference not in (None, "base") else []
-    defaults = config.server_defaults(is_raw=model.logprobs_mode.startswith("raw"))
+    # vLLM sets back the generator of a request whose prompt was read in part, which generators of CPUs can't do.
+    refuses_seeds = device.type == "cpu" and vllm_config.scheduler_config.enable_chunked_prefill
+    defaults = config.server_defaults(model.logprobs_mode.startswith("raw"), refuses_seeds)
     if not get_pp_group().is_last_rank:  # tokens are chosen in the last one
         return BatchGuidance([]), defaults
     n_weight_bytes = 0

@@ -3,8 +3,8 @@ How the processes that take requests find the defaults of their engine, to check
 
 vLLM checks requests in its front end, by a class method that is given the request alone, and runs processors in another
 process. So the engine leaves a file in a folder of the user for temporary files, and the front end looks for the files
-of its engines: of this process, of processes that it has started, or that were started together with it. Where the
-environment variable `HF_GENARM_VLLM` holds the configuration, no file is needed.
+of its engines: of this process, of processes that it has started, or that were started together with it. Where there
+are none, the configuration in the environment variable `HF_GENARM_VLLM` is enough.
 """
 
 import atexit
@@ -84,14 +84,13 @@ class Handshake:
             ValueError: if `HF_GENARM_VLLM` is set and wrong.
         """
         with self._lock:
-            given = self._from_environment()
-            if given is not None:
-                return [given]
             self._look()
             # One of several front ends is a child of what has started the engine, too.
             ours = {os.getpid(), *([os.getppid()] if multiprocessing.parent_process() else [])}
             notices = [x for x in self._found.values() if not ours.isdisjoint(x.processes)]
-            return list(dict.fromkeys([*self._own.values(), *(x for notice in notices for x in notice.engines)]))
+            found = list(dict.fromkeys([*self._own.values(), *(x for notice in notices for x in notice.engines)]))
+            given = None if found else self._from_environment()
+            return found if given is None else [given]
 
     def _from_environment(self) -> ServerDefaults | None:
         """Returns the defaults of the configuration in the environment, with what its reward models recommend."""

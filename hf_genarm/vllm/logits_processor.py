@@ -87,6 +87,11 @@ def _check(params: SamplingParams, defaults: ServerDefaults) -> bool:
             f"`logit_bias` is {shown(params.logit_bias)}, but the reward models of this server are contrasted with its "
             "base, of which the bias would become a part. Leave it out, or set `genarm_alpha` to 0."
         )
+    if defaults.refuses_seeds and params.seed is not None and params.temperature > 0:
+        raise ValueError(
+            f"`seed` is {params.seed}, but a seed ends the engine of vLLM's CPU build when the prompt is read in parts. "
+            "Leave it out, or start the server with `--no-enable-chunked-prefill`."
+        )
     # Only beam search of vLLM sets these parameters; a request over HTTP can't.
     is_beam = params.max_tokens == 1 and params.detokenize is False and params.watermarking is False
     if defaults.refuses_beams and settings.is_guided and is_beam and params.logprobs:

@@ -32,6 +32,8 @@ class ServerDefaults:
             Whether a logit bias would become part of the reference.
         refuses_beams (`bool`, *optional*, defaults to `False`):
             Whether beam search would choose by log-probabilities that are not guided.
+        refuses_seeds (`bool`, *optional*, defaults to `False`):
+            Whether a seed could end the engine.
         presets (tuple of `str` and [`~hf_genarm.vllm.presets.Preset`], *optional*):
             Named settings.
         presets_file (`str`, *optional*):
@@ -43,6 +45,7 @@ class ServerDefaults:
     target_kl: float | None
     refuses_bias: bool = False
     refuses_beams: bool = False
+    refuses_seeds: bool = False
     presets: tuple[tuple[str, Preset], ...] = ()
     presets_file: str | None = None
 

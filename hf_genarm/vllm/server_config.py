@@ -163,13 +163,15 @@ class ServerConfig:
             reference=wanted_reference(infos, self.reward_models) if self.reference == "auto" else self.reference,
         )
 
-    def server_defaults(self, is_raw: bool = True) -> ServerDefaults:
+    def server_defaults(self, is_raw: bool = True, refuses_seeds: bool = False) -> ServerDefaults:
         """
         Returns what requests have to be checked against, once all settings are known.
 
         Args:
             is_raw (`bool`, *optional*, defaults to `True`):
                 Whether the engine reports log-probabilities before guidance, by which beam search chooses.
+            refuses_seeds (`bool`, *optional*, defaults to `False`):
+                Whether a seed could end the engine.
         """
         is_file = isinstance(self.presets, str)
         presets = {} if is_file else read_presets(self.presets or {}, RULES, len(self.reward_models))
@@ -179,6 +181,7 @@ class ServerConfig:
             target_kl=self.target_kl,
             refuses_bias=self.reference == "base",
             refuses_beams=is_raw,
+            refuses_seeds=refuses_seeds,
             presets=tuple(presets.items()),
             presets_file=self.presets if is_file else None,
         )
