@@ -89,7 +89,7 @@ def _check(params: SamplingParams, defaults: ServerDefaults) -> bool:
         )
     if defaults.refuses_seeds and params.seed is not None and params.temperature > 0:
         raise ValueError(
-            f"`seed` is {params.seed}, but a seed ends the engine of vLLM's CPU build when the prompt is read in parts. "
+            f"`seed` is {params.seed}, but a seed ends the engine of vLLM's CPU build when a prompt is read in parts. "
             "Leave it out, or start the server with `--no-enable-chunked-prefill`."
         )
     # Only beam search of vLLM sets these parameters; a request over HTTP can't.
