@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
+from tiny import SIZES as TINY_SIZES
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
 from hf_genarm.hub.kv_cache import CACHE
@@ -177,15 +178,7 @@ class Architecture:
 
 
 TOKENS = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-SIZES = TOKENS | {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-}
+SIZES = TINY_SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 1, "max_position_embeddings": 256}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.4}
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
@@ -274,6 +267,8 @@ def table() -> str:
     lines += ["", "| reward model | guided text |", "|---|---|"]
     lines += [f"| {family.name}{f' ({family.note})' if family.note else ''} | exact |" for family in ARCHITECTURES]
     lines += [f"| {name} | {outcome} |" for name, outcome in OTHER_REWARD_MODELS]
+    lines += ["", "| where a model reads a prompt of its own | guided text |", "|---|---|"]
+    lines += [f"| {name} | {outcome} |" for name, outcome in OWN_PROMPTS]
     lines += ["", "| prompts and vocabularies | guided text |", "|---|---|"]
     lines += [f"| {name} | {outcome} |" for name, outcome in PROMPTS_AND_VOCABULARIES]
     return "\n".join(lines)
@@ -325,6 +320,21 @@ OTHER_REWARD_MODELS = [
     ),
     ("encoder-decoder, classifier, or bidirectional model", "refused: not a causal LM"),
     ("pickled, damaged, incomplete or infinite weights", "refused"),
+]
+OWN_PROMPTS = [
+    ("reward models and references with weights of their own, in every mode above", "exact, in separate passes"),
+    ("adapters and sentences on the base, in every mode above", "exact, fused, with longer and shorter prompts"),
+    ('a negative prompt, for `reference="base"`', "exact, fused; `guidance_scale` for one prompt, greedy or sampled"),
+    ("with the families of reward models above", "exact, fused where they are above"),
+    ("sequential Monte Carlo, statistics, `target_kl`, schedules, one strength per request", "exact, by request"),
+    ("chats that are continued, reuse in any order, your own decoding loop, copies and pickles", "exact"),
+    ("`assistant_model=processor.assistant()` of a separate reward model", "exact: it drafts after its own prompt"),
+    ("`processor.assistant()` of a sentence on the base", "refused: drafts would gain nothing"),
+    ("vocabularies that are aligned", "exact: the prompt in ids of the model, the answer is translated"),
+    ("at strength 0", "bit for bit that of the base; nothing is read"),
+    ("another number of rows than `generate` has prompts, or texts that did not begin together", "refused"),
+    ("a sentence without encoded prompts, or with others than those of the call", "refused: use `processor.encode`"),
+    ("padding on the right, rows of padding alone, no mask", "refused"),
 ]
 PROMPTS_AND_VOCABULARIES = [
     ("left padding, inferred or given; masks with holes", "exact"),

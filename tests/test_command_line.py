@@ -159,7 +159,8 @@ SHOW = [
     (["--alpha", "0"], 1, r"`alpha` is \[0.0\].*nothing is guided"),
     (["--prompt", " "], 2, "`prompt` is empty"),
     (["--temperature", "-1"], 2, "`temperature` is -1.0"),
-    (["--width", "0"], 2, "`width` is 0.*at least 1"),
+    (["--width", "0"], 2, "`width` is 0, but must be a number of columns, from 1 to 10,000"),
+    (["--width", "9" * 20], 2, "`width` is 9999.*from 1 to 10,000"),
 ]
 OTHERS = [
     (["tran"], 2, "hf-genarm tran: `tran` is not a command.*train, evaluate"),

@@ -11,11 +11,10 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_script
 
-ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT / folder).rglob("[!_]*.py"))
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 # These start several processes, or take as long as the whole default suite.
@@ -104,22 +103,20 @@ def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+@pytest.mark.filterwarnings("default")  # as for a process
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_as_printed(clone, tmp_path, command):
+def test_commands_run_as_printed(clone, tmp_path, command, request):
+    """Those that are slow, in a process."""
     if short(command) in NEEDS_HARNESS:
         pytest.importorskip("lm_eval", reason="needs the harness, of the extra `eval`")
     before = contents(clone)
-    environment = os.environ | {
-        "HF_GENARM_SMOKE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, *command.split()[1:]], cwd=clone, env=environment, capture_output=True, text=True
-    )
+    environment = {"HF_GENARM_SMOKE": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    if request.node.get_closest_marker("slow"):
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
+        call, environment = [sys.executable, *command.split()[1:]], os.environ | environment
+        done = subprocess.run(call, cwd=clone, env=environment, capture_output=True, text=True)
+    else:
+        done = run_script(*command.split()[2:], cwd=clone, **environment)
     if short(command) in NEEDS_HUB:
         assert done.returncode == 1
         assert re.search(

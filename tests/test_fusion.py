@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.decoding.fusion import joint_network, joint_pass
 from hf_genarm.hub.kv_cache import CACHE
 from hf_genarm.hub.sharing import follow, twin
 
@@ -72,6 +73,19 @@ def test_every_step_after_the_prompt_is_joint(base, adapters, options):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
     generate(base, [processor], min_new_tokens=10, **options)
     assert joint_passes(processor) == 9
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_joint_passes_equal_recomputation_in_both_orders_of_factors(base, adapters, models, is_slow, monkeypatch):
+    for module in (joint_network, joint_pass):
+        monkeypatch.setattr(module, "slow_for_few_rows", lambda: is_slow)
+    calls, product = [], joint_network._linear
+    monkeypatch.setattr(joint_network, "_linear", lambda *args: calls.append(None) or product(*args))
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])
+    output = generate(base, [processor], BATCH)
+    assert joint_passes(processor)
+    assert bool(calls) == is_slow
+    assert_same(output, generate(base, [Recompute(models, [1.0, 0.5], BATCH["attention_mask"])], BATCH))
 
 
 def test_strengths_that_change_while_it_runs(base, adapters, models):
@@ -202,6 +216,7 @@ def test_other_dtypes(base, adapters, models, dtype):
     assert_same_distributions(output, generate(base, [Recompute([model], [1.0])], inputs, max_new_tokens=5), atol)
 
 
+@pytest.mark.slow  # the state machine tries other orders by default
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_one_instance_in_random_order(data, folder, adapters, models):

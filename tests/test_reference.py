@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import FOUR, assert_same, assert_same_distributions, generate, joint_passes
+from helpers import FOUR, assert_same, assert_same_distributions, generate, joint_passes, model_for
 from oracle import next_token_log_probs
 from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
-from tiny import VOCAB_SIZE, left_padded, tiny_llama
-from transformers import LogitsProcessor
+from tiny import VOCAB_SIZE, left_padded, tiny_llama, tiny_tokenizer
+from transformers import LlamaForSequenceClassification, LogitsProcessor
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.functional import contrast, ratio_equivalent
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
@@ -142,6 +142,18 @@ def test_impossible_tokens():
         torch.tensor([-2.0, -1.0, -torch.inf, -torch.inf]),
     )
     assert contrast(reward, reference).tolist() == [1.0, -torch.inf, 0.0, 0.0]
+
+
+def test_a_classifier_is_no_reference():
+    classifier = LlamaForSequenceClassification(tiny_llama(1).config)
+    with pytest.raises(TypeError, match=r"ForSequenceClassification` can't be a reference.*`AutoModelForCausalLM`"):
+        GenARMLogitsProcessor(tiny_llama(1), reference=classifier)
+    tokenizer = tiny_tokenizer()
+    trained = AutoregressiveRewardModel(
+        model_for(tokenizer), tokenizer, RewardInfo(loss={"reference": "base"}), classifier
+    )
+    with pytest.raises(TypeError, match="can't be a reference"):
+        trained.score(["What"], [" is"])
 
 
 def test_another_vocabulary_is_refused():

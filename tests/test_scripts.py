@@ -101,6 +101,7 @@ def test_no_prompt_is_in_both_parts():
 # --- the commands ---
 
 
+@pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")  # plain text for a chat model
 def test_train_then_evaluate(base_folder, tmp_path, capsys):
     """The report of the finished folder is what the trainer measured on the same held-out pairs."""
     columns = {name: column * 4 for name, column in STANDARD.items()}
@@ -129,6 +130,7 @@ def test_train_then_evaluate(base_folder, tmp_path, capsys):
     assert f"{info.metrics['pair_accuracy']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")  # plain text for a chat model
 def test_full_training_and_a_test_split(base_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -97,3 +97,16 @@ def test_no_statistics_by_default():
     processor.keeps_statistics = True
     assert torch.equal(processor(ONE["input_ids"], scores), without)
     assert processor.statistics(torch.tensor([[3, 4, 5]]))["kl"] == []
+
+
+def test_a_second_answer_that_is_shorter_than_the_first():
+    """The table is that of the call that wrote the end of the text, though another one wrote more of it."""
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    processor.keeps_statistics = True
+    first = generate(BASE, [processor], ONE, min_new_tokens=8, max_new_tokens=8).sequences
+    longer = torch.cat([first, ONE["input_ids"][:, :3]], dim=1)
+    inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    second = generate(BASE, [processor], inputs, min_new_tokens=3, max_new_tokens=3).sequences
+    end = ONE["input_ids"].shape[1]
+    for sequences, start, n_new in ((second, longer.shape[1], 3), (first, end, 8)):
+        assert processor.statistics(sequences)["position"] == [*range(start, start + n_new)]

@@ -200,6 +200,12 @@ def test_an_outlier_does_not_decide_the_scale():
     assert scale_limit([TokenText([Token("x")])]) == 1.0
 
 
+@pytest.mark.parametrize(("width", "error"), [(0, ValueError), (2**70, ValueError), (1.5, TypeError), ("a", TypeError)])
+def test_widths_that_no_terminal_has(width, error):
+    with pytest.raises(error, match=r"`width` is .*, but must be a number of columns, from 1 to 10,000"):
+        Picture([]).to_ansi(width)
+
+
 @pytest.mark.parametrize("width", [10, 24, 80])
 def test_terminal_form(width, guided):
     table, _, _ = guided

@@ -158,14 +158,14 @@ def recommended(*path):
     return call
 
 
-MODELS = ("`model`", "`reward_model`", "can't be a reward model", "bidirectional")
+MODELS = ("`model`", "`reward_model`", "can't be a reward model", "can't be a reference", "bidirectional")
 OTHER_TOKENS = ("embeddings", "knows ids", "that training started from")
 TEXTS = ("prompt", "response", "chat")
 ENTRIES = {
     "reward_model": (processor("reward_model"), MODELS),
     "reward_model, with a base": (watching("reward_model"), MODELS),
     "base_model": (processor("base_model"), ("`base_model`", "base model")),
-    "reference": (processor("reference"), ("`reference`", *MODELS)),
+    "reference": (processor("reference"), ("`reference`", "can't be a reference", "bidirectional")),
     **{x: (processor(x), (f"`{x}`",)) for x in ("alpha", "target_kl", "pad_token_id", "attention_mask")},
     **{f"{x}, with a base": (watching(x), (f"`{x}`",)) for x in ("alpha", "tokenizer", "reward_tokenizer")},
     **{x: (processor(x), ("tokenizer`",)) for x in ("tokenizer", "reward_tokenizer")},

@@ -18,6 +18,7 @@ AT_SAME_KL = (
     "DPO, a training run per point",
     "GenARM: Eq. 5, Eq. 7 (the paper)",
 )
+INTEL = "Intel, 1 core"  # the processor of most of the decoding times
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -69,15 +70,23 @@ def runs(name: str) -> list[dict]:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
+def processor(run: dict) -> str:
+    """The maker of the processor that a run was made on, and how many of its cores."""
+    machine = run["machine"]
+    maker = "AMD" if "AMD" in machine["cpu"] else "Intel"
+    return f"{maker}, {machine['threads']} core{'s' * (machine['threads'] > 1)}"
+
+
+def decode_times() -> dict[tuple[str, bool, int, int], dict[str, str]]:
     """
     The times per token of each engine.
 
-    The keys are: whether adapters are on all linear layers, the batch size, and the number of adapters. Times over the
-    unguided base with the matrix products of joint passes are named `same …`; old runs have none.
+    The keys are: the processor, whether adapters are on all linear layers, the batch size, and the number of adapters.
+    Times over the unguided base with the matrix products of joint passes are named `same …`; only processors of AMD
+    have them.
     """
     return {  # later runs had more rounds
-        ("--targets all" in run["command"], result["batch_size"], result["adapters"]): {
+        (processor(run), "--targets all" in run["command"], result["batch_size"], result["adapters"]): {
             engine: spread(time)
             for engine, time in (
                 *result["time"].items(),
@@ -101,29 +110,26 @@ def decode_cost() -> str:
     }
     columns = {name: head for name, head in columns.items() if any(name in cells for cells in times.values())}
     return table(
-        ["batch", "reward models", *columns.values()],
+        ["processor", "batch", "reward models", *columns.values()],
         [
-            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(cells.get(x, "") for x in columns)]
-            for (of_all, batch_size, adapters), cells in sorted(times.items())
+            [maker, f"{batch_size}{', all linear layers' * of_all}", str(n), *(cells.get(x, "") for x in columns)]
+            for (maker, of_all, batch_size, n), cells in sorted(
+                times.items(), key=lambda row: (row[0][0] != INTEL, row)
+            )
         ],
     )
-
-
-def fused(times: dict[str, str]) -> str:
-    """The time per token of an adapter over the unguided base with the same products, or over the base as it is."""
-    return times.get("same fused", times["fused"])
 
 
 def cost() -> str:
     """The few rows of `decode_cost` that answer what guidance costs."""
     times = decode_times()
     rows = [
-        ["a LoRA adapter on the base, one text at a time", fused(times[False, 1, 1])],
-        ["the same, 16 texts at a time", fused(times[False, 16, 1])],
-        ["four of them, one text at a time", fused(times[False, 1, 4])],
-        ["a separate model as large as the base", times[False, 1, 1]["separate"]],
+        ["a LoRA adapter on the base, one text at a time", times[INTEL, False, 1, 1]["fused"]],
+        ["the same, 16 texts at a time", times[INTEL, False, 16, 1]["fused"]],
+        ["four of them, one text at a time", times[INTEL, False, 1, 4]["fused"]],
+        ["a separate model as large as the base", times[INTEL, False, 1, 1]["separate"]],
     ]
-    return table(["reward model, on 2 CPU cores", "time per token, over unguided"], rows)
+    return table(["reward model, on one core of an Intel Xeon", "time per token, over unguided"], rows)
 
 
 def train_cost() -> str:
@@ -151,12 +157,7 @@ def headline() -> str:
     effect, control = effects(card), re.search(r"only sharpens the base: (\S+ \[.*?\])", card)[1]
     pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
-    times = decode_times()[False, 1, 1]
-    other_baseline = (
-        f"over torch's own, slower matrix products {times['fused']} ([why](docs/speed.md#what-it-costs))"
-        if "same fused" in times
-        else f"two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))"
-    )
+    times = decode_times()[INTEL, False, 1, 1]
     train = runs("train_cost")[0]["results"][0]
     make = f"`python -m model_cards.make_sentiment` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
@@ -185,7 +186,7 @@ def headline() -> str:
             ],
             [
                 "time per token over unguided, batch 1, LoRA reward model",
-                f"{fused(times)}; {other_baseline}",
+                f"{times['fused']}; two unguided rows {times['rows']} ([on AMD](docs/speed.md#what-it-costs))",
                 "`python -m examples.benchmarks.decode_cost`",
             ],
             [

@@ -3,15 +3,16 @@ What guidance costs: time per new token, guided over unguided, and peak memory, 
 
     python -m examples.benchmarks.decode_cost
     python -m examples.benchmarks.decode_cost --profile
+    python -m examples.benchmarks.decode_cost --sentences 1 2 --batch-sizes 1
 
 All ways of decoding take turns within a round, each with its own prompts. The time per token of a run is the median
 over its steps after the prompt. Ratios are taken within a round; their median and range over the rounds are printed and
 added to a JSON file. Peak memory is that of a separate process, from the first token to the last.
 
-There are two baselines. For few rows on a CPU, a joint pass of base and adapters computes its linear layers as `W x`,
-which can be much faster than torch's own `x W`; that is no gain from guidance. *Same products* is the ratio to an
-unguided base that computes its linear layers as joint passes do: what guidance costs. The other ratios are to the base
-as it is.
+There are two baselines. On processors of AMD, a joint pass of base and adapters computes its linear layers as `W x` for
+few rows, which is much faster there than torch's own `x W`; that is no gain from guidance. *Same products* is the ratio
+to an unguided base that computes its linear layers as joint passes do: what guidance costs. The other ratios are to the
+base as it is.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProce
 
 @contextmanager
 def products_of_joint_passes(model: PreTrainedModel) -> Iterator[None]:
-    """Lets a model compute its linear layers by the function that computes those of joint passes."""
+    """Lets a model compute its linear layers as joint passes do where torch is slow for few rows."""
     layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
     for layer in layers:
         vars(layer)["forward"] = functools.partial(joint_network._linear, layer)
@@ -115,22 +116,23 @@ def measure_round(
     batch_size: int,
     args: argparse.Namespace,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the ratios of one round: over the base as it is, and over the base with the products of joint passes."""
+    """Returns the ratios of one round: over the base as it is, and over the base with joint passes' products."""
     n_rows = batch_size * (1 + n_adapters)
     seconds = {engine: run_engine(engine, model, [x], batch_size, args) for engine, x in processors.items()}
     seconds["rows"] = time_per_token(model, [], n_rows, args)
     unguided = time_per_token(model, [], batch_size, args)
     alone = unguided + n_adapters * time_per_token(arm, [], batch_size, args)
-    with products_of_joint_passes(model):
-        same = {"rows": time_per_token(model, [], n_rows, args)}
-        unguided_same = time_per_token(model, [], batch_size, args)
-    same["unguided"] = unguided
     ratios = {name: time_of_it / unguided for name, time_of_it in seconds.items()}
     if "fused" in seconds:
-        same["fused"] = seconds["fused"]
         ratios["over_rows"] = seconds["fused"] / seconds["rows"]
     if "separate" in seconds:
         ratios["over_alone"] = seconds["separate"] / alone
+    if not joint_network.slow_for_few_rows():  # the products are the same anyway
+        return ratios, {}
+    with products_of_joint_passes(model):
+        same = {"rows": time_per_token(model, [], n_rows, args), "unguided": unguided}
+        unguided_same = time_per_token(model, [], batch_size, args)
+    same |= {"fused": seconds["fused"]} if "fused" in seconds else {}
     return ratios, {name: time_of_it / unguided_same for name, time_of_it in same.items()}
 
 
@@ -140,7 +142,8 @@ def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
 
     Returns:
         list of `dict`: `time` holds ratios to the time of the base as it is, `time_over_same_products` to that of the
-        base with the products of joint passes, `unguided` in it being the base as it is; each with its range.
+        base with the products of joint passes, `unguided` in it being the base as it is, unless the products are the
+        same; each with its range.
     """
     results = []
     bar = tqdm(total=len(args.batch_sizes) * len(args.adapters) * args.rounds, desc="rounds")
@@ -155,6 +158,29 @@ def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
             time_, same = ({name: spread([x[name] for x in of]) for name in of[0]} for of in zip(*rounds, strict=True))
             result = {"batch_size": batch_size, "adapters": n_adapters, "memory_mb": {}}
             results.append(result | {"time": time_, "time_over_same_products": same})
+    return results
+
+
+def measure_sentences(model: PreTrainedModel, args: argparse.Namespace) -> list[dict]:
+    """Measures a base with sentences, whose prompts are longer than its own, against as many unguided rows."""
+    results = []
+    for n_sentences in args.sentences:
+        processor = GenARMLogitsProcessor.from_sentences(["Be kind."] * n_sentences, model, alpha=1 / n_sentences)
+        for batch_size in args.batch_sizes:
+            rounds = []
+            for _ in tqdm(range(args.rounds), desc=f"{n_sentences} sentences, batch {batch_size}"):
+                prompts = torch.randint(10, model.config.vocab_size, (batch_size, args.prompt_tokens + 16))
+                processor.prompts = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+                seconds = time_per_token(model, [processor], batch_size, args)
+                unguided = time_per_token(model, [], batch_size, args)
+                rows = time_per_token(model, [], batch_size * (1 + n_sentences), args)
+                with products_of_joint_passes(model):
+                    same = time_per_token(model, [], batch_size * (1 + n_sentences), args)
+                rounds.append({"unguided": seconds / unguided, "rows": seconds / rows, "same rows": seconds / same})
+            ratios = {name: spread([x[name] for x in rounds]) for name in rounds[0]}
+            results.append({"batch_size": batch_size, "sentences": n_sentences, "time_over": ratios})
+            row = f"batch {batch_size}, {n_sentences} sentences: time per token over"
+            print(row, ", ".join(f"{name} {cell(value)}" for name, value in ratios.items()))
     return results
 
 
@@ -226,6 +252,7 @@ def compare_products(model: PreTrainedModel) -> None:
 def table(results: list[dict], engines: list[str]) -> str:
     same = {"fused": "fused, same products", "rows": "unguided, as many rows, same products"}
     same |= {"unguided": "unguided, torch's products over the same"}
+    same = same if any(row["time_over_same_products"] for row in results) else {}
     plain = {engine: engine for engine in engines} | {"rows": "unguided, as many rows"}
     plain |= {"over_rows": "fused / as many rows", "over_alone": "separate / models alone"}
     names = ["batch", "adapters", *same.values(), *plain.values(), "peak memory over unguided, MB"]
@@ -252,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=sized(3, 1))
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
+    parser.add_argument("--sentences", type=int, nargs="+", help="measure these numbers of sentences instead")
     parser.add_argument("--products", action="store_true", help="compare two ways of computing linear layers instead")
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--seed", type=int, default=0)
@@ -267,6 +295,9 @@ def main() -> None:
     if args.products:
         with torch.no_grad():
             return compare_products(model)
+    if args.sentences:
+        add_record(args.output, __file__, measure_sentences(model, args))
+        return None
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(path, Path(folder), args)
         if args.profile:

@@ -165,7 +165,7 @@ class DraftingAssistant:
         if prompt_mask is not None:
             mask[:, : prompt_mask.shape[1]] = prompt_mask
         like = torch.empty(1, self.config.get_text_config().vocab_size, device=text.device)
-        log_probs = self._machine.rewards.log_probs(self._index, text, mask, like)
+        log_probs = self._machine.log_probs_to_draft(self._index, text, mask, like)
         return log_probs.masked_fill(log_probs.isnan(), -torch.inf)  # tokens that it doesn't know
 
     def _draft_of_nothing(

@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import GuidedProduct
+from ..hub.compatibility import PromptFormat
 from .drafts import Draft
 from .kl_control import KLControl
 from .likely_mistakes import LikelyMistakes
+from .prompts import OwnPrompt, OwnPrompts
 from .reference import Reference
 from .rewards import NextTokenRewards
 from .statistics import Statistics
@@ -36,8 +38,10 @@ class GuidanceMachine:
             The model that rewards are contrasted with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the base.
-        generation_prompt_ids (list of `int`, *optional*):
+        prompt_format ([`PromptFormat`], *optional*):
             As for [`LikelyMistakes`].
+        prompts ([`OwnPrompts`]):
+            The prompts that models read in place of the base's.
 
     Attributes:
         watch ([`StepWatch`], *optional*):
@@ -58,9 +62,10 @@ class GuidanceMachine:
         base: PreTrainedModel | None,
         reference: Literal["base"] | PreTrainedModel | PeftModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        generation_prompt_ids: list[int] | None,
+        prompt_format: PromptFormat | None,
+        prompts: OwnPrompts,
     ):
-        self.base, self.tokenizer = base, tokenizer
+        self.base, self.tokenizer, self._prompts = base, tokenizer, prompts
         self.watch = None if base is None else StepWatch.on(base, self)
         self.rewards = NextTokenRewards(models, vocab_maps, self.watch)
         self.reference = None if reference is None else Reference(reference, self.watch)
@@ -68,7 +73,7 @@ class GuidanceMachine:
         self.product = _unguided(torch.zeros(0, 1))
         self.draft: Draft | None = None
         self._reader = TextReader(self.watch)
-        self._likely_mistakes = LikelyMistakes(base, generation_prompt_ids)
+        self._likely_mistakes = LikelyMistakes(base, prompt_format)
 
     def reset(self) -> None:
         """Forgets what the models have read."""
@@ -123,10 +128,20 @@ class GuidanceMachine:
                 The scores of the base, for their shape and device.
         """
         indices = list(indices)
+        prompts, of_reference = self._prompts.of(indices, text)
+        own = dict(zip(indices, prompts, strict=True))
         if self.draft is not None:
-            self._read_draft(self.draft, text.input_ids, mask, indices)
-        rewards = [self.rewards.log_probs(index, text.input_ids, mask, scores) for index in indices]
-        return rewards, None if self.reference is None else self.reference.log_probs(text, mask, scores)
+            self._read_draft(self.draft, text.input_ids, mask, own, of_reference)
+        rewards = [self.rewards.log_probs(index, text.input_ids, mask, scores, own[index]) for index in indices]
+        return rewards, None if self.reference is None else self.reference.log_probs(text, mask, scores, of_reference)
+
+    def log_probs_to_draft(self, index: int, input_ids: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
+        """Returns the next-token log-probabilities of a reward model, for drafts that the base has not read yet."""
+        run = self._reader.run
+        assert run is not None
+        text = Text(input_ids, run, [input_ids.shape[1] - run.root.prompt_length])
+        (prompt,), _ = self._prompts.of([index], text)
+        return self.rewards.log_probs(index, input_ids, mask, scores, prompt)
 
     def keep(self, product: GuidedProduct, input_ids: Tensor) -> None:
         """Keeps the guided distribution of a call."""
@@ -134,17 +149,24 @@ class GuidanceMachine:
         if self.draft is not None:
             self.draft.record(input_ids, product.log_probs)
 
-    def _read_draft(self, draft: Draft, input_ids: Tensor, mask: Tensor, indices: Iterable[int]) -> None:
+    def _read_draft(
+        self,
+        draft: Draft,
+        input_ids: Tensor,
+        mask: Tensor,
+        prompts: dict[int, OwnPrompt | None],
+        of_reference: OwnPrompt | None,
+    ) -> None:
         """Lets the models that have not written a draft read it in one pass, when its verification begins."""
         text = draft.text_to_read(input_ids)
         if text is None:
             return
         n_drafts = text.shape[1] - mask.shape[1]
         mask = torch.cat([mask, mask.new_ones(1, n_drafts)], dim=1)
-        for index in set(indices) - {draft.writer}:
-            self.rewards.read_ahead(index, text, mask, n_drafts + 1)
+        for index in prompts.keys() - {draft.writer}:
+            self.rewards.read_ahead(index, text, mask, n_drafts + 1, prompts[index])
         if self.reference is not None:
-            self.reference.read_ahead(text, mask, n_drafts + 1)
+            self.reference.read_ahead(text, mask, n_drafts + 1, of_reference)
 
 
 def _unguided(scores: Tensor) -> GuidedProduct:

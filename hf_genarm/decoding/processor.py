@@ -8,14 +8,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..functional import guided_product
-from ..hub.compatibility import generation_prompt_ids
+from ..hub.compatibility import prompt_format
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
+from ..hub.sentence import DEFAULT_STRENGTH
 from .assembly import assemble, load_reward_models, names_of
 from .assistant import DraftingAssistant
 from .guided_tokens import GuidedTokens
@@ -128,20 +129,27 @@ class GenARMLogitsProcessor(GuidanceSettings):
         if base_model is not None:
             refuse_hidden_text(base_model)
         infos = [x.info if isinstance(x, AutoregressiveRewardModel) else RewardInfo() for x in given]
-        own = [x.tokenizer for x in given if isinstance(x, AutoregressiveRewardModel)]
-        self._tokenizer = next(iter(own), None) if tokenizer is None else tokenizer  # to show tokens as text
+        self._tokenizers = [x.tokenizer if isinstance(x, AutoregressiveRewardModel) else None for x in given]
+        own = next((x for x in self._tokenizers if x is not None), None)
+        self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
-        self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
-        self._machine = self._new_machine()
+        self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
         special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
         pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
         super().__init__(infos, alpha, target_kl, pads, attention_mask)
+        self._machine = self._new_machine()
         self._keeps_statistics = False
 
     def _new_machine(self) -> GuidanceMachine:
         """Returns a machine that has read nothing, for these models."""
         return GuidanceMachine(
-            self._models, self._vocab_maps, self._base, self.reference, self._tokenizer, self._generation_prompt_ids
+            self._models,
+            self._vocab_maps,
+            self._base,
+            self.reference,
+            self._tokenizer,
+            self._prompt_format,
+            self._own_prompts,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,6 +206,69 @@ class GenARMLogitsProcessor(GuidanceSettings):
         )
         processor._machine.rewards.log_engines(names)
         return processor
+
+    @classmethod
+    def from_sentences(
+        cls,
+        sentences: str | Sequence[str],
+        base_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        alpha: Alpha = DEFAULT_STRENGTH,
+        **kwargs: Any,
+    ) -> "GenARMLogitsProcessor":
+        r"""
+        Makes a processor that steers by what sentences in the prompt do: $\log\pi(y \mid s, x) - \log\pi(y \mid x)$ of
+        the base itself, without any training. Its prompts go through [`~GenARMLogitsProcessor.encode`].
+
+        Args:
+            sentences (`str` or list of `str`):
+                What is asked for, such as `"You are kind."`
+            base_model ([`~transformers.PreTrainedModel`]):
+                The model to be steered.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Its tokenizer. Defaults to the one in the folder of `base_model`.
+            alpha (`float`, list of `float`, `torch.Tensor` or callable, *optional*, defaults to 1.5):
+                As for the class. At 1, one sentence steers as it does in a prompt; from 1.5 to 3 it does more, and
+                beyond that texts break. Negative values steer away from it.
+            **kwargs:
+                Other arguments of the class.
+
+        Raises:
+            TypeError: if a sentence is not text.
+            ValueError: if a sentence is empty, or there are none.
+        """
+        base_model, given = uncompiled(base_model), [sentences] if isinstance(sentences, str) else list(sentences)
+        arms = [AutoregressiveRewardModel.from_sentence(sentence, base_model, tokenizer) for sentence in given]
+        tokenizer = arms[0].tokenizer if arms else tokenizer
+        options: dict[str, Any] = {"base_model": base_model, "reference": "base", "tokenizer": tokenizer}
+        return cls(arms, alpha, **options | kwargs)
+
+    def encode(self, prompts: Any, **template_kwargs: Any) -> BatchEncoding:
+        """
+        Tokenizes prompts for the base, and sets [`~GenARMLogitsProcessor.prompts`]: each reward model that is a
+        sentence reads the same prompts with its sentence in them. `generate(**processor.encode(chats),
+        logits_processor=[processor])` steers with them.
+
+        In a chat the sentence is put at the end of the system message. If there is none, it becomes the system message,
+        in place of the one that some templates have by default; if the template has no system messages, the first
+        message of the user begins with it. A plain text follows it and a blank line.
+
+        Args:
+            prompts (list of `str` or of messages):
+                Texts or chats, or one of them.
+            **template_kwargs:
+                Passed to the chat template, such as `enable_thinking=False`.
+
+        Returns:
+            [`~transformers.BatchEncoding`]: what `generate` of the base reads, padded on the left, on its device.
+
+        Raises:
+            TypeError: if prompts are neither texts nor chats.
+            ValueError: if the processor has no tokenizer, or a prompt has no tokens.
+        """
+        inputs = self._own_prompts.encode(prompts, self._tokenizer, self._tokenizers, **template_kwargs)
+        device = torch.device("cpu") if self._base is None else self._base.device
+        return inputs if device.type == "meta" else inputs.to(device)  # offloaded weights are on no device
 
     @property
     def engine(self) -> str:
@@ -295,6 +366,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         if not active:
             return scores
         machine.check(text)
+        n_requests = max(n_requests, self._own_prompts.n_requests)
         rewards, reference = machine.log_probs(text, self._prompt_mask(text), active, scores)
         product = guided_product(
             scores,

@@ -10,14 +10,18 @@ from transformers.utils import logging
 from ..hub.base_weights import has_weights
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel
+from ..hub.sentence import DEFAULT_STRENGTH
 from ..hub.sharing import shares_weights
 
 logger = logging.get_logger(__name__)
 
 
 def recommended_alpha(infos: Sequence[RewardInfo]) -> list[float]:
-    """Returns the strength that each reward model recommends, or else 1."""
-    return [1.0 if x.recommended is None else x.recommended["alpha"] for x in infos]
+    """Returns the strength that each reward model recommends, or else 1, for a sentence 1.5."""
+    defaults = [1.0 if x.sentence is None else DEFAULT_STRENGTH for x in infos]
+    return [
+        default if x.recommended is None else x.recommended["alpha"] for x, default in zip(infos, defaults, strict=True)
+    ]
 
 
 def wanted_reference(infos: Sequence[RewardInfo], names: Sequence[str]) -> str | None:
@@ -82,7 +86,8 @@ def base_reference(
 
 
 def _is_on(arm: AutoregressiveRewardModel, base_model: PreTrainedModel) -> bool:
-    if isinstance(arm.model, PeftModel) and shares_weights(arm.model, base_model):
+    is_around_it = isinstance(arm.model, PeftModel) or arm.info.sentence is not None
+    if is_around_it and shares_weights(arm.model, base_model):
         return True
     return bool(has_weights(base_model, arm.info.base_weights))
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..hub.sharing import shares_weights
 from .fusion.joint_pass import FusedLM, Fusion
 from .lockstep import LockstepLM
+from .prompts import OwnPrompt
 from .step_watch import StepWatch
 from .vocab import VocabMap
 
@@ -70,7 +71,7 @@ class NextTokenRewards:
                 engines.append(("separate", "it has weights of its own"))
                 continue
             objection = model.why_not_fused()
-            why = "it is plain LoRA on the weights of the base" if objection is None else objection
+            why = "it is the base itself, or plain LoRA on its weights" if objection is None else objection
             engines.append(("fused" if objection is None else "shared", why))
         return engines
 
@@ -80,7 +81,14 @@ class NextTokenRewards:
             if engine != "separate":  # those are logged where they are loaded
                 logger.info("%s: engine `%s`, because %s.", name, engine, why)
 
-    def log_probs(self, index: int, input_ids: Tensor, attention_mask: Tensor, scores: Tensor) -> Tensor:
+    def log_probs(
+        self,
+        index: int,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scores: Tensor,
+        prompt: OwnPrompt | None = None,
+    ) -> Tensor:
         """
         Returns the next-token log-probabilities of a reward model.
 
@@ -91,6 +99,8 @@ class NextTokenRewards:
                 The texts so far, in ids of the base.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
                 The scores of the base, for their shape and device.
+            prompt ([`OwnPrompt`], *optional*):
+                What the reward model reads in place of the base's prompt.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: NaN for tokens that the reward model can't score.
@@ -99,9 +109,7 @@ class NextTokenRewards:
             ValueError: if the vocabularies differ, or the reward model returns NaN.
         """
         vocab_map = self._vocab_maps[index]
-        if vocab_map is not None:
-            input_ids = vocab_map.reward_ids(input_ids, attention_mask)
-        logits = self.models[index](input_ids, attention_mask).to(scores.device)
+        logits = self._logits(index, input_ids, attention_mask, prompt).to(scores.device)
         if vocab_map is None and logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
@@ -117,7 +125,9 @@ class NextTokenRewards:
             )
         return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, scores.shape[-1])
 
-    def read_ahead(self, index: int, text: Tensor, attention_mask: Tensor, n_logits: int) -> None:
+    def read_ahead(
+        self, index: int, text: Tensor, attention_mask: Tensor, n_logits: int, prompt: OwnPrompt | None
+    ) -> None:
         """
         Reads drafts in one pass, after which the rewards that follow each of them are known.
 
@@ -128,10 +138,24 @@ class NextTokenRewards:
                 The text with its drafts, in ids of the base.
             n_logits (`int`):
                 How many of its last lengths will need rewards.
+            prompt ([`OwnPrompt`], *optional*):
+                What the reward model reads in place of the base's prompt.
         """
+        if self.models[index].has_cache:
+            self._logits(index, text, attention_mask, prompt, n_logits)
+
+    def _logits(
+        self, index: int, input_ids: Tensor, attention_mask: Tensor, prompt: OwnPrompt | None, n_logits: int = 1
+    ) -> Tensor:
+        """Returns the logits that follow the text of a reward model, given that of the base."""
         model, vocab_map = self.models[index], self._vocab_maps[index]
-        if model.has_cache:
-            model(text if vocab_map is None else vocab_map.reward_ids(text, attention_mask), attention_mask, n_logits)
+        if isinstance(model, FusedLM):
+            model.own_prompt = prompt
+        if prompt is not None:
+            input_ids, attention_mask = prompt.text(input_ids, attention_mask, vocab_map)
+        elif vocab_map is not None:
+            input_ids = vocab_map.reward_ids(input_ids, attention_mask)
+        return model(input_ids, attention_mask, n_logits)
 
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self.models[index].model.config.name_or_path}`)"

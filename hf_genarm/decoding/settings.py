@@ -9,6 +9,7 @@ from transformers import LogitsProcessor
 from ..hub.info import RewardInfo
 from .kl_control import check_target_kl
 from .padding import PromptMask
+from .prompts import OwnPrompts
 from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, check_alpha
 
 
@@ -23,6 +24,8 @@ class GuidanceSettings(LogitsProcessor):
             As for [`GenARMLogitsProcessor`].
     """
 
+    reference: Any
+
     def __init__(
         self,
         infos: Sequence[RewardInfo],
@@ -33,12 +36,13 @@ class GuidanceSettings(LogitsProcessor):
     ):
         self._infos = list(infos)
         self._prompt_mask = PromptMask(pad_token_id, attention_mask)
+        self._own_prompts = OwnPrompts([info.sentence for info in infos])
         self.alpha = alpha
         self.target_kl = target_kl
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy starts from; nothing in it is changed in place by the original."""
-        own: dict[str, Any] = {"_prompt_mask": self._prompt_mask.copy()}
+        own: dict[str, Any] = {"_prompt_mask": self._prompt_mask.copy(), "_own_prompts": self._own_prompts.copy()}
         if isinstance(self._alpha, list):
             own["_alpha"] = list(self._alpha)
         return vars(self) | own
@@ -69,6 +73,37 @@ class GuidanceSettings(LogitsProcessor):
     @attention_mask.setter
     def attention_mask(self, attention_mask: Tensor | None) -> None:
         self._prompt_mask.attention_mask = attention_mask
+
+    @property
+    def prompts(self) -> list[dict[str, Tensor] | None] | None:
+        """
+        What each reward model reads in place of the base's prompt, before the common answer: a list with a dict of
+        `input_ids` and `attention_mask`, `(n_requests, length)`, for each of them, `None` where it reads that of the
+        base; `None` if all do. One dict can be set for all. The ids are of the reward model's own tokenizer, padded on
+        the left. They are for the coming `generate` calls, with one row for each of its prompts.
+        """
+        return self._own_prompts.rewards
+
+    @prompts.setter
+    def prompts(self, prompts: Any) -> None:
+        self._own_prompts.rewards = prompts
+
+    @property
+    def reference_prompts(self) -> dict[str, Tensor] | None:
+        """
+        What the reference reads in place of the base's prompt, as for [`~GenARMLogitsProcessor.prompts`]. With
+        `reference="base"` it is a negative prompt: away from it, `alpha` steers.
+        """
+        return self._own_prompts.reference
+
+    @reference_prompts.setter
+    def reference_prompts(self, prompts: Any) -> None:
+        if prompts is not None and self.reference is None:
+            raise ValueError(
+                "`reference_prompts` is set, but the processor has no reference that could read them. Make it with "
+                '`reference="base"` or a model.'
+            )
+        self._own_prompts.reference = prompts
 
     def set_beta(self, beta: float) -> None:
         """

@@ -109,8 +109,8 @@ class Statistics:
         runs = list(reversed(self._runs.values()))
         by_run = [run.read(sequences) for run in runs]
         for index in range(len(sequences)):
-            # Of several runs with the same beginning, the one that wrote most of the sequence; of equal ones the latest
-            rows = max((of_sequence[index] for of_sequence in by_run), key=len, default=[])
+            # Of several runs with the same beginning, the one that wrote its end, most of it, and the latest
+            rows = max((of_sequence[index] for of_sequence in by_run), key=_reach, default=[])
             if not rows and self._has_forgotten:
                 raise ValueError(
                     f"Nothing is kept about sequence {index}. Of earlier `generate` calls, {self.KEPT_TOKENS} tokens "
@@ -139,6 +139,11 @@ class Statistics:
             if token not in self._names:
                 self._names[int(token)] = token_texts(self._tokenizer, [int(token)])[0]
         return [(self._names[int(token)], math.exp(x)) for x, token in likeliest]
+
+
+def _reach(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """Returns where the last of some rows is, and their number."""
+    return (rows[-1]["position"] if rows else 0), len(rows)
 
 
 class _RunStatistics:

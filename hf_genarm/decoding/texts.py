@@ -75,6 +75,12 @@ class Text:
         return self.input_ids[:, : self.input_ids.shape[1] - max(self.n_new)]
 
     @property
+    def answer_start(self) -> int:
+        """The number of columns before what was added to the prompts, also if a run inside of another adds drafts."""
+        run = self.run
+        return self.input_ids.shape[1] - max(self.n_new) if run.outer is None else run.root.prompt_length
+
+    @property
     def is_prompt(self) -> bool:
         """Whether nothing has been generated yet."""
         return not any(self.n_new)
@@ -90,11 +96,15 @@ class TextReader:
     Args:
         watch ([`StepWatch`], *optional*):
             The watch of the base.
+
+    Attributes:
+        run ([`Run`], *optional*):
+            The run of the last call.
     """
 
     def __init__(self, watch: StepWatch | None):
         self._watch = watch
-        self._run: Run | None = None  # the run of the last call
+        self.run: Run | None = None
         self._earlier = RecentTexts()  # runs and lengths of prompts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Text:
@@ -117,14 +127,14 @@ class TextReader:
             )
         text = self._read(input_ids)
         # What was drafted before the first pass of the base is part of the run.
-        continues = text.is_drafted and self._run is not None and self._run.is_custom_loop
-        text.is_new = (self._run is None or text.run.root is not self._run.root) and not continues
-        self._run = text.run
+        continues = text.is_drafted and self.run is not None and self.run.is_custom_loop
+        text.is_new = (self.run is None or text.run.root is not self.run.root) and not continues
+        self.run = text.run
         return text
 
     def begin_with_drafts(self, input_ids: Tensor) -> None:
         """Begins a run whose first tokens are drafted before the base has read anything of it."""
-        self._run = Run(input_ids, is_custom_loop=True)
+        self.run = Run(input_ids, is_custom_loop=True)
 
     def _read(self, input_ids: Tensor) -> Text:
         length, step = input_ids.shape[1], None if self._watch is None else self._watch.step_of(input_ids)
@@ -133,6 +143,8 @@ class TextReader:
         if step is None or mask is None or (length < step.run.prompt_length and not is_drafted):
             return self._read_unwatched(input_ids, step)
         run = step.run
+        if run.is_over:  # drafts of the next call, or a loop, which begin with the same tokens
+            return self._read_unwatched(input_ids, step, mask)
         if is_drafted:  # its first pass read drafts, too
             run.prompt_length = min(run.prompt_length, length)
         if len(input_ids) == 1:  # drafts may follow
@@ -142,8 +154,8 @@ class TextReader:
             mask = run.root.mask_of(input_ids)
         return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), step, mask, is_drafted)
 
-    def _read_unwatched(self, input_ids: Tensor, step: Step | None) -> Text:
-        """Reads drafts, or texts of a custom loop, which the base has not prepared."""
+    def _read_unwatched(self, input_ids: Tensor, step: Step | None, mask: Tensor | None = None) -> Text:
+        """Reads drafts, or texts of a custom loop, which the base has not prepared, with their mask if it is known."""
         length = input_ids.shape[1]
         if step is not None and step.run.n_hidden and torch.equal(input_ids, step.input_ids):
             return Text(input_ids, step.run, [0] * len(input_ids), step)
@@ -153,7 +165,7 @@ class TextReader:
         run = next((known[0] for known in earlier if known is not None), None) or Run(input_ids, is_custom_loop=True)
         values = [(run, length) if known is None else known for known in earlier]
         self._earlier.record(text_keys(input_ids), values)
-        mask = None if run.is_custom_loop else run.mask_of(input_ids)
+        mask = mask if run.is_custom_loop else run.mask_of(input_ids)
         return Text(input_ids, run, [length - prompt_length for _, prompt_length in values], None, mask)
 
 

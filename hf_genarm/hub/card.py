@@ -32,6 +32,7 @@ OPTIONAL_METRICS = (
     "contrast_accuracy",
     "contrast_accuracy_low",
     "contrast_accuracy_high",
+    "contrast_rms_margin",
 )
 # What the Hub shows of them: first what was learned, if there is a base to compare with
 RESULTS = {

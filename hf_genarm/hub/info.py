@@ -89,6 +89,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer": (_matches(r"sha256:[0-9a-f]{32}"), "from `tokenizer_fingerprint`"),
     "chat_template": (_matches(r"sha256:[0-9a-f]{32}"), "from `chat_template_fingerprint`"),
     "n_pairs": (lambda value: value >= 0, "a number of pairs"),
+    "sentence": (lambda value: bool(value.strip()), "a text that asks for something"),
     "format_version": (lambda value: value >= 1, "1 or more"),
 }
 
@@ -132,6 +133,8 @@ class RewardInfo:
         recommended (`dict[str, Any]`, *optional*):
             How to steer with it: `alpha`, `reference` (`"base"` or `None`), the `temperature` of `generate`, and what
             they were `measured` to do, all as `hf-genarm tune` writes them.
+        sentence (`str`, *optional*):
+            What a reward model without weights puts into the prompt of the base.
         versions (`dict[str, str]`):
             The versions of the packages that made it.
         format_version (`int`):
@@ -155,6 +158,7 @@ class RewardInfo:
     n_pairs: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     recommended: dict[str, Any] | None = None
+    sentence: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -167,12 +171,24 @@ class RewardInfo:
 
     @property
     def reference(self) -> str | None:
-        r"""`"base"` if it was trained on $\log\pi_r - \log\pi_\text{base}$, which are its rewards then; else `None`."""
-        return self.loss.get("reference")
+        r"""
+        `"base"` if its rewards are $\log\pi_r - \log\pi_\text{base}$, because it was trained on them, or is a sentence;
+        else `None`.
+        """
+        return "base" if self.sentence is not None else self.loss.get("reference")
+
+    @property
+    def is_for_chats(self) -> bool | None:
+        """Whether it was trained on texts in a chat template, or on plain text; `None` if that is unknown."""
+        if self.chat_template is not None:
+            return True
+        return False if self.versions else None  # the trainer records both, and nothing else records versions
 
     def save(self, folder: str | Path) -> None:
         """Writes `genarm_config.json`."""
         checked = asdict(replace(self))
+        if self.sentence is None:  # so that earlier versions, which know no sentences, read all others
+            del checked["sentence"]
         Path(folder, INFO_NAME).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod

@@ -19,9 +19,10 @@ from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .kv_cache import network_of
 from .loading import download, load_adapter, load_full_model
-from .placement import loaded_as_base, put_with_base, refuse_no_dtype
-from .scoring import ScoredTexts, Texts, token_rewards
-from .sharing import without_adapter
+from .placement import loaded_as_base, put_with_base, refuse_no_device_map, refuse_no_dtype
+from .scoring import ScoredTexts, Texts, listed, token_rewards
+from .sentence import check_sentence, sentence_card, with_sentence
+from .sharing import twin, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ class AutoregressiveRewardModel(PushToHubMixin):
             TypeError: if an argument is of another type.
             OSError: if there is no such folder, and no such repository in reach.
             ValueError: if weights are pickled, are not exactly those of the model, or are NaN or infinite; if a file
-                that describes them is not valid, or of a format that is newer than this package.
+                that describes them is not valid, or of a format that is newer than this package; if it is a sentence,
+                and there is no `base_model` to read it.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
         if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
@@ -159,6 +161,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         if not isinstance(subfolder, str):
             raise TypeError(f"`subfolder` is {shown(subfolder)}, but must be the name of a folder in the repository.")
         refuse_no_dtype(kwargs)
+        refuse_no_device_map(kwargs.get("device_map"))
         name = str(pretrained_model_name_or_path)
         try:
             folder = download(name, subfolder, **hub_kwargs)
@@ -176,6 +179,18 @@ class AutoregressiveRewardModel(PushToHubMixin):
                 name,
                 INFO_NAME,
             )
+        access: Any = {"token": hub_kwargs.get("token"), "trust_remote_code": trust_remote_code}
+        if info.sentence is not None:
+            _refuse_weights(folder, name)
+            if base_model is None:
+                raise ValueError(
+                    f"`{name}` is a sentence, {shown(info.sentence)}, for any model to read, and has no weights. Pass "
+                    "the model to be steered: `from_pretrained(..., base_model=model)`, or `--base` of a command."
+                )
+            found = (
+                find_tokenizer(str(network_of(base_model).name_or_path), **access) if is_searched else base_tokenizer
+            )
+            return cls._of_sentence(base_model, found, info)  # type: ignore[arg-type]  # `is_searched` is "auto"
         model: PreTrainedModel | PeftModel
         reference = None
         kwargs["trust_remote_code"] = trust_remote_code  # if it is left out, transformers asks interactively
@@ -188,7 +203,6 @@ class AutoregressiveRewardModel(PushToHubMixin):
             if base_model is not None and has_weights(base_model, info.base_weights):
                 reference = base_model
         put_with_base(model, base_model, kwargs)
-        access: Any = {"token": hub_kwargs.get("token"), "trust_remote_code": trust_remote_code}
         tokenizer = find_tokenizer(folder, **access)
         if tokenizer is None:
             is_of_base = base_model is not None and model.name_or_path == base_model.name_or_path
@@ -196,10 +210,44 @@ class AutoregressiveRewardModel(PushToHubMixin):
             tokenizer = base_tokenizer if is_known else find_tokenizer(str(model.name_or_path), **access)  # type: ignore
         return cls(model.eval(), tokenizer, info, reference)
 
+    @classmethod
+    def from_sentence(
+        cls, sentence: str, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> "AutoregressiveRewardModel":
+        r"""
+        Makes a reward model of a sentence: the base itself, which reads the sentence in its prompt. Its rewards are
+        $\log\pi(y \mid s, x) - \log\pi(y \mid x)$. It has no weights of its own, and no training is needed.
+
+        Args:
+            sentence (`str`):
+                What is asked for, such as `"You are kind."`
+            base_model ([`~transformers.PreTrainedModel`]):
+                The model that reads it. It is not changed; the reward model is other modules around its weights.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Its tokenizer. Defaults to the one in the folder of `base_model`.
+
+        Raises:
+            TypeError: if the sentence is not text, or the base not a model.
+            ValueError: if the sentence is empty.
+        """
+        sentence = check_sentence("sentence", sentence)
+        network = network_of(base_model, "base_model")
+        refuse_no_tokenizer("tokenizer", tokenizer)
+        tokenizer = find_tokenizer(str(network.name_or_path)) if tokenizer is None else tokenizer
+        return cls._of_sentence(base_model, tokenizer, RewardInfo(sentence=sentence))
+
+    @classmethod
+    def _of_sentence(
+        cls, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, info: RewardInfo
+    ) -> "AutoregressiveRewardModel":
+        """Returns the base itself as a reward model, whose `info` has a sentence."""
+        model = twin(network_of(base_model, "base_model")).eval()
+        return cls(model, tokenizer, info, reference=model)
+
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
         Writes weights, tokenizer, `genarm_config.json` and, where there is none, a model card into a folder that plain
-        PEFT or transformers also load.
+        PEFT or transformers also load. Of a sentence, it writes `genarm_config.json` and the card alone.
 
         Args:
             save_directory (`str`):
@@ -214,6 +262,13 @@ class AutoregressiveRewardModel(PushToHubMixin):
             kwargs = {}
         card = Path(save_directory, "README.md")
         existing = card.read_text(encoding="utf-8") if card.exists() else None
+        name = PurePath(save_directory).name
+        if self.info.sentence is not None:
+            card.parent.mkdir(parents=True, exist_ok=True)
+            self.info.save(save_directory)
+            if existing is None:
+                sentence_card(self.info, name).save(card)
+            return
         self.model.save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
@@ -221,7 +276,6 @@ class AutoregressiveRewardModel(PushToHubMixin):
         if existing is not None:
             card.write_text(existing, encoding="utf-8")
         else:  # PEFT writes one that calls the adapter a text generator
-            name = PurePath(save_directory).name
             reward_model_card(self.info, name, name, isinstance(self.model, PeftModel)).save(card)
 
     def score(self, prompts: Texts, responses: Texts, **kwargs: Any) -> Tensor:
@@ -275,10 +329,23 @@ class AutoregressiveRewardModel(PushToHubMixin):
             raise ValueError(
                 "This reward model has no tokenizer, so it can't score text. Pass `tokenizer` to the class."
             )
+        options = (batch_size, chunk_length, show_progress)
+        sentence, tokenizer = self.info.sentence, self.tokenizer
+        if sentence is not None:
+            prompts = listed("prompts", prompts)
+            asked = [with_sentence(prompt, sentence, tokenizer) for prompt in prompts]
+            rows = token_rewards(self.model, tokenizer, asked, responses, *options)
+            without = token_rewards(self.model, tokenizer, prompts, responses, *options)
+            for row, other in zip(rows, without, strict=True):
+                if not torch.equal(row.input_ids, other.input_ids):
+                    raise ValueError(
+                        f"The response {shown(row.text)} has other tokens after the prompt with the sentence than "
+                        "after the prompt, so that their log-probabilities can't be compared. Begin it with a space."
+                    )
+                row.rewards = row.rewards - other.rewards
+            return rows
         reference = None if self.info.reference is None else self.reference
-        return token_rewards(
-            self.model, self.tokenizer, prompts, responses, batch_size, chunk_length, show_progress, reference
-        )
+        return token_rewards(self.model, tokenizer, prompts, responses, *options, reference)
 
     def as_reward_func(self, batch_size: int = 8) -> Callable[..., list[float]]:
         """Returns `score` of prompts and completions as [`~trl.GRPOTrainer`] expects it in `reward_funcs`."""
@@ -287,6 +354,16 @@ class AutoregressiveRewardModel(PushToHubMixin):
             return self.score(prompts, completions, batch_size=batch_size).tolist()
 
         return autoregressive_reward
+
+
+def _refuse_weights(folder: Path, name: str) -> None:
+    """Refuses the folder of a sentence that has weights too, which would not be used."""
+    weights = next((x.name for x in (*folder.glob("*.safetensors"), *folder.glob("adapter_config.json"))), None)
+    if weights is not None:
+        raise ValueError(
+            f"`{name}` has a `sentence` in its `{INFO_NAME}`, and `{weights}` next to it, but a sentence is read by "
+            "the base itself. Remove one of them."
+        )
 
 
 def find_tokenizer(

@@ -1,24 +1,33 @@
 """
 Opens a page to try guidance out: two answers, with guidance and without, that stream side by side.
 
+    hf-genarm demo --base Qwen/Qwen2.5-0.5B-Instruct --sentence "Answer like a pirate."
     hf-genarm demo --arm user/my-arm --arm model_cards/arm-smollm2-135m-brevity
 
-Without `--arm`, it shows the reward models in the folder `model_cards`. It is served to this machine only, unless
-`--host` or `--share` is given. `--export FOLDER` writes a Hugging Face Space instead.
+Without `--sentence` and `--arm` it begins with a sentence and, if the base is the model of the examples, with the
+adapters in the folder `model_cards`. It is served to this machine only, unless `--host` or `--share` is given.
+`--export FOLDER` writes a Hugging Face Space instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..demo import DEMO_MODEL_ID
 from .guided_model import BaseArguments
 
+# What the page begins with, unless other sentences or adapters are given
+SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass
 class DemoArguments(BaseArguments):
-    """Chooses the reward models to show, and the address of the page."""
+    """Chooses the sentences and adapters to begin with, and the address of the page."""
 
+    sentence: list[str] | None = field(
+        default=None, metadata={"help": "A sentence to steer by. Repeatable.", "action": "extend"}
+    )
     arm: list[str] | None = field(
         default=None,
         metadata={
@@ -40,31 +49,35 @@ ARGUMENTS = (DemoArguments,)
 
 
 def main(args: DemoArguments) -> None:
-    shipped = (str(path.parent) for path in Path("model_cards").glob("*/adapter_config.json"))
-    # First the one with the most visible effect
-    arms = args.arm or sorted(shipped, key=lambda name: ("sentiment" not in name, name))
-    if not arms:
-        raise ValueError(
-            "No reward model is given, and there is no folder `model_cards` here. Name one with `--arm`: a Hub id or a "
-            "folder."
-        )
+    sentences, arms = args.sentence or [], args.arm or []
+    if not sentences and not arms:
+        sentences, arms = [SENTENCE], _shipped() if args.base in (None, DEMO_MODEL_ID) else []
+        if not arms:
+            print("The page begins without an adapter. Name one with `--arm`, or load it on the page.")
     if not all(name.strip() for name in arms):
         raise ValueError(f"`arm` is {arms}, of which one is empty. Give Hub ids or folders: `--arm`.")
     if args.export is not None:
         _check_gradio()
         from ..playground.space import write_space
 
-        write_space(args.export, args.base, arms)
+        write_space(args.export, args.base, arms, sentences)
         print(f"The Space is in {args.export}. This publishes it:")
         print("hf repos create USER/NAME --type space --sdk gradio")
         print(f"hf upload USER/NAME {args.export} . --type space")
         return
-    serve(args.base, arms, args.host, args.port, args.share, arguments=args)
+    serve(args.base, arms, sentences, args.host, args.port, args.share, arguments=args)
+
+
+def _shipped() -> list[str]:
+    """Returns the adapters of a clone of the repository, first the one with the most visible effect."""
+    folders = (str(path.parent) for path in Path("model_cards").glob("*/adapter_config.json"))
+    return sorted(folders, key=lambda name: ("sentiment" not in name, name))
 
 
 def serve(
     base: str | None,
     arms: list[str],
+    sentences: Sequence[str] = (),
     host: str = LOOPBACK,
     port: int | None = None,
     share: bool = False,
@@ -74,7 +87,7 @@ def serve(
     Loads the models, and serves the page until it is interrupted.
 
     Args:
-        base, arms, host, port, share:
+        base, arms, sentences, host, port, share:
             As for the command.
         arguments ([`BaseArguments`], *optional*):
             How to load the base. Defaults to the defaults of the command.
@@ -95,7 +108,9 @@ def serve(
     models = Models(loaded, arms, takes_folders=is_private)
     # A font of the system, so that a page on this machine loads nothing from elsewhere
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    build_page(models).launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
+    theme.set(block_info_text_color="*neutral_500")  # legible
+    page = build_page(models, sentences)
+    page.launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
 
 
 def _check_gradio() -> None:

@@ -16,7 +16,10 @@ import torch
 from transformers import set_seed
 
 from ..arguments import refuse_no_seed
+from ..hub.compatibility import as_trained
+from ..hub.loading import info_of
 from ..hub.placement import device_of
+from ..viewing.terminal import as_width
 from .guided_model import GuidanceArguments, load_guided
 from .prompts import left_padded, token_ids
 
@@ -27,7 +30,12 @@ _LEARNED = "{} minus base, nats"
 class ShowArguments:
     """Chooses the question, and how it is answered."""
 
-    prompt: str = field(metadata={"help": "A question, or if the base has no chat template, the beginning of a text."})
+    prompt: str = field(
+        metadata={
+            "help": "A question. It goes through the chat template of the base, unless the reward model was trained on "
+            "plain text."
+        }
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers."})
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both answers; 0 takes the likeliest token."}
@@ -36,10 +44,10 @@ class ShowArguments:
     width: int | None = field(default=None, metadata={"help": "Width in columns. Defaults to that of the terminal."})
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}, but must be at least 1.")
+        if self.width is not None:
+            as_width(self.width)
         refuse_no_seed(self.seed)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")
@@ -56,8 +64,7 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
     base, processor = load_guided(guidance_args)
     model, tokenizer = base.model, base.tokenizer
     strengths: Any = processor.alpha  # one for each
-    is_chat = tokenizer.chat_template is not None
-    ids = token_ids(tokenizer, [{"role": "user", "content": args.prompt}] if is_chat else args.prompt)
+    ids = token_ids(tokenizer, as_trained(args.prompt, tokenizer, [info_of(name) for name in guidance_args.arm]))
     rows = left_padded(tokenizer, [ids] * 2, device_of(model))
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True

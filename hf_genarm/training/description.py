@@ -21,6 +21,7 @@ from ..hub.info import (
     tokenizer_fingerprint,
 )
 from ..hub.kv_cache import network_of
+from .learned import learned
 
 if TYPE_CHECKING:
     from .trainer import AutoregressiveRewardTrainer
@@ -38,7 +39,7 @@ class Description(TrainerCallback):
         base_weights (`str`, *optional*):
             Fingerprint of the weights that an adapter is trained on, or that rewards are contrasted with.
         is_chat (`bool`):
-            Whether the training data consist of messages.
+            Whether the training data consist of messages, or of texts in the chat template.
     """
 
     def __init__(self, trainer: "AutoregressiveRewardTrainer", base_weights: str | None, is_chat: bool):
@@ -52,8 +53,8 @@ class Description(TrainerCallback):
         self._measured = {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         self._measured_at = self._trainer.state.global_step
 
-    def warn_if_outdated(self) -> None:
-        """Warns if there was an evaluation, but of other weights than the current ones."""
+    def warn_of_metrics(self) -> None:
+        """Warns if the last evaluation was of other weights than the current ones, or found too little to be seen."""
         step = self._trainer.state.global_step
         if self._measured and step != self._measured_at:
             warnings.warn(
@@ -62,6 +63,8 @@ class Description(TrainerCallback):
                 GuidanceWarning,
                 stacklevel=3,
             )
+        elif step > 0 and (what := learned(self.info)) is not None:
+            what.warn_if_too_little(self._trainer.args.learning_rate, step)
 
     @property
     def info(self) -> RewardInfo:

@@ -2,10 +2,13 @@
 
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
+from ..arguments import as_whole_number
 from .tokens import Token, TokenText, cells, scale_ends, scale_limit, shade, visible, wrap
 
 _GAP = "   "
+_WIDEST = 10_000  # columns
 
 
 def to_ansi(texts: Sequence[TokenText], width: int | None = None) -> str:
@@ -17,8 +20,12 @@ def to_ansi(texts: Sequence[TokenText], width: int | None = None) -> str:
             The texts.
         width (`int`, *optional*):
             Columns of the terminal. Defaults to those that it reports.
+
+    Raises:
+        TypeError: if the width is no whole number.
+        ValueError: if it is less than 1 or more than 10,000.
     """
-    width = width or shutil.get_terminal_size().columns
+    width = shutil.get_terminal_size().columns if width is None else as_width(width)
     limit = scale_limit(texts)
     column = max((width - len(_GAP) * (len(texts) - 1)) // max(len(texts), 1), 8)
     columns = []
@@ -35,6 +42,11 @@ def to_ansi(texts: Sequence[TokenText], width: int | None = None) -> str:
     measure = ", ".join(dict.fromkeys(text.measure for text in texts if text.measure))
     ends = " ".join(_colored(f" {x:+.2g} ", Token("", x), limit) for x in scale_ends(texts, limit))
     return "\n".join([*([f"{measure}  {ends}"] if measure else []), *rows])
+
+
+def as_width(value: Any) -> int:
+    """Returns the width of a terminal, and refuses what can't be one, as for [`to_ansi`]."""
+    return as_whole_number("width", value, f"a number of columns, from 1 to {_WIDEST:,}", most=_WIDEST)
 
 
 def _colored(text: str, token: Token, limit: float) -> str:

@@ -7,43 +7,53 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-def join(caches: Sequence[DynamicCache]) -> DynamicCache:
+def join(caches: Sequence[DynamicCache], lengths: Sequence[int]) -> DynamicCache:
     """
-    Makes one cache with the rows of all caches, those of the base first.
+    Makes one cache with the rows of all caches, those of the base first, of which the shorter ones are padded on the
+    left.
 
     The keys and values are taken out of the caches, so that those of a layer are freed as soon as it has grown;
     [`split`] gives them back.
+
+    Args:
+        caches (sequence of [`~transformers.DynamicCache`]):
+            The caches.
+        lengths (sequence of `int`):
+            The number of tokens in each of them.
     """
-    joint = copy.copy(caches[0])
+    joint, longest = copy.copy(caches[0]), max(lengths)
     joint.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         layer: Any = copy.copy(layers[0])
-        length = layer.keys.shape[-2]  # of a sliding window that the caches of reward models don't have
-        layer.keys = _concatenate([x.keys[..., -length:, :] for x in layers])
-        layer.values = _concatenate([x.values[..., -length:, :] for x in layers])
+        length = longest
+        if type(layer) is DynamicSlidingWindowLayer:  # which the caches of reward models don't have
+            length = min(longest, layer.sliding_window - 1)
+            layer.cumulative_length = longest
+        layer.keys = _concatenate([x.keys for x in layers], length)
+        layer.values = _concatenate([x.values for x in layers], length)
         joint.layers.append(layer)
         for x in layers if type(layer) is DynamicLayer else ():
             x.keys = x.values = None
     return joint
 
 
-def split(joint: DynamicCache, caches: Sequence[DynamicCache], n_read: int, n_new: int) -> None:
+def split(joint: DynamicCache, caches: Sequence[DynamicCache], lengths: Sequence[int], n_new: int) -> None:
     """Gives each cache its rows of the joint one, with the new tokens, or without them if their number is 0."""
+    end = max(lengths) + n_new
     for layer, *layers in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
+        keys, values = layer.keys.chunk(len(caches)), layer.values.chunk(len(caches))
         if type(layer) is DynamicLayer:
-            assert layer.keys is not None
-            assert layer.values is not None
-            keys, values = layer.keys[..., : n_read + n_new, :], layer.values[..., : n_read + n_new, :]
-            for own, its_keys, its_values in zip(
-                layers, keys.chunk(len(caches)), values.chunk(len(caches)), strict=True
-            ):
-                own.keys, own.values = its_keys, its_values
+            for own, length, its_keys, its_values in zip(layers, lengths, keys, values, strict=True):
+                first = end - n_new - length  # after its padding
+                own.keys, own.values = its_keys[..., first:end, :], its_values[..., first:end, :]
         elif n_new:
-            keys, values = layer.keys.chunk(len(caches)), layer.values.chunk(len(caches))
-            vars(layers[0]).update(vars(layer) | {"keys": keys[0], "values": values[0]})
+            n_read = lengths[0] + n_new
+            kept = min(n_read, layer.sliding_window - 1)
+            its_keys, its_values = (x[0][..., -kept:, :] for x in (keys, values))
+            vars(layers[0]).update(vars(layer) | {"keys": its_keys, "values": its_values, "cumulative_length": n_read})
             for own, its_keys, its_values in zip(layers[1:], keys[1:], values[1:], strict=True):
                 own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
 
@@ -59,13 +69,26 @@ def detach(cache: DynamicCache) -> None:
                 setattr(layer, name, x.clone())
 
 
-def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenates along the rows, without copying parts that an earlier joint cache was split into."""
-    first = parts[0]
-    step = first.numel() and first.stride(0) * len(first)
-    for index, part in enumerate(parts):
-        offset = first.storage_offset() + index * step
+def _concatenate(parts: Sequence[Tensor], length: int) -> Tensor:
+    """
+    Concatenates the last columns along the rows, those of shorter parts after zeros, without copying parts that an
+    earlier joint cache was split into.
+    """
+    parts = [part[..., -length:, :] for part in parts]
+    first, pads = parts[0], [length - part.shape[-2] for part in parts]
+    shape = (len(parts) * len(first), *first.shape[1:-2], length, first.shape[-1])
+    row, column = first.numel() and first.stride(0) * len(first), first.stride(-2)
+    start = first.storage_offset() - pads[0] * column
+    for index, (part, pad) in enumerate(zip(parts, pads, strict=True)):
         same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.shape != first.shape or part.stride() != first.stride() or part.storage_offset() != offset:
-            return torch.cat(list(parts))
-    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
+        offset = part.storage_offset() - pad * column
+        if not same or part.stride() != first.stride() or offset != start + index * row:
+            break
+    else:
+        return first.as_strided(shape, first.stride(), start)
+    if not any(pads):
+        return torch.cat(parts)
+    joint = first.new_zeros(shape)
+    for part, pad, rows in zip(parts, pads, joint.chunk(len(parts)), strict=True):
+        rows[..., pad:, :] = part
+    return joint

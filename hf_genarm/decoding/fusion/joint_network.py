@@ -1,7 +1,9 @@
 """The network of the base, with the low-rank products of reward adapters added to separate rows."""
 
 import functools
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM
 from ..step_watch import StepWatch
 
-# `W x` is 2 to 3 times as fast as `x W` for 2 to 4 rows, and as fast for 32 (`decode_cost.py --products`: MKL, EPYC).
+# For up to so many rows, `W x` is faster than `x W` where `slow_for_few_rows` holds.
 _FEW_ROWS = 32
 
 
@@ -109,7 +111,7 @@ class JointNetwork:
                 by_path.setdefault(path, []).append((block, product))
         self._network = _other_modules(base, {})
         self._paths = by_path.keys()
-        for module in self._network.modules():
+        for module in self._network.modules() if slow_for_few_rows() else ():
             if type(module) is nn.Linear:
                 vars(module)["forward"] = functools.partial(_linear, module)
         for path, of_layer in by_path.items():
@@ -149,6 +151,19 @@ class JointNetwork:
         return output
 
 
+@functools.cache
+def slow_for_few_rows() -> bool:
+    """
+    Returns whether torch computes `x W` slowly for a few rows in float32: MKL does, on processors of AMD.
+
+    There, `W x` is 2 to 3 times as fast for 2 to 4 rows. On an Intel Xeon it takes twice as long as `x W`. Both are
+    measured by `decode_cost --products`. It depends on the machine alone, so that the same seed gives the same text.
+    """
+    cpu = Path("/proc/cpuinfo")
+    vendor = cpu.read_text(encoding="utf-8") if cpu.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in vendor
+
+
 class NotFusableError(Exception):
     """Gives the reason why base and reward models can't share a forward pass."""
 
@@ -180,7 +195,7 @@ def _is_harmless(hook: Callable) -> bool:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Computes a linear layer, in the order of factors that is faster on a CPU."""
+    """Computes a linear layer, as `W x` for a few rows in float32 on a CPU."""
     n_rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or x.dtype != torch.float32 or n_rows > _FEW_ROWS:
         return nn.functional.linear(x, layer.weight, layer.bias)

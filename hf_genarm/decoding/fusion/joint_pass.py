@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
@@ -23,10 +23,11 @@ from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM, State, position_ids
+from ..prompts import OwnPrompt
 from ..step import Step
 from ..step_watch import StepWatch
 from .joint_cache import detach, join, split
-from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks
+from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks, slow_for_few_rows
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class FusedLM(LockstepLM):
             Number of forward passes of the base that it was advanced in.
         last_obstacle (`str`, *optional*):
             Why the last attempt at a joint pass failed.
+        own_prompt ([`OwnPrompt`], *optional*):
+            What it has read in place of the base's prompt.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, fusion: "Fusion"):
@@ -58,10 +61,16 @@ class FusedLM(LockstepLM):
         self._fusion = fusion
         self.joint_passes = 0
         self.last_obstacle: str | None = None
+        self.own_prompt: OwnPrompt | None = None
 
     def why_not_fused(self) -> str | None:
         """Returns why it takes separate passes in the present state; `None` if it doesn't."""
         return self.last_obstacle or self._fusion.why_not(self)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether positions are an argument of its forward pass."""
+        return "position_ids" in self._forward_args
 
     def follow_base(self) -> None:
         """Moves what is not shared to the device of the base."""
@@ -75,6 +84,14 @@ class FusedLM(LockstepLM):
         logits = super().__call__(input_ids, attention_mask, n_logits)
         self._fusion.join_next_pass(self)
         return logits
+
+    def text_of(self, step: Step) -> tuple[Tensor, Tensor] | None:
+        """Returns what it reads where the base reads the text of a step, with its mask; `None` if it can't join it."""
+        if self.own_prompt is None:
+            return step.input_ids, step.attention_mask
+        if not self.own_prompt.fits(step.input_ids) or step.input_ids.shape[1] > self._fixed_length:
+            return None
+        return self.own_prompt.text(step.input_ids, step.attention_mask)
 
 
 class _ThreadState(threading.local):
@@ -155,8 +172,8 @@ class Fusion:
             self._local.waiting.append(reward_model)
 
     def hasten_next_pass(self) -> None:
-        """Runs the next pass of the base in this thread as joint passes are run, which is faster for a few tokens."""
-        self._local.is_hastened = True
+        """Runs the next pass of the base in this thread as joint passes are run, where that is faster."""
+        self._local.is_hastened = slow_for_few_rows()
 
     def _before_a_pass(self, step: Step, inputs: dict[str, Any]) -> None:
         """Decides whether the pass that was just prepared is joined."""
@@ -226,29 +243,47 @@ class Fusion:
         Returns what the base returns for these inputs, and advances the reward models. `None` if they have read
         something else: nothing has changed then, and the base has to run alone.
         """
-        step, cache = armed.step, inputs[CACHE]
+        cache, n_new = inputs[CACHE], inputs["input_ids"].shape[1]
+        texts = [x.text_of(armed.step) for x in armed.reward_models]
+        read = [text for text in texts if text is not None]
+        if len(read) < len(texts):
+            return None
         # Taken, so that an interruption loses them, and can't leave them half changed.
-        taken = [x.take(step.input_ids, step.attention_mask, int(cache.get_seq_length())) for x in armed.reward_models]
+        taken = [
+            x.take(input_ids, mask, input_ids.shape[1] - n_new)
+            for x, (input_ids, mask) in zip(armed.reward_models, read, strict=True)
+        ]
         states = [x for x in taken if x is not None and len(x.cache.layers) == len(cache.layers)]
         output = None
         if len(states) == len(taken):
-            output = self._run(armed, states, inputs)
+            output = self._run(armed, states, read, inputs)
         for reward_model, state in zip(armed.reward_models, taken, strict=True):
             if state is not None:
                 reward_model.put_back(state)
         return output
 
-    def _run(self, armed: _JointPass, states: Sequence[State], inputs: dict[str, Any]) -> ModelOutput | None:
-        """Runs the joint network on the rows of the base and of the reward models."""
+    def _run(
+        self,
+        armed: _JointPass,
+        states: Sequence[State],
+        texts: Sequence[tuple[Tensor, Tensor]],
+        inputs: dict[str, Any],
+    ) -> ModelOutput | None:
+        """Runs the joint network on the rows of the base and of the reward models, which have read these texts."""
         caches = [inputs[CACHE], *(state.cache for state in states)]
         rows = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
         rows = {name: value.repeat(len(caches), 1) for name, value in rows.items() if value is not None}
         batch_size, n_new = inputs["input_ids"].shape
-        n_read, joint, output = int(caches[0].get_seq_length()), join(caches), None
+        if any(x.own_prompt is not None for x in armed.reward_models):
+            rows |= _padded([armed.step.attention_mask, *(mask for _, mask in texts)], n_new)
+            if not armed.reward_models[0].takes_positions:  # it counts by the mask
+                del rows["position_ids"]
+        lengths = [int(cache.get_seq_length()) for cache in caches]
+        joint, output = join(caches, lengths), None
         try:
             output = armed.network(inputs | rows | {CACHE: joint}, batch_size)
         finally:
-            split(joint, caches, n_read, 0 if output is None else n_new)
+            split(joint, caches, lengths, 0 if output is None else n_new)
         if output is None:
             self._local.networks[tuple(armed.reward_models)] = None
             name = type(self.base).__name__
@@ -258,12 +293,19 @@ class Fusion:
             logger.info(_SEPARATELY, reason)
             return None
         base_logits, *reward_logits = output["logits"].split(batch_size)
-        for reward_model, state, logits in zip(armed.reward_models, states, reward_logits, strict=True):
-            state.extend(armed.step.input_ids, armed.step.attention_mask, logits)
+        for reward_model, state, text, logits in zip(armed.reward_models, states, texts, reward_logits, strict=True):
+            state.extend(*text, logits)
             reward_model.joint_passes += 1
             reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]
         return output
+
+
+def _padded(masks: Sequence[Tensor], n_new: int) -> dict[str, Tensor]:
+    """Returns mask and positions of rows that have read texts of different lengths, the shorter padded on the left."""
+    length = max(mask.shape[1] for mask in masks)
+    mask = torch.cat([nn.functional.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+    return {"attention_mask": mask, "position_ids": position_ids(mask)[:, -n_new:]}
 
 
 def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
