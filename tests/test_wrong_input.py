@@ -27,6 +27,7 @@ OURS = str(Path(hf_genarm.__file__).parent)
 BASE, ARM, TOKENIZER = tiny_llama(0), tiny_llama(1, num_hidden_layers=1), tiny_tokenizer()
 KNOWN = AutoregressiveRewardModel(ARM, TOKENIZER, RewardInfo(beta=0.1, reward_scale=2.0))
 SCORER = AutoregressiveRewardModel(tiny_llama(1, vocab_size=len(TOKENIZER)), TOKENIZER)
+SENTENCE = GenARMLogitsProcessor.from_sentences("Be kind.", SCORER.model, TOKENIZER)
 CLASSIFIER = LlamaForSequenceClassification(ARM.config)
 ENCODER_DECODER = T5ForConditionalGeneration(
     T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -174,6 +175,9 @@ ENTRIES = {
     "set_beta": (lambda value: GenARMLogitsProcessor(KNOWN).set_beta(value), ("`beta`", "`alpha`")),
     "set_weights": (lambda value: GenARMLogitsProcessor(KNOWN).set_weights(value), ("`weights`",)),
     "set_weights, alpha": (lambda value: GenARMLogitsProcessor(KNOWN).set_weights([1.0], value), ("`alpha`",)),
+    "prompts, set": (setting("prompts"), ("`prompts",)),
+    "encode": (lambda value: SENTENCE.encode(value), ("prompt", "chat")),
+    "sentence": (lambda value: AutoregressiveRewardModel.from_sentence(value, ARM, TOKENIZER), ("`sentence`",)),
     "statistics": (statistics, ("`sequences`",)),
     "assistant": (drafts, ("`num_assistant_tokens`",)),
     **{x: (particles(x), (f"`{x}`",)) for x in ("n_particles", "ess_threshold")},
