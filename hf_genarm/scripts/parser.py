@@ -48,7 +48,7 @@ class Parser(TrlParser):
     and the list of arguments is short.
 
     Args:
-        groups (sequence of `type`):
+        groups (sequence of dataclasses):
             The dataclasses of the arguments.
         name (`str`):
             The command, as in `hf-genarm train`.
