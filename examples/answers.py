@@ -15,10 +15,10 @@ from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 
-QUESTION = "What did you think of the hotel? Answer in one sentence."
+QUESTION = "What is a rainy Monday like? Answer in one sentence."
 SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
 ADAPTER = "model_cards/arm-smollm2-135m-sentiment"
-STRENGTHS = {"unguided": 0.0, "sentence": 2.0, "adapter": 0.5}
+STRENGTHS = {"unguided": 0.0, "sentence": 2.0, "adapter": 0.75}
 N_ANSWERS = 3
 
 
@@ -30,7 +30,7 @@ def main() -> None:
 
     path = demo_model()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": sized(48, 4)}
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": sized(40, 4)}
     sentence = GenARMLogitsProcessor.from_sentences(SENTENCE, base_model=model)
     adapter = GenARMLogitsProcessor.from_pretrained(fitting_adapter(ADAPTER), base_model=model, reference="base")
     answers: dict[str, list[str]] = {}
