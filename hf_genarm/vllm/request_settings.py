@@ -4,12 +4,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..decoding.kl_control import check_target_kl
 from ..decoding.strength import check_alpha
+from .presets import DEFAULT, Preset, PresetFile
 
 _PREFIX = "genarm_"
+_PRESET = "preset"
 _LONGEST_SHOWN = 200
 
 
@@ -29,6 +32,12 @@ class ServerDefaults:
             Whether a logit bias would become part of the reference.
         refuses_beams (`bool`, *optional*, defaults to `False`):
             Whether beam search would choose by log-probabilities that are not guided.
+        refuses_seeds (`bool`, *optional*, defaults to `False`):
+            Whether a seed could end the engine.
+        presets (tuple of `str` and [`~hf_genarm.vllm.presets.Preset`], *optional*):
+            Named settings.
+        presets_file (`str`, *optional*):
+            The file that has them instead.
     """
 
     reward_models: tuple[str, ...]
@@ -36,11 +45,22 @@ class ServerDefaults:
     target_kl: float | None
     refuses_bias: bool = False
     refuses_beams: bool = False
+    refuses_seeds: bool = False
+    presets: tuple[tuple[str, Preset], ...] = ()
+    presets_file: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ServerDefaults":
         """Restores the defaults from what `dataclasses.asdict` and JSON have made of them."""
-        return cls(**{**values, "reward_models": tuple(values["reward_models"]), "alpha": tuple(values["alpha"])})
+        presets = [(name, Preset(alpha and tuple(alpha), kl)) for name, (alpha, kl) in values["presets"]]
+        lists = {"reward_models": values["reward_models"], "alpha": values["alpha"], "presets": presets}
+        return cls(**{**values, **{name: tuple(x) for name, x in lists.items()}})
+
+    def current_presets(self) -> dict[str, Preset]:
+        """Returns the presets by their names, as the file has them now if they are in one."""
+        if self.presets_file is None:
+            return dict(self.presets)
+        return _preset_file(self.presets_file, len(self.reward_models)).latest()
 
 
 @dataclass(eq=False)
@@ -78,7 +98,16 @@ def request_settings(extra_args: Mapping[str, Any] | None, defaults: ServerDefau
         ValueError: if a key is unknown, or its value is not possible on this server.
     """
     values: dict[str, Any] = {"alpha": defaults.alpha, "target_kl": defaults.target_kl}
-    for key, value in genarm_keys(extra_args).items():
+    keys, presets = genarm_keys(extra_args), defaults.current_presets()
+    named = [keys.pop(_PREFIX + _PRESET)] if _PREFIX + _PRESET in keys else []
+    for name in named:
+        if not (isinstance(name, str) and name in presets):
+            known = ", ".join(f"`{x}`" for x in presets)
+            rule = f"one of {known}" if presets else "left out, since this server has no presets"
+            raise ValueError(f"`{_PREFIX}{_PRESET}` is {shown(name)}, but must be {rule}.")
+    for name in (DEFAULT, *named):
+        values |= {key: value for key, value in presets.get(name, Preset())._asdict().items() if value is not None}
+    for key, value in keys.items():
         name = key.removeprefix(_PREFIX)
         try:
             values[name] = RULES[name](value, len(defaults.reward_models))
@@ -97,7 +126,7 @@ def genarm_keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         ValueError: if one looks like such a key, but is unknown.
     """
-    known = [_PREFIX + name for name in RULES]
+    known = [_PREFIX + name for name in (*RULES, _PRESET)]
     plain = {re.sub(r"[^a-z]", "", x) for x in (*known, *RULES)}  # `gen-arm.Alpha` is `genarmalpha`
     ours = {}
     for key, value in (extra_args or {}).items():
@@ -153,3 +182,9 @@ def divergence(value: Any, n_rewards: int) -> float:
 
 
 RULES = {"alpha": strengths, "target_kl": divergence}
+
+
+@lru_cache
+def _preset_file(path: str, n_rewards: int) -> PresetFile:
+    """Returns the one reader of a file, which remembers what it has read."""
+    return PresetFile(path, RULES, n_rewards)

@@ -1,6 +1,7 @@
 """The configuration of a server that guides."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ import torch
 from ..decoding.recommended import recommended_alpha, wanted_reference
 from ..hub.info import RewardInfo
 from ..hub.loading import short_name
+from .presets import PresetFile, read_presets
 from .request_settings import RULES, ServerDefaults, shown
 
 # Holds the same object as `genarm` of `additional_config`, for front ends that are far from their engine.
@@ -36,9 +38,15 @@ class ServerConfig:
             `"auto"` is what they recommend, or else were trained with.
         dtype (`str`, *optional*):
             Data type of the reward models, such as `"float32"`. Defaults to that of the engine.
+        presets (`dict` or `str`, *optional*):
+            Named strengths, such as `{"kind": {"alpha": [1.0, 0]}}`, or the name of a JSON file with such an object,
+            which is read again when it changes. The preset `default` is that of requests that name none.
+        reward_memory (`float`, *optional*):
+            Memory for the keys and values of all reward models, in bytes, or up to 1 as a share of that of the device.
+            Defaults to what `max_num_seqs` texts of `max_model_len` tokens take, and at most a fifth of the memory.
+            Texts that don't fit are dropped, the least recently used first, and read again when they are continued.
         slots (`int`, *optional*):
-            Number of texts that reward models hold at once. Defaults to `max_num_seqs` of the engine, and can't be
-            less; with more, requests that were preempted and conversations that continue find what was read.
+            The same as a number of texts of `max_model_len` tokens.
         chunk (`int`, *optional*, defaults to 512):
             The largest number of tokens in a forward pass of a reward model.
 
@@ -51,6 +59,8 @@ class ServerConfig:
     target_kl: Any = None
     reference: Any = "auto"
     dtype: Any = None
+    presets: Any = None
+    reward_memory: Any = None
     slots: Any = None
     chunk: Any = 512
 
@@ -69,10 +79,30 @@ class ServerConfig:
             raise self._wrong("reference", '"auto", "base", a Hub id, a folder, or null')
         if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
             raise self._wrong("dtype", 'the name of a data type, such as "float32"')
+        self._check_presets()
+        memory = self.reward_memory
+        is_number = isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < math.inf
+        if memory is not None and not is_number:
+            raise self._wrong("reward_memory", "a number of bytes, or a share of the memory of the device, such as 0.2")
+        if memory is not None and self.slots is not None:
+            raise self._wrong("slots", "left out where `reward_memory` is given")
         for name, missing in (("slots", self.slots is None), ("chunk", False)):
             value = getattr(self, name)
             if not missing and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise self._wrong(name, "a positive whole number")
+
+    def _check_presets(self) -> None:
+        """Raises if the presets, or the file of them, are wrong; names the file so that all processes find it."""
+        if self.presets is None:
+            return
+        try:
+            if isinstance(self.presets, str):
+                PresetFile(self.presets, RULES, len(self.reward_models)).read()
+                self.presets = str(Path(self.presets).resolve())
+            else:
+                read_presets(self.presets, RULES, len(self.reward_models))
+        except ValueError as error:
+            raise self._wrong("presets", str(error)) from error
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "ServerConfig":
@@ -133,20 +163,27 @@ class ServerConfig:
             reference=wanted_reference(infos, self.reward_models) if self.reference == "auto" else self.reference,
         )
 
-    def server_defaults(self, is_raw: bool = True) -> ServerDefaults:
+    def server_defaults(self, is_raw: bool = True, refuses_seeds: bool = False) -> ServerDefaults:
         """
         Returns what requests have to be checked against, once all settings are known.
 
         Args:
             is_raw (`bool`, *optional*, defaults to `True`):
                 Whether the engine reports log-probabilities before guidance, by which beam search chooses.
+            refuses_seeds (`bool`, *optional*, defaults to `False`):
+                Whether a seed could end the engine.
         """
+        is_file = isinstance(self.presets, str)
+        presets = {} if is_file else read_presets(self.presets or {}, RULES, len(self.reward_models))
         return ServerDefaults(
             reward_models=tuple(shown_name(x) for x in self.reward_models),
             alpha=tuple(self.alpha),
             target_kl=self.target_kl,
             refuses_bias=self.reference == "base",
-            refuses_beams=is_raw and any(self.alpha),
+            refuses_beams=is_raw,
+            refuses_seeds=refuses_seeds,
+            presets=tuple(presets.items()),
+            presets_file=self.presets if is_file else None,
         )
 
     def _wrong(self, name: str, rule: str) -> ValueError:
