@@ -18,7 +18,7 @@ from hf_genarm.demo import DEMO_MODEL_ID, demo_model
 QUESTION = "What is a rainy Monday like? Answer in one sentence."
 SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
 ADAPTER = "model_cards/arm-smollm2-135m-sentiment"
-STRENGTHS = {"unguided": 0.0, "sentence": 2.0, "adapter": 0.75}
+STRENGTHS = {"unguided": 0.0, "sentence": 1.5, "adapter": 0.5}
 N_ANSWERS = 3
 
 

@@ -53,7 +53,7 @@ def test_an_exported_space_starts_and_shows_what_it_was_exported_with(cache, tmp
             [sys.executable, "app.py"], cwd=space, env=os.environ | environment, stdout=file, stderr=file
         )
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while "Running on local URL" not in log.read_text():
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < end
