@@ -30,6 +30,7 @@ ELSEWHERE = {
     "hf-genarm tune --arm outputs/quickstart/adapter --prompts examples/data/sentiment/dev.jsonl "
     "--scorer examples.scorers:sentiment": "tests/test_tune.py",
     "hf-genarm demo --export FOLDER": "tests/test_playground.py",
+    "hf-genarm publish my-arm user/my-arm": "tests/test_publish.py",
 }
 
 
@@ -50,7 +51,8 @@ def session(page):
 def commands(page):
     """The command lines of `hf-genarm` in blocks and text, without those that only name a command."""
     return [
-        " ".join(command.split()) for command in re.findall(r"(?<![\w.-])hf-genarm [a-z-]+ -[^`#\n|]*", text_of(page))
+        " ".join(command.split())
+        for command in re.findall(r"(?<![\w.-])hf-genarm [a-z-]+ (?:-|my-arm )[^`#\n|]*", text_of(page))
     ]
 
 
@@ -147,7 +149,9 @@ def test_make_runs_the_commands_that_are_printed():
 
 
 def test_the_two_lines_are_the_same_everywhere():
-    assert blocks(README, "python")[0] == blocks(QUICKSTART, "python")[0]
+    sentence, trained = blocks(README, "python")
+    assert trained in blocks(QUICKSTART, "python")[0]
+    assert trained.splitlines()[1] in sentence
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
@@ -249,6 +253,8 @@ def test_commands_run_as_printed(workspace, hub_cache):
     for command in OURS:
         if command.startswith("hf-genarm lm-eval") and not has_harness:
             continue  # which is in the extra `slow`
+        if "--output_dir my-arm" in command:
+            shutil.rmtree(workspace / "my-arm", ignore_errors=True)  # of the page before
         run_command(
             *shlex.split(command),
             cwd=workspace,

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..decoding.recommended import recommended_alpha, wanted_reference
+from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
 from ..hub.info import RewardInfo
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
@@ -79,7 +79,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         first_strengths[0] = SENTENCE_STRENGTH
     elif arms:
         (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
-        first_temperature = (arms[0].info.recommended or {"temperature": 1.0})["temperature"]
+        first_temperature = recommended_temperature([arms[0].info]) or 1.0
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
@@ -154,9 +154,9 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     def add(text: str, *texts: str) -> list[Any]:
         """Shows a sentence with its slider in the first place that is free."""
         free = next((slot for slot, other in enumerate(texts) if not other.strip()), None)
-        if not text.strip() or free is None:
-            if free is None:
-                gr.Warning(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
+        if free is None:
+            raise refusal(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
+        if not text.strip():
             return [gr.skip()] * (1 + 3 * MAX_SENTENCES)
         shown = [gr.Group(visible=True), text.strip(), SENTENCE_STRENGTH]
         return ["", *(x for slot in range(MAX_SENTENCES) for x in (shown if slot == free else [gr.skip()] * 3))]
@@ -311,7 +311,7 @@ class Slot:
 
 def _sentence(slot: int, text: str, strength: float) -> Slot:
     with gr.Group(visible=bool(text)) as group:
-        remove = gr.Button("Remove", render=False, elem_id=f"remove-{slot}")
+        remove = gr.Button("Remove", render=False)
         sentence = gr.Textbox(text, label="sentence", max_lines=4, buttons=[remove], elem_id=f"sentence-{slot}")
         slider = _strength("strength", strength, f"sentence-strength-{slot}")
     return Slot(group, sentence, slider, remove)
@@ -329,6 +329,6 @@ def _recommended(info: RewardInfo) -> str | None:
     return None if setting is None else f"recommended: {setting['alpha']:g} at temperature {setting['temperature']:g}"
 
 
-def refusal(error: Exception) -> gr.Error:
+def refusal(error: Exception | str) -> gr.Error:
     """Returns an error as a message on the page, which stays until it is closed."""
     return gr.Error(str(error), duration=None, print_exception=False)

@@ -10,6 +10,8 @@ defaults to the base that the reward model names, and `arm`, `alpha` and `refere
 
 import sys
 
+from ..hub.card import requirement
+
 
 def main(arguments: list[str]) -> None:
     """
@@ -25,7 +27,9 @@ def main(arguments: list[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise ImportError("This needs the Language Model Evaluation Harness: `pip install hf_genarm[eval]`.") from error
+        raise ImportError(
+            f"This needs the Language Model Evaluation Harness: `pip install '{requirement('eval')}'`."
+        ) from error
     from .. import lm_eval  # noqa: F401  registers the model
 
     sys.argv = ["lm-eval", *arguments]  # the harness reads them nowhere else
