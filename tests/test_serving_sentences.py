@@ -172,9 +172,9 @@ def made(tokenizer, body, path=None, **xargs):
 
 @pytest.mark.parametrize("template", [None, NO_SYSTEM], ids=["system", "no system"])
 @pytest.mark.parametrize("prompt", [*CHATS, "The sun"], ids=["chat", "system", "text"])
-def test_prompts_are_those_of_the_processor(tokenizer, prompt, template):
+def test_prompts_are_those_of_the_processor(tokenizer, monkeypatch, prompt, template):
     if template is not None:
-        tokenizer.chat_template = template
+        monkeypatch.setattr(tokenizer, "chat_template", template)
         if prompt == CHATS[1]:
             pytest.skip("the template refuses the chat itself")
     body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
@@ -221,7 +221,6 @@ def test_prompts_of_the_client_and_strengths_of_0(tokenizer):
         ({"messages": CHATS[0]}, {"genarm_sentences": 7}, "a text that asks for something, or a list of them"),
         ({"messages": CHATS[0]}, {"genarm_sentences": "a", "genarm_prompts": [[]]}, "is given with `genarm_prompts`"),
         ({"messages": CHATS[0]}, {"genarm_prompts": ["The sun"]}, "must have messages or token ids"),
-        ({"messages": [{"role": "assistant"}]}, {"genarm_sentences": "a"}, "can't be rendered"),
         ({"messages": "x"}, {"genarm_sentences": "a"}, "`messages` is 'x', but must be a chat"),
         ({"prompt": "x"}, {"genarm_prompts": [CHATS[0]]}, "must have a text or token ids"),
         ({"prompt": [5, 6]}, {"genarm_sentences": "a"}, "can be put into one text, but `prompt` is [5, 6]"),
@@ -234,8 +233,8 @@ def test_what_the_front_end_refuses(tokenizer, body, keys, message):
     assert message in str(error.value)
 
 
-def test_a_template_without_any_place_for_a_sentence_is_refused(tokenizer):
-    tokenizer.chat_template = "<bos>the sun"
+def test_a_template_without_any_place_for_a_sentence_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "<bos>the sun")
     with pytest.raises(ValueError, match=r"The chat template leaves out the sentence 'Be brief.'"):
         made(tokenizer, {"messages": CHATS[0]}, genarm_sentences="Be brief.")
 
@@ -314,9 +313,12 @@ def test_sentences_of_a_server_are_texts_or_folders(base, tmp_path):
     ],
 )
 def test_configurations_that_are_refused(config, message):
-    with pytest.raises(ValueError, match=message):
+    def settled():
         given = ServerConfig.from_additional_config({"genarm": config})
-        given.with_recommended(given.infos())
+        return given.with_recommended(given.infos())
+
+    with pytest.raises(ValueError, match=message):
+        settled()
 
 
 @torch.no_grad()
