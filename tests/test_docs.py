@@ -266,7 +266,7 @@ def test_commands_run_as_printed(workspace, hub_cache):
     assert (workspace / "evaluation" / "evaluation.json").exists()
 
 
-# What people ask, and the pages that answer it
+# What people type, and the sections that answer it
 QUESTIONS = {
     "which strength do I use": ("strength/", "questions/#which-strength-do-i-use"),
     "is it working": ("working/", "questions/#is-it-working"),
@@ -278,6 +278,25 @@ QUESTIONS = {
         "questions/#which-base-do-the-commands-steer-and-on-which-device",
     ),
     "what does it cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
+    "7B on a GPU": ("large_models/#a-7b-model-on-one-gpu", "questions/#does-it-run-on-a-gpu-with-a-7b-model"),
+    "other tokenizers": ("questions/#which-tokenizers-fit-together",),
+    "70B on several GPUs": ("large_models/#a-70b-model-on-several-gpus",),
+    "TRL's server": ("trl/#trls-vllm-server",),
+    "licences": ("licences/",),
+    "strength": ("strength/", "questions/#which-strength-do-i-use"),
+    "odd": ("questions/#why-is-my-text-odd",),
+    "serve": ("serving/", "questions/#how-do-i-serve-it"),
+    "DPO": ("migration/#dpo", "other_adapters/", "trl/#dpo-adapters"),
+    "cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
+    "7B": ("large_models/#a-7b-model-on-one-gpu", "questions/#does-it-run-on-a-gpu-with-a-7b-model"),
+    "70B": ("large_models/#a-70b-model-on-several-gpus",),
+    "GPU": ("large_models/", "questions/#does-it-run-on-a-gpu-with-a-7b-model"),
+    "multi-GPU": ("large_models/", "questions/#how-do-i-steer-a-70b-model-on-several-gpus-multi-gpu"),
+    "tokenizer": ("questions/#which-tokenizers-fit-together",),
+    "TRL": ("trl/", "trl/#trls-vllm-server"),
+    "licence": ("licences/",),
+    "license": ("licences/",),
+    "colab": ("examples/", "examples/#start-here"),
 }
 
 

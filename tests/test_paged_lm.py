@@ -172,6 +172,19 @@ def test_a_text_that_is_dropped_is_read_again_and_only_that_one(caplog):
     assert len([x.message for x in caplog.records if "don't fit into the memory" in x.message]) == 1
 
 
+def test_nan_does_not_reach_the_text_that_gets_the_pages():
+    broken, fresh = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[40] = torch.nan
+    lm = PagedLM(broken, length=64, n_tokens=64)
+    one, other = [5, 40] * 20, [5] * 35  # three pages each, of four, and the last of the other is not full
+    logits = lm({"other": other, "one": one}, [1, 1])
+    assert logits[1].isnan().all()
+    logits = lm({"one": [*one, 7], "other": [*other, 7, 8, 9]}, [1, 1])
+    assert logits[0].isnan().all()
+    torch.testing.assert_close(logits[1:], from_scratch(fresh, [*other, 7, 8, 9]), atol=1e-4, rtol=0)
+
+
 def test_the_least_recently_used_of_those_without_an_owner_go_first():
     pages = TextPages(6, 4)
 

@@ -38,6 +38,8 @@ CSS = """
 #answers .html-container, #picture .html-container { padding: 0; }
 .answer { min-height: 9em; padding: .8em 1em; border: 1px solid var(--border-color-primary); border-radius: 8px;
   background: var(--background-fill-secondary); white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
+#asked { min-height: 1.8em; }
+#asked .meta-text-center { transform: none; }  /* the place in the queue, next to the question */
 #unguided, #guided, .answer { height: 100%; }
 .answer b { display: block; font-size: .85em; opacity: .75; margin-bottom: .3em; }
 .facts { border-collapse: collapse; font-size: .9em; border: none !important; }
@@ -108,7 +110,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         visitor.ask(answer)
         choices = [*MEASURES, *((f"reward: {x}", x) for x in answer.titles)]
         return (
-            f"“{escape(visible(prompt.strip()))}”",
+            gr.HTML(f"“{escape(visible(prompt.strip()))}”", visible=True),
             *map(panel, SIDES),
             "",
             "",
@@ -145,6 +147,12 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         if visitor.answer is not done:
             return (gr.skip(),) * 5
         return *written, draw(visitor, measure), facts(models, done, frame, scores), script_of(models, done)
+
+    def stop(visitor: Visitor) -> Any:
+        """Stops the answer; one that still waits is not shown any more, and writes nothing when its turn comes."""
+        is_waiting = visitor.asked is not None
+        visitor.leave()
+        return gr.HTML(visible=not is_waiting)
 
     def draw(visitor: Visitor, measure: str) -> str:
         if visitor.answer is None or visitor.shown is None:
@@ -267,7 +275,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             **in_turn,
         )
         writing.then(finish, [visitor, measure], scored, show_progress="minimal", show_progress_on=numbers, **in_turn)
-        halt.click(Visitor.leave, visitor, cancels=writing, queue=False, api_visibility="private")
+        halt.click(stop, visitor, asked, queue=False, show_progress="hidden", api_visibility="private")
         for slider in live:
             slider.change(
                 steer,

@@ -5,7 +5,7 @@ Scores a guided model on the tasks of the Language Model Evaluation Harness.
 
 This is the harness's own command with one more model. `--model_args` takes the arguments of `hf`, where `pretrained`
 defaults to the base that the reward model names, and `arm`, `alpha` and `reference`; several reward models are a list,
-`arm=["a","b"],alpha=[1,0.5]`.
+`arm=["a","b"],alpha=[1,0.5]`. `sentence` steers by a sentence, before the text of each request.
 """
 
 import sys

@@ -48,7 +48,7 @@ class Parser(TrlParser):
     and the list of arguments is short.
 
     Args:
-        groups (sequence of `type`):
+        groups (sequence of dataclasses):
             The dataclasses of the arguments.
         name (`str`):
             The command, as in `hf-genarm train`.
@@ -56,7 +56,7 @@ class Parser(TrlParser):
             Arguments whose values may come first, without their names.
     """
 
-    def __init__(self, groups: Sequence[type], name: str, positional: Sequence[str] = ()):
+    def __init__(self, groups: Sequence[Any], name: str, positional: Sequence[str] = ()):
         super().__init__(list(groups), prog=name, add_help=False, formatter_class=_Formatter)
         self._hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
         self._positional = positional

@@ -120,7 +120,7 @@ def write_upload(
     return card
 
 
-def upload(folder: Path, repo_id: str, private: bool) -> str:
+def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Uploads a folder into a repository, which is made if there is none; returns its address."""
     api = HfApi()
     repo = api.create_repo(repo_id, private=private, exist_ok=True)

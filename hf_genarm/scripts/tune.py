@@ -147,9 +147,7 @@ def main(args: TuneArguments) -> dict[str, Any]:
     else:
         print(f"Upload {files} to `{args.arm}`, and `from_pretrained` uses strength and reference.")
     temperature = settings[index].temperature
-    print(
-        f"`generate` needs the temperature: `do_sample=True, top_k=0, temperature={temperature:g}`. Commands apply it."
-    )
+    print(f"The temperature is an argument of `generate`: `do_sample=True, top_k=0, temperature={temperature:g}`.")
     return result | {"recommended": asdict(settings[index])}
 
 

@@ -123,8 +123,7 @@ class PagedLM:
         """Clears the pages of a text whose keys or values are not finite: 0 times NaN would reach the next text."""
         text = self.pages.get(owner)
         if text is not None:
-            self._memory.erase(text.pages)
-            text.tokens.clear()
+            self._erase(text)
 
     @torch.inference_mode()
     def __call__(self, texts: Mapping[Any, list[int]], n_last: Sequence[int]) -> Tensor:
@@ -165,6 +164,9 @@ class PagedLM:
             assert fit  # there is room for one
             logits |= self._read_to_the_end(fit.values())
             waiting = [x for x in waiting if x.text not in fit]
+            for text in fit:  # whose pages the next ones may get
+                if waiting and logits[text].isnan().any():
+                    self._erase(text)
         if self.pages.n_dropped > n_dropped == 0:
             logger.warning(
                 "The texts of running requests don't fit into the memory of %s, %.0f MB, so that some are read again, "
@@ -224,6 +226,11 @@ class PagedLM:
             part.text.tokens += of_texts[part.text].tokens[part.start : part.end]
         self.n_read += len(ids)
         return dict(zip(rows, output.logits[0].split([len(x) for x in rows.values()]), strict=True)) if rows else {}
+
+    def _erase(self, text: HeldText) -> None:
+        """Sets the pages of a text to 0."""
+        self._memory.erase(text.pages)
+        text.tokens.clear()
 
     def _objection(self, text: list[int], new: list[int]) -> str | None:
         """Returns why a text can't be read, `None` if it can; its tokens were checked before, except the `new` ones."""
