@@ -7,7 +7,7 @@ import torch
 from helpers import FOUR, generate
 from oracle import guided, next_token_log_probs
 from support import ARM, ASSISTANT, BASE, ONE
-from tiny import VOCAB_SIZE
+from tiny import EOS, VOCAB_SIZE
 
 from hf_genarm import GenARMLogitsProcessor
 
@@ -35,6 +35,24 @@ def row_at(text, mask, models, alphas, base_model=BASE):
         "base_entropy": float(-(base_log_probs.exp() * base_log_probs).sum()),
         "top_token_changed": bool(result.argmax() != base_log_probs.argmax()),
     }
+
+
+def test_the_end_of_a_beam_that_is_never_continued():
+    processor = GenARMLogitsProcessor(ARM, 2.0, base_model=BASE)
+    processor.keeps_statistics = True
+    options = {"num_beams": 6, "num_return_sequences": 6, "max_new_tokens": 14}
+    output = generate(BASE, [processor], FOUR, **options)
+    length, n_ended = FOUR["input_ids"].shape[1], 0
+    table = processor.statistics(output.sequences)
+    for index, position, token, found in zip(
+        *(table[name] for name in ("sequence", "position", "token", "guided_log_prob")), strict=True
+    ):
+        if token == EOS and position >= length and position < output.sequences.shape[1] - 1:
+            text, mask = output.sequences[index, : position + 1], FOUR["attention_mask"][index // 6]
+            if EOS not in text[length:-1]:
+                n_ended += 1
+                assert found == pytest.approx(row_at(text, mask, [ARM], [2.0])["guided_log_prob"], abs=1e-4)
+    assert n_ended > 1
 
 
 OPTIONS = {
