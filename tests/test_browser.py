@@ -33,7 +33,7 @@ SCREENSHOTS = ROOT / "screenshots"
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 SIZES = {"wide": (1440, 1500), "narrow": (390, 2600)}
-ALONE = ["#prompt", "#run", "#stop", "#new", "#sentence-0", "#remove-0", "#sentence-strength-0", "#strength-0"]
+ALONE = ["#prompt", "#run", "#stop", "#new", "#sentence-0", "#sentence-strength-0", "#strength-0"]
 ALONE += ["#strength-1", "#strength-2", "#temperature", "#seed", "#tokens", "#reference", "#asked", "#unguided"]
 ALONE += ["#guided", "#facts", "#measure", "#picture", "#code", "#own"]
 TIMEOUT = 180  # seconds; the machine may have other things to do
@@ -266,17 +266,17 @@ def test_sentences_are_added_edited_and_removed(open_page):
     page.add("Answer like a pirate.")
     wait_for(lambda: [x for x in page.all("#sentence-1 textarea") if x.is_displayed()])
     page.write("#sentence-1", "Answer in German.")
-    page.press("#remove-0")
+    page.press("#sentence-0 button")
     wait_for(lambda: not any(x.is_displayed() for x in page.all("#sentence-0")))
     unguided, guided = page.run(PROMPT)
     assert unguided != guided
     assert "“Answer in German.”, minus the base" in page.text("#facts")
     assert "from_sentence('Answer in German.'" in page.text("#code")
     assert SENTENCE not in page.text("#code")
-    page.press("#remove-1")
+    page.press("#sentence-1 button")
     for sentence in map(str, range(MAX_SENTENCES)):
         page.add(sentence)
-        wait_for(lambda: [x for x in page.all("#steering textarea") if x.get_attribute("value") == sentence])  # noqa: B023
+        wait_for(lambda: [x for x in page.all("[id^=sentence-] textarea") if x.get_attribute("value") == sentence])  # noqa: B023
     page.add("One too many.")
     wait_for(lambda: f"room for {MAX_SENTENCES} sentences" in page.text("body"))
     assert page.errors() == []

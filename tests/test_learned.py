@@ -16,7 +16,9 @@ from scipy.stats import binomtest
 from transformers import EvalPrediction, TrainerCallback
 
 from hf_genarm import AutoregressiveRewardConfig, GuidanceWarning, RewardInfo, cli
-from hf_genarm.scripts import plots, train, tune
+from hf_genarm.scripts import plots, train
+from hf_genarm.scripts.arguments import ARGUMENTS
+from hf_genarm.scripts.parser import Parser
 from hf_genarm.training.config import adapter_learning_rate
 from hf_genarm.training.learned import learned
 from hf_genarm.training.metrics import preference_metrics, wilson_interval
@@ -159,7 +161,7 @@ def test_the_last_lines_of_a_training(base_folder, tmp_path, capsys, figures):
     assert f"{info.reward_scale:.2g} nats" in nats
     program, command, *arguments = shlex.split(following[following.index("hf-genarm") :])
     assert (program, command) == ("hf-genarm", "tune")
-    (parsed,) = cli.parse(tune, "hf-genarm tune", arguments)
+    (parsed,) = Parser(ARGUMENTS["tune"], "hf-genarm tune").read(arguments)
     assert (parsed.arm, parsed.prompts) == (str(tmp_path / "my arm"), str(tmp_path / "pairs.jsonl"))
 
     # Also a short run has a point for each step.
@@ -187,7 +189,7 @@ def test_an_adapter_is_contrasted_with_its_base(base_folder, tmp_path, capsys, o
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*_[lhf]*.yaml")), ids=lambda x: x.stem)
 def test_recipes_of_the_paper_have_its_objective(path):
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    (_, args, *_) = cli.parse(train, "hf-genarm train", ["--config", str(path), "--output_dir", "arm"])
+    (_, args, *_) = Parser(train.ARGUMENTS, "hf-genarm train").read(["--config", str(path), "--output_dir", "arm"])
     assert args.reference is None
     assert not args.is_reference_open
     assert args.learning_rate == recipe["learning_rate"]
@@ -198,7 +200,7 @@ def test_an_unknown_reference_in_a_recipe_is_refused(tmp_path):
     recipe.write_text("reference: bass\n", encoding="utf-8")
     needed = ["--model", "m", "--dataset", "d", "--output_dir", "o"]
     with pytest.raises(cli.UsageError, match="`reference` is 'bass'"):
-        cli.parse(train, "hf-genarm train", [*needed, "--config", str(recipe)])
+        Parser(train.ARGUMENTS, "hf-genarm train").read([*needed, "--config", str(recipe)])
 
 
 # --- chat or plain ---

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import RepoCard
 from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 
-from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, cli
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo, cli
 from hf_genarm.demo import DEMO_MODEL_ID
 from hf_genarm.hub.base_model import load_base
 from hf_genarm.playground.answers import Answer, Settings
@@ -282,7 +282,7 @@ def test_a_space_is_written(folders, tmp_path):
     assert card.data["sdk"] == "gradio"
     assert card.data["app_file"] == "app.py"
     assert card.data["models"] == [DEMO_MODEL_ID, "user/my-arm"]
-    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo]>=")
+    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo] @ git+https://")
 
 
 @needs_gradio
@@ -331,7 +331,7 @@ def test_the_command_without_arguments_begins_with_a_sentence(tmp_path, monkeypa
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"pip install hf_genarm\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_genarm\[demo\]"):
         serve("base", ["arm"])
 
 
@@ -358,6 +358,17 @@ def test_the_page_is_built_for_any_reward_models(models, folders):
     assert "strength-0" not in without
     with pytest.raises(ValueError, match=rf"5 sentences, but the page has room for {MAX_SENTENCES}"):
         build_page(models, ["Be kind."] * 5)
+
+
+@needs_gradio
+def test_the_page_begins_with_the_setting_that_an_adapter_recommends(folders, tmp_path):
+    from hf_genarm.playground.page import build_page
+
+    base, (first, _), _ = folders
+    arm = shutil.copytree(first, tmp_path / "arm")
+    RewardInfo(recommended={"alpha": 0.6, "reference": "base", "temperature": 0.7, "measured": {}}).save(arm)
+    page = parts(build_page(Models(load_base(base), [str(arm)])))
+    assert [page[x]["value"] for x in ("strength-0", "reference", "temperature")] == [0.6, "base", 0.7]
 
 
 @needs_gradio

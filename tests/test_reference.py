@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import FOUR, assert_same, assert_same_distributions, generate, joint_passes, model_for
-from oracle import next_token_log_probs
+from oracle import log_probs_after, unpadded
 from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
 from tiny import VOCAB_SIZE, left_padded, tiny_llama, tiny_tokenizer
 from transformers import LlamaForSequenceClassification, LogitsProcessor
@@ -22,16 +22,11 @@ class RecomputeContrast(LogitsProcessor):
         self.mask = inputs["attention_mask"]
 
     def __call__(self, input_ids, scores):
-        rows = []
-        for index, row in enumerate(input_ids):
-            mask = self.mask[index // (len(input_ids) // len(self.mask))].bool()
-            row = torch.cat([row[: len(mask)][mask], row[len(mask) :]])
-            guided = scores[index].double().log_softmax(-1)
-            reference = next_token_log_probs(self.reference, row)
-            for model, alpha in zip(self.models, self.alphas, strict=True):
-                guided = guided + alpha * (next_token_log_probs(model, row) - reference)
-            rows.append(guided.log_softmax(-1))
-        return torch.stack(rows).to(scores.dtype)
+        texts, guided = unpadded(input_ids, self.mask), scores.double().log_softmax(-1)
+        reference = log_probs_after(self.reference, texts)
+        for model, alpha in zip(self.models, self.alphas, strict=True):
+            guided = guided + alpha * (log_probs_after(model, texts) - reference)
+        return guided.log_softmax(-1).to(scores.dtype)
 
 
 def listed():

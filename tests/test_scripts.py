@@ -145,7 +145,7 @@ def test_full_training_and_a_test_split(base_folder, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_parsed(path, tmp_path):
     """Every key of a recipe is an argument; the whole batch is the paper's."""
-    pair_args, training_args, model_args, _ = TrlParser(train.ARGUMENTS).parse_args_and_config(
+    pair_args, training_args, model_args, *_ = TrlParser(train.ARGUMENTS).parse_args_and_config(
         ["--config", str(path), "--output_dir", str(tmp_path)]
     )
     assert pair_args.dataset is not None

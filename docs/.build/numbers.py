@@ -29,6 +29,9 @@ def spread(values: list[float]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a table without the columns that have no cell."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -42,7 +45,9 @@ def of_report(section: str, after: str) -> str:
     """The first table of a section that follows the words `after`."""
     text = report_on(section)
     text = text[text.index(after) :]
-    return text[text.index("\n|") + 1 :].split("\n\n")[0]
+    text = text[text.index("\n|") + 1 :].split("\n\n")[0]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return table(head, rows)
 
 
 def matched_kl(section: str = "Sentiment") -> str:
@@ -59,7 +64,10 @@ def at_same_kl(section: str, kl: float) -> str:
     # The first column, the names of methods, has no heading.
     values = {row[0]: row[head.index(f"KL {kl:g}") + 1] for row in rows}
     ours, dpo, eq7 = (values[name] for name in AT_SAME_KL)
-    return f'one adapter, trained and used with `reference="base"` {ours}; DPO, trained for it {dpo}; Eq. 7 {eq7}'
+    return (
+        f"one adapter, with the base as reference {ours}; DPO, trained for it {dpo}; "
+        f"without a reference (Eq. 7 of the paper) {eq7}"
+    )
 
 
 def differences(section: str = "Sentiment") -> str:
@@ -175,7 +183,7 @@ def headline() -> str:
             ],
             [
                 "sentiment (VADER, −1 to 1) of answers on topics that the reward model never saw",
-                f"unguided {effect['unguided']}, guided at α = 1 by Eq. 7 {effect['α = 1.0']}, "
+                f"unguided {effect['unguided']}, guided at α = 1 without a reference {effect['α = 1.0']}, "
                 f"control (guided by an untrained adapter) {control}",
                 make,
             ],
@@ -205,7 +213,7 @@ def capability() -> str:
     for row in report["rows"]:
         change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["change"]) if row["alpha"] else ""
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])
-        form = "ratio to the base" if row["reference"] else "Eq. 7"
+        form = "the base as reference" if row["reference"] else "no reference (Eq. 7)"
         rows.append([f"{row['alpha']:g}", form if row["alpha"] else "unguided", accuracy, change])
     return table(["α", "steered by", "accuracy", "minus unguided, paired"], rows)
 
@@ -220,6 +228,34 @@ def sequence_law() -> str:
         ["N", "distance of N particles", "distance of the best of N"],
         [["token by token", f"{first['token_law']:.2f}", ""], *cells],
     )
+
+
+def answers() -> dict:
+    return json.loads((ROOT / "examples" / "answers.json").read_text(encoding="utf-8"))
+
+
+def three_answers() -> str:
+    """One question with the first answer of each kind."""
+    report = answers()
+    return table(
+        ["", report["question"]], [[names, report["answers"][kind][0]] for kind, names in kinds(report).items()]
+    )
+
+
+def all_answers() -> str:
+    report = answers()
+    rows = [[names, *report["answers"][kind]] for kind, names in kinds(report).items()]
+    return table([report["question"], "first", "second", "third"], rows)
+
+
+def kinds(report: dict) -> dict[str, str]:
+    """How each kind of answer was made, in words."""
+    sentence, adapter = (f"{report['strengths'][name]:g}" for name in ("sentence", "adapter"))
+    return {
+        "unguided": "unguided",
+        "sentence": f"with the sentence *{report['sentence']}* at α = {sentence}",
+        "adapter": f"with an adapter for positive sentiment, trained on 333 pairs, at α = {adapter}",
+    }
 
 
 def speculation() -> str:
@@ -248,7 +284,25 @@ def serving() -> str:
     )
 
 
+def training_defaults() -> str:
+    rows = [row for run in runs("training_defaults") for row in run["results"]]
+    return table(
+        ["pairs", "steps", "learning rate", "held-out pairs right", "answers apart, nats"],
+        [
+            [
+                str(row["pairs"]),
+                str(row["steps"]),
+                f"{row['learning_rate']:.1e}".replace("e-0", "e-") + (" (default)" if row["rate"] == "default" else ""),
+                spread(row["accuracy"]),
+                f"{row['nats_apart']:.1f}",
+            ]
+            for row in sorted(rows, key=lambda row: (row["pairs"], row["learning_rate"]))
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "answers": all_answers,
     "capability": capability,
     "cost": cost,
     "decode_cost": decode_cost,
@@ -262,6 +316,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
+    "training_defaults": training_defaults,
+    "three_answers": three_answers,
     "two_objectives": partial(of_report, "Two objectives", "Hypervolume"),
 }
 

@@ -178,5 +178,5 @@ def as_trained(
         infos (sequence of [`RewardInfo`]):
             What is known about the reward models.
     """
-    is_plain = tokenizer.chat_template is None or all(info.is_for_chats is False for info in infos)
-    return question if is_plain else chat_of(question)
+    trained_on = {info.is_for_chats for info in infos}
+    return question if tokenizer.chat_template is None or trained_on == {False} else chat_of(question)

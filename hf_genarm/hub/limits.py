@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -90,7 +91,7 @@ def n_positions(model: PreTrainedModel | PeftModel) -> float:
             if module.num_embeddings - offset == named:
                 lengths.append(named if offset or module.padding_idx is None else named - module.padding_idx - 1)
         lengths += [len(x) for key, x in module.named_buffers(recurse=False) if key in _TABLES and len(x) == named]
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    adapters: Any = model.peft_config.values() if isinstance(model, PeftModel) else ()
     return min(lengths) - sum(x.num_virtual_tokens for x in adapters if x.is_prompt_learning)
 
 

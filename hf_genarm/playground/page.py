@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..decoding.recommended import recommended_alpha, wanted_reference
+from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
 from ..hub.info import RewardInfo
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
@@ -38,6 +38,8 @@ CSS = """
 #answers .html-container, #picture .html-container { padding: 0; }
 .answer { min-height: 9em; padding: .8em 1em; border: 1px solid var(--border-color-primary); border-radius: 8px;
   background: var(--background-fill-secondary); white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
+#asked { min-height: 1.8em; }
+#asked .meta-text-center { transform: none; }  /* the place in the queue, next to the question */
 #unguided, #guided, .answer { height: 100%; }
 .answer b { display: block; font-size: .85em; opacity: .75; margin-bottom: .3em; }
 .facts { border-collapse: collapse; font-size: .9em; border: none !important; }
@@ -79,7 +81,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         first_strengths[0] = SENTENCE_STRENGTH
     elif arms:
         (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
-        first_temperature = (arms[0].info.recommended or {"temperature": 1.0})["temperature"]
+        first_temperature = recommended_temperature([arms[0].info]) or 1.0
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
@@ -108,7 +110,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         visitor.ask(answer)
         choices = [*MEASURES, *((f"reward: {x}", x) for x in answer.titles)]
         return (
-            f"“{escape(visible(prompt.strip()))}”",
+            gr.HTML(f"“{escape(visible(prompt.strip()))}”", visible=True),
             *map(panel, SIDES),
             "",
             "",
@@ -146,6 +148,12 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             return (gr.skip(),) * 5
         return *written, draw(visitor, measure), facts(models, done, frame, scores), script_of(models, done)
 
+    def stop(visitor: Visitor) -> Any:
+        """Stops the answer; one that still waits is not shown any more, and writes nothing when its turn comes."""
+        is_waiting = visitor.asked is not None
+        visitor.leave()
+        return gr.HTML(visible=not is_waiting)
+
     def draw(visitor: Visitor, measure: str) -> str:
         if visitor.answer is None or visitor.shown is None:
             return ""
@@ -154,9 +162,9 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     def add(text: str, *texts: str) -> list[Any]:
         """Shows a sentence with its slider in the first place that is free."""
         free = next((slot for slot, other in enumerate(texts) if not other.strip()), None)
-        if not text.strip() or free is None:
-            if free is None:
-                gr.Warning(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
+        if free is None:
+            raise refusal(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
+        if not text.strip():
             return [gr.skip()] * (1 + 3 * MAX_SENTENCES)
         shown = [gr.Group(visible=True), text.strip(), SENTENCE_STRENGTH]
         return ["", *(x for slot in range(MAX_SENTENCES) for x in (shown if slot == free else [gr.skip()] * 3))]
@@ -267,7 +275,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             **in_turn,
         )
         writing.then(finish, [visitor, measure], scored, show_progress="minimal", show_progress_on=numbers, **in_turn)
-        halt.click(Visitor.leave, visitor, cancels=writing, queue=False, api_visibility="private")
+        halt.click(stop, visitor, asked, queue=False, show_progress="hidden", api_visibility="private")
         for slider in live:
             slider.change(
                 steer,
@@ -311,7 +319,7 @@ class Slot:
 
 def _sentence(slot: int, text: str, strength: float) -> Slot:
     with gr.Group(visible=bool(text)) as group:
-        remove = gr.Button("Remove", render=False, elem_id=f"remove-{slot}")
+        remove = gr.Button("Remove", render=False)
         sentence = gr.Textbox(text, label="sentence", max_lines=4, buttons=[remove], elem_id=f"sentence-{slot}")
         slider = _strength("strength", strength, f"sentence-strength-{slot}")
     return Slot(group, sentence, slider, remove)
@@ -329,6 +337,6 @@ def _recommended(info: RewardInfo) -> str | None:
     return None if setting is None else f"recommended: {setting['alpha']:g} at temperature {setting['temperature']:g}"
 
 
-def refusal(error: Exception) -> gr.Error:
+def refusal(error: Exception | str) -> gr.Error:
     """Returns an error as a message on the page, which stays until it is closed."""
     return gr.Error(str(error), duration=None, print_exception=False)

@@ -10,6 +10,7 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from ..demo import DEMO_MODEL_ID
 from ..files import make_output_dir
 from ..hub.base_model import named_base
+from ..hub.card import requirement
 
 _APP = """\
 from hf_genarm.scripts.demo import serve
@@ -60,7 +61,7 @@ def write_space(folder: str, base: str | None, arms: Sequence[str], sentences: S
     (target / "app.py").write_text(
         _APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms], sentences=list(sentences)), encoding="utf-8"
     )
-    (target / "requirements.txt").write_text(f"hf_genarm[demo]>={version('hf_genarm')}\n", encoding="utf-8")
+    (target / "requirements.txt").write_text(f"{requirement('demo')}\n", encoding="utf-8")
     title = "Steer while it writes"
     data = SpaceCardData(
         title=title,

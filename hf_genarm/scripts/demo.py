@@ -10,42 +10,15 @@ adapters in the folder `model_cards`. It is served to this machine only, unless 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..demo import DEMO_MODEL_ID
-from .guided_model import BaseArguments
+from ..hub.card import requirement
+from .arguments import LOOPBACK, DemoArguments
+from .shared_arguments import BaseArguments
 
 # What the page begins with, unless other sentences or adapters are given
 SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
-LOOPBACK = "127.0.0.1"
-
-
-@dataclass
-class DemoArguments(BaseArguments):
-    """Chooses the sentences and adapters to begin with, and the address of the page."""
-
-    sentence: list[str] | None = field(
-        default=None, metadata={"help": "A sentence to steer by. Repeatable.", "action": "extend"}
-    )
-    arm: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder of a reward model, an adapter on the base. Repeatable.",
-            "action": "extend",
-        },
-    )
-    host: str = field(default=LOOPBACK, metadata={"help": "Address to serve on. '0.0.0.0' serves the whole network."})
-    port: int | None = field(default=None, metadata={"help": "Port to serve on. Defaults to a free one from 7860 on."})
-    share: bool = field(default=False, metadata={"help": "Whether to open a public link through gradio.live."})
-    export: str | None = field(default=None, metadata={"help": "Writes a Hugging Face Space into this folder instead."})
-
-    def __post_init__(self) -> None:
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ValueError(f"`port` is {self.port}, but must be from 1 to 65535. Leave it out for a free one.")
-
-
-ARGUMENTS = (DemoArguments,)
 
 
 def main(args: DemoArguments) -> None:
@@ -117,4 +90,4 @@ def _check_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ImportError("The playground needs gradio: `pip install hf_genarm[demo]`.") from error
+        raise ImportError(f"The playground needs gradio: `pip install '{requirement('demo')}'`.") from error

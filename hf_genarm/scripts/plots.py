@@ -37,6 +37,7 @@ def plot_training(log_history: list[dict[str, Any]], path: str, is_contrast: boo
     is_learned = is_contrast or accuracy == "contrast_accuracy"
     label = "training" if is_contrast or not is_learned else "training, of the reward"
     for axis, measure in ((axes[0], "loss"), (axes[1], "accuracy")):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         # With marks, since a short run has few points
         axis.plot([x["step"] for x in training], [x[measure] for x in training], ".-", color=BLUE, label=label)
     axes[0].set(xlabel="step", ylabel="loss")

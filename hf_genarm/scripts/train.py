@@ -19,14 +19,17 @@ from transformers import AutoConfig
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..files import make_output_dir
-from ..hub.info import GuidanceWarning, RewardInfo
+from ..demo import loadable_name
+from ..files import make_output_dir, refuse_overwriting
+from ..hub.info import INFO_NAME, GuidanceWarning, RewardInfo
+from ..hub.loading import ADAPTER_CONFIG
 from ..training.config import AutoregressiveRewardConfig
 from ..training.learned import learned
 from ..training.trainer import AutoregressiveRewardTrainer
-from .pairs import PairArguments, hold_out, load_pairs, public_name
+from .pairs import hold_out, load_pairs, public_name
 from .plots import plot_training
 from .samples import SampleArguments, SamplesCallback, sample_prompts
+from .shared_arguments import PairArguments
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +61,9 @@ class TrainArguments(AutoregressiveRewardConfig):
         default=0.02,
         metadata={"help": "Log every X steps, or if it is below 1, as often as this share of all steps."},
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a reward model in `output_dir` may be overwritten."}
+    )
 
     def __post_init__(self) -> None:
         #: Whether `reference` depends on what is trained, which other arguments say
@@ -81,12 +87,15 @@ def main(
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is not None and not os.path.isdir(checkpoint):
         raise ValueError(f"`resume_from_checkpoint` is {checkpoint!r}, but there is no such folder.")
+    if checkpoint is None and not training_args.overwrite_output_dir:
+        refuse_overwriting(output_dir, (INFO_NAME, ADAPTER_CONFIG, "model.safetensors"))
     train_pairs = load_pairs(pair_args, pair_args.dataset_train_split)
     test_pairs = None
     if pair_args.dataset_test_split is not None:
         test_pairs = load_pairs(pair_args, pair_args.dataset_test_split)
     elif pair_args.test_size != 0:
         train_pairs, test_pairs = hold_out(train_pairs, pair_args.test_size or HELD_OUT)
+    model_args.model_name_or_path = loadable_name(model_args.model_name_or_path)
     check_model(model_args, training_args.trust_remote_code)
     if training_args.is_reference_open and model_args.use_peft:
         training_args.reference = "base"

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
+from ..demo import hub_id
 from ..hub.card import METRICS, OPTIONAL_METRICS, reward_model_card, write_custom_generate
 from ..hub.info import (
     INFO_NAME,
@@ -81,7 +82,7 @@ class Description(TrainerCallback):
             reward_scale=scale if 0 < scale < math.inf else None,  # not after a training that failed
             objective=args.objective,
             description=args.description,
-            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
+            base_model=hub_id(base_model),
             base_model_revision=getattr(config, "_commit_hash", None),  # only of what came from the Hub
             base_weights=self._base_weights,
             tokenizer=tokenizer_fingerprint(tokenizer),

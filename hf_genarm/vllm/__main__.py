@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> None:
     if _NAME not in known.logits_processors:
         arguments = [*arguments, "--logits-processors", *known.logits_processors, _NAME]
     arguments = [*arguments, "--middleware", _MIDDLEWARE]
+    if config.n_sentences and "--enable-scale-out" not in arguments:  # with which vLLM renders prompts
+        arguments = [*arguments, "--enable-scale-out"]
     presets = [x for x in config.server_defaults().current_presets() if x != DEFAULT]
     if presets:
         names = known.served_model_name or [known.model]

@@ -55,7 +55,8 @@ def load_guidance(vllm_config: VllmConfig, device: torch.device) -> tuple[BatchG
     own_reference = [config.reference] if config.reference not in (None, "base") else []
     # vLLM sets back the generator of a request whose prompt was read in part, which generators of CPUs can't do.
     refuses_seeds = device.type == "cpu" and vllm_config.scheduler_config.enable_chunked_prefill
-    defaults = config.server_defaults(model.logprobs_mode.startswith("raw"), refuses_seeds)
+    is_raw, size = model.logprobs_mode.startswith("raw"), model.get_vocab_size()
+    defaults = config.server_defaults(is_raw, refuses_seeds, model.max_model_len, size)
     if not get_pp_group().is_last_rank:  # tokens are chosen in the last one
         return BatchGuidance([]), defaults
     n_weight_bytes = 0
@@ -69,24 +70,31 @@ def load_guidance(vllm_config: VllmConfig, device: torch.device) -> tuple[BatchG
         return PagedLM(network, model.max_model_len, chunk=config.chunk, name=name)
 
     loaded = load_reward_lms(
-        [*config.reward_models, *own_reference],
+        [*config.models, *own_reference],
         model.model,
         model.tokenizer,
-        model.get_vocab_size(),
+        size,
         make_lm,
         model.dtype if config.dtype is None else getattr(torch, config.dtype),
         model.trust_remote_code,
+        and_served=config.n_sentences > 0,
     )
-    per_token, page_size = sum(x.lm.bytes_per_token for x in loaded), _PAGE_SIZES.get(device.type, 16)
+    n_texts = dict.fromkeys(loaded, 1)  # for each request
+    reader = loaded[-1] if config.n_sentences else None
+    if reader is not None:
+        n_texts[reader] = config.n_sentences
+    per_token = sum(n * x.lm.bytes_per_token for x, n in n_texts.items())
     n_tokens = n_tokens_that_fit(config, per_token, model.max_model_len, most, device.type)
-    for x in loaded:
+    page_size = _PAGE_SIZES.get(device.type, 16)
+    for x, n in n_texts.items():
         # Rounded up, since the last page of a text is not full.
-        x.lm.allocate(-(-n_tokens // page_size) * page_size, page_size)
-    n_rewards = len(config.reward_models)
-    reference: Any = loaded[-1] if own_reference else config.reference
+        x.lm.allocate(-(-n * n_tokens // page_size) * page_size, page_size)
+    with_weights = iter(loaded)
+    rewards = [next(with_weights) if isinstance(x, str) else reader for x in config.reward_models]
+    reference: Any = next(with_weights) if own_reference else config.reference
     n_bytes = n_weight_bytes, sum(x.lm.n_bytes for x in loaded)
     _log_guidance(config, *n_bytes, n_tokens, vllm_config.parallel_config.tensor_parallel_size)
-    return BatchGuidance(loaded[:n_rewards], reference), defaults
+    return BatchGuidance(rewards, reference, reader), defaults
 
 
 def settings_in_engine(params: SamplingParams, defaults: ServerDefaults) -> RequestSettings | None:
@@ -120,21 +128,26 @@ def _log_guidance(config: ServerConfig, n_weight_bytes: int, n_bytes: int, n_tok
     """Logs in one line that guidance is on, and how."""
     of_models = zip(config.reward_models, config.alpha, strict=True)
     rewards = ", ".join(f"{shown_name(x)}{_revision(x)} at {alpha:g}" for x, alpha in of_models)
+    if config.max_sentences:
+        rewards += f"{', and ' if rewards else ''}up to {config.max_sentences} sentences of a request"
     reference = config.reference if config.reference in (None, "base") else shown_name(config.reference)
     logger.info(
-        "Guidance is on: %s%s; reference: %s; %.0f MB of weights, and %.0f MB of keys and values for %d tokens%s.",
+        "Guidance is on: %s%s; reference: %s; %.0f MB of weights%s, and %.0f MB of keys and values for %d tokens%s.",
         rewards,
         "" if config.target_kl is None else f", scaled to {config.target_kl:g} nats per token",
         reference or "none",
         n_weight_bytes / 1e6,
+        ", with another copy of the base that reads sentences" if config.n_sentences else "",
         n_bytes / 1e6,
         n_tokens,
         "" if n_processes == 1 else f", in each of {n_processes} processes",
     )
 
 
-def _revision(name: str) -> str:
+def _revision(name: str | dict[str, str]) -> str:
     """Returns the commit of a reward model that comes from the Hub, for the log."""
+    if isinstance(name, dict):
+        return ""
     folder = download(name, patterns=["*.json"])
     return f" ({folder.name[:8]})" if folder.parent.name == "snapshots" else ""
 

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 
 import psutil
 
-from ..hub.loading import info_of
+from ..hub.info import RewardInfo
 from .request_settings import ServerDefaults
 from .server_config import ENVIRONMENT, ServerConfig
 
@@ -100,8 +100,12 @@ class Handshake:
         if self._environment is None or self._environment[0] != text:
             config = ServerConfig.from_environment()
             assert config is not None
-            is_open = config.alpha is None or config.reference == "auto"
-            infos = [info_of(x) for x in config.reward_models] if is_open else []
+            try:
+                infos = config.infos()
+            except (OSError, ValueError):  # what is on the machine of the engine alone
+                if config.alpha is None or config.reference == "auto":
+                    raise
+                infos = [RewardInfo()] * len(config.reward_models)
             self._environment = text, config.with_recommended(infos).server_defaults()
         return self._environment[1]
 

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 
 from .handshake import handshake
 from .metrics import GUIDED_REQUESTS, REFUSED_REQUESTS
-from .request_settings import ServerDefaults, genarm_keys, request_settings, shown
+from .request_settings import ServerDefaults, genarm_keys, refuse_long, request_settings, shown
 from .server_config import ENVIRONMENT
 
 
@@ -25,6 +25,9 @@ class GenARM(V1LogitsProcessor, V2LogitsProcessor):
     - `genarm_alpha`: a number, or a list with one for each reward model; at 0, the request is not guided
     - `genarm_target_kl`: the mean divergence per token, in nats, that strengths are scaled to
     - `genarm_preset`: the name of such settings in the configuration
+    - `genarm_prompts`: what sentences read in place of the prompt, a list of token ids for each; over HTTP the
+      front end makes it from `genarm_sentences`
+    - `genarm_sentence_alpha`: the strengths of those sentences that the request adds
 
     The constructor returns a `V1GenARM` or a `V2GenARM`, for the model runner that calls it.
     """
@@ -82,6 +85,7 @@ def _check_all(params: SamplingParams) -> bool:
 def _check(params: SamplingParams, defaults: ServerDefaults) -> bool:
     """Raises if an engine with these defaults can't meet the settings of a request; returns whether it is guided."""
     settings = request_settings(params.extra_args, defaults)
+    refuse_long(settings, params.max_tokens, defaults)
     if defaults.refuses_bias and settings.is_guided and params.logit_bias:
         raise ValueError(
             f"`logit_bias` is {shown(params.logit_bias)}, but the reward models of this server are contrasted with its "

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 from .handshake import handshake
 from .request_settings import genarm_keys, shown
+from .sentence_prompts import with_prompts
 
 _PATHS = ("/completions", "/responses", "/messages")
 _LARGEST = 32 * 2**20  # of a larger body nothing is read here
@@ -14,8 +16,8 @@ _Message = MutableMapping[str, Any]
 
 class KeysInBody:
     """
-    Refuses keys of guidance that vLLM would drop in silence, as they are not in `vllm_xargs`, and lets a request name a
-    preset by its model: `"model": "NAME:PRESET"`.
+    Refuses keys of guidance that vLLM would drop in silence, as they are not in `vllm_xargs`, lets a request name a
+    preset by its model, `"model": "NAME:PRESET"`, and puts sentences into its prompt.
 
     Args:
         app (callable):
@@ -41,33 +43,69 @@ class KeysInBody:
         if messages[-1]["type"] == "http.request" and not messages[-1].get("more_body"):
             body = b"".join(x.get("body", b"") for x in messages)
             try:
-                body = _checked(body)
+                request = _object(body)
+                if request is not None:
+                    checked = await self._with_prompts(_checked(request), scope)
+                    body = body if checked is request else json.dumps(checked).encode()
             except ValueError as error:
                 await _refuse(send, str(error))
                 return
             messages = [{"type": "http.request", "body": body, "more_body": False}]
-            others = [x for x in scope["headers"] if x[0] != b"content-length"]
-            scope["headers"] = [*others, (b"content-length", str(len(body)).encode())]
+            scope["headers"] = _headers(scope, body)
 
         async def replayed() -> _Message:
             return messages.pop(0) if messages else await receive()
 
         await self._app(scope, replayed, send)
 
+    async def _with_prompts(self, request: dict[str, Any], scope: _Message) -> dict[str, Any]:
+        """Returns a request with what sentences read, if the server has any."""
+        engines = handshake.find()
+        if len(engines) != 1 or not (engines[0].sentence_places(0) or engines[0].max_sentences):
+            return request
+        return await with_prompts(request, scope["path"], engines[0], partial(self._render, scope))
 
-def _checked(body: bytes) -> bytes:
+    async def _render(self, scope: _Message, request: dict[str, Any]) -> tuple[int, Any]:
+        """Returns the status and the answer of the endpoint that renders the prompt of a request."""
+        body, status, answer = json.dumps(request).encode(), 500, b""
+        incoming: list[_Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> _Message:
+            return incoming.pop() if incoming else {"type": "http.disconnect"}
+
+        async def send(message: _Message) -> None:
+            nonlocal status, answer
+            status = message.get("status", status)
+            answer += message.get("body", b"")
+
+        path = scope["path"] + "/render"
+        own = {"path": path, "raw_path": path.encode(), "headers": _headers(scope, body)}
+        await self._app({**scope, **own}, receive, send)
+        return status, json.loads(answer or b"null")
+
+
+def _headers(scope: _Message, body: bytes) -> list[tuple[bytes, bytes]]:
+    """Returns the headers of a request with another body."""
+    others = [x for x in scope["headers"] if x[0] != b"content-length"]
+    return [*others, (b"content-length", str(len(body)).encode())]
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    """Reads the body of a request; `None` for what is no object, as vLLM says itself."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return None
+    return request if isinstance(request, dict) else None
+
+
+def _checked(request: dict[str, Any]) -> dict[str, Any]:
     """
-    Returns the body of a request with the preset that its model names.
+    Returns a request with the preset that its model names.
 
     Raises:
         ValueError: if a key of guidance is where vLLM does not look for it.
     """
-    try:
-        request = json.loads(body)
-    except ValueError:  # vLLM says so itself
-        return body
-    if not isinstance(request, dict):
-        return body
     for place in ("extra_args", "extra_body", ""):
         keys = request.get(place) if place else request
         found = genarm_keys(keys) if isinstance(keys, dict) else {}
@@ -79,9 +117,8 @@ def _checked(body: bytes) -> bytes:
         raise ValueError(f"`{min(found)}` has no effect on beam search. Leave it or `use_beam_search` out.")
     name, _, preset = str(request.get("model")).rpartition(":")
     if not name or not any(preset in x.current_presets() for x in handshake.find()):
-        return body
-    request["vllm_xargs"] = {"genarm_preset": preset, **(xargs if isinstance(xargs, dict) else {})}
-    return json.dumps(request).encode()
+        return request
+    return request | {"vllm_xargs": {"genarm_preset": preset, **(xargs if isinstance(xargs, dict) else {})}}
 
 
 async def _refuse(send: Callable[[_Message], Awaitable[None]], message: str) -> None:

@@ -95,6 +95,8 @@ def load_reward_lms(
     make_lm: Callable[[PreTrainedModel, str], PagedLM],
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    *,
+    and_served: bool = False,
 ) -> list[RewardLM]:
     """
     Loads reward models, or a reference, to be read in pages.
@@ -112,6 +114,8 @@ def load_reward_lms(
             Data type of the weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code from the repositories.
+        and_served (`bool`, *optional*, defaults to `False`):
+            Whether the served model itself is loaded as the last one, to read sentences.
 
     Raises:
         ValueError: if one of them can't be loaded or served, or lacks tokens of the served model.
@@ -120,7 +124,7 @@ def load_reward_lms(
     # An adapter on the served model is loaded onto a copy of its weights, if they are those that it was trained on.
     are_on_served = [is_on(name, served) for name in names]
     base = None
-    if any(are_on_served):
+    if any(are_on_served) or and_served:
         base = AutoModelForCausalLM.from_pretrained(
             served, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         ).eval()
@@ -130,10 +134,10 @@ def load_reward_lms(
         arm = AutoregressiveRewardModel.from_pretrained(
             name, base if is_on_served else None, trust_remote_code=trust_remote_code, **own
         )
-        objection = why_no_cache(arm.model)
-        if objection is not None:
-            raise ValueError(f"`{name}` can't be served, because {objection}. Use another reward model.")
         models.append(_with_pages(arm, name, tokenizer, vocab_size, make_lm, dtype))
+    if and_served and base is not None:  # the last, because nothing else may use its modules then
+        arm = AutoregressiveRewardModel(base, tokenizer)
+        models.append(_with_pages(arm, served, tokenizer, vocab_size, make_lm, dtype))
     return models
 
 
@@ -172,6 +176,9 @@ def _with_pages(
     dtype: torch.dtype,
 ) -> RewardLM:
     """Makes a copy of a reward model that is read in pages, and aligns its vocabulary."""
+    objection = why_no_cache(arm.model)
+    if objection is not None:
+        raise ValueError(f"`{name}` can't be served, because {objection}. Use another reward model.")
     network: Any = merged(arm.model)
     network = network.to(dtype).eval().requires_grad_(False)
     reward_vocab_size = network.get_output_embeddings().weight.shape[0]

@@ -51,13 +51,12 @@ def check_reward_models(
     """
     if not Path(served).exists() and ":" not in served:  # a GGUF file of a repository has a colon
         _download(served, f"`--model` is `{served}`, which is no folder here, and can't be loaded from the Hub")
-    names = _names(config)
-    for name in names:
+    for name in _names(config):
         _check_files(name, served)
-    infos = [info_of(name) for name in config.reward_models]
-    resolved = config.with_recommended(infos)
+    resolved = config.with_recommended(config.infos())
+    names = _names(resolved)
     if config.reference == "auto" and resolved.reference == "base":
-        _refuse_other_bases(config.reward_models, infos, served, trust_remote_code)
+        _refuse_other_bases(resolved.models, [info_of(x) for x in resolved.models], served, trust_remote_code)
     tokenizer = find_tokenizer(tokenizer_name or served, trust_remote_code=trust_remote_code)
     length = max_model_len or _longest(served, trust_remote_code)
     for name in names:
@@ -97,7 +96,8 @@ def check_memory(
         ValueError: if they do not fit.
     """
     n_bytes = 4 if (config.dtype or dtype) in ("float32", "float") else 2  # vLLM never chooses 4 itself
-    configs = [_config(_network(name, served), trust_remote_code) for name in _names(config)]
+    networks = [*(_network(name, served) for name in _names(config)), *[served] * config.n_sentences]
+    configs = [_config(x, trust_remote_code) for x in networks]
     per_token = bytes_per_token(configs, n_bytes)
     length = max_model_len or _longest(served, trust_remote_code)
     if per_token is not None and length < math.inf:
@@ -107,7 +107,7 @@ def check_memory(
 def _names(config: ServerConfig) -> list[str]:
     """Returns the names of all models that are read next to the served one."""
     own_reference = [config.reference] if config.reference not in ("auto", "base", None) else []
-    return [*config.reward_models, *own_reference]
+    return [*config.models, *own_reference]
 
 
 def _network(name: str, served: str) -> str:
@@ -117,8 +117,11 @@ def _network(name: str, served: str) -> str:
 
 
 def _check_files(name: str, served: str) -> None:
-    """Raises if a reward model is not there, is not whole, or belongs to a model that is not there."""
+    """Raises if a reward model is not there, is not whole, or belongs to a model that is not there; a sentence has
+    no weights."""
     folder = _download(name, f"`{name}` is no folder here, and can't be loaded from the Hub")
+    if info_of(name).sentence is not None:
+        return
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     if not is_adapter and not (folder / "config.json").exists():
         inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
