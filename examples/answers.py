@@ -3,7 +3,7 @@ Answers one question unguided, with a sentence and with an adapter, three times 
 
     python -m examples.answers
 
-README and quickstart show `examples/answers.json`: the first draws of seed 0.
+The README shows `examples/answers.json`: the first draws of seed 0.
 """
 
 import argparse

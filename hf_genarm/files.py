@@ -29,7 +29,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield Path(folder, path.name)
         os.replace(Path(folder, path.name), path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # there is none where the disk is full
+        if error.errno is not None and error.filename is None:  # as where the disk is full
+            error.filename = str(path)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

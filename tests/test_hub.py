@@ -95,13 +95,15 @@ from tiny import tiny_llama, tiny_tokenizer
 from hf_genarm import cli
 tiny_tokenizer().save_pretrained(base)
 tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(base)
-Dataset.from_dict(STANDARD).to_json(arm_folder + "/pairs.jsonl")
+roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+chats = {key: [[{"role": roles[key], "content": x}] for x in texts] for key, texts in STANDARD.items()}
+Dataset.from_dict(chats).to_json(arm_folder + "/pairs.jsonl")
 arguments = ["--model", base, "--dataset", arm_folder + "/pairs.jsonl", "--output_dir", arm_folder + "/trained"]
 arguments += ["--push_to_hub", "--hub_model_id", "me/my-arm", "--custom_generate"]
 arguments += ["--max_steps", "1", "--test_size", "1"]
 cli.main(["train", *arguments, "--report_to", "none"])
 """
-    assert "trained.\n" in client(train)
+    assert "/trained.\n" in client(train)
     files = server.repos["me/my-arm"].commits[server.repos["me/my-arm"].head]
     expected = {"adapter_config.json", "adapter_model.safetensors", "genarm_config.json", "README.md", "tokenizer.json"}
     assert expected | {"custom_generate/generate.py", "training.png"} <= files.keys()

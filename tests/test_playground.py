@@ -130,7 +130,7 @@ def test_a_sentence_that_is_rewritten_meanwhile_acts_from_the_next_answer_on(mod
 
 
 def test_nothing_to_steer_by(models):
-    with pytest.raises(ValueError, match="there is no sentence and no adapter"):
+    with pytest.raises(ValueError, match="There is no sentence and no adapter"):
         Answer(models, PROMPT, Settings(sentences=["", " "]))
 
 

@@ -230,32 +230,17 @@ def sequence_law() -> str:
     )
 
 
-def answers() -> dict:
-    return json.loads((ROOT / "examples" / "answers.json").read_text(encoding="utf-8"))
-
-
-def three_answers() -> str:
-    """One question with the first answer of each kind."""
-    report = answers()
-    return table(
-        ["", report["question"]], [[names, report["answers"][kind][0]] for kind, names in kinds(report).items()]
-    )
-
-
-def all_answers() -> str:
-    report = answers()
-    rows = [[names, *report["answers"][kind]] for kind, names in kinds(report).items()]
-    return table([report["question"], "first", "second", "third"], rows)
-
-
-def kinds(report: dict) -> dict[str, str]:
-    """How each kind of answer was made, in words."""
+def answers() -> str:
+    """One question, and three answers of each kind."""
+    report = json.loads((ROOT / "examples" / "answers.json").read_text(encoding="utf-8"))
     sentence, adapter = (f"{report['strengths'][name]:g}" for name in ("sentence", "adapter"))
-    return {
-        "unguided": "unguided",
-        "sentence": f"with the sentence *{report['sentence']}* at α = {sentence}",
-        "adapter": f"with an adapter for positive sentiment, trained on 333 pairs, at α = {adapter}",
-    }
+    head = [
+        "unguided",
+        f"with the sentence *{report['sentence']}* at α = {sentence}",
+        f"with an adapter for positive sentiment, trained on 333 pairs, at α = {adapter}",
+    ]
+    columns = [report["answers"][kind] for kind in ("unguided", "sentence", "adapter")]
+    return table(head, [list(row) for row in zip(*columns, strict=True)])
 
 
 def speculation() -> str:
@@ -302,7 +287,7 @@ def training_defaults() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "answers": all_answers,
+    "answers": answers,
     "capability": capability,
     "cost": cost,
     "decode_cost": decode_cost,
@@ -317,7 +302,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving,
     "speculation": speculation,
     "training_defaults": training_defaults,
-    "three_answers": three_answers,
     "two_objectives": partial(of_report, "Two objectives", "Hypervolume"),
 }
 

@@ -209,12 +209,13 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
         profiler.runcall(time_per_token, model, [processor], batch_size, args)
         spent = functools.partial(seconds_in, pstats.Stats(profiler))
         parts = {
-            "joint passes: products with the weights of the base": spent(joint_network._linear),
             "joint passes: low-rank products of the adapter": spent(joint_network.LowRankProduct.add),
             "joint passes: joining and splitting the caches": spent(joint_cache.join) + spent(joint_cache.split),
             "the prompt, read by the base": spent(GenerationMixin._prefill),
             "the processor, which reads the prompt with the reward model": spent(GenARMLogitsProcessor.__call__),
         }
+        if joint_network.slow_for_few_rows():  # else torch's own layers are called
+            parts["joint passes: products with the weights of the base"] = spent(joint_network._linear)
         total = spent(GenerationMixin.generate)
         print(f"\nbatch {batch_size}, 1 adapter: share of the time of `generate`")
         for name, seconds in parts.items():

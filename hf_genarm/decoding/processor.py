@@ -134,10 +134,11 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
         self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
-        special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
-        pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
-        super().__init__(infos, alpha, target_kl, pads, attention_mask)
-        self._machine = self._new_machine()
+        super().__init__(infos, alpha, target_kl, pad_token_id, attention_mask)
+        self._machine = self._new_machine()  # which refuses models that can't be guided by
+        if pad_token_id is None:
+            special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
+            self._prompt_mask.pad_token_id = pad_token_id_of(special_tokens)
         self._keeps_statistics = False
 
     def _new_machine(self) -> GuidanceMachine:

@@ -164,7 +164,8 @@ def write_custom_generate(folder: str | Path, model_id: str) -> None:
     # Its Python literal, which is no code whatever characters are in it.
     code = template.replace('"{{ model_id }}"', ascii(model_id))
     (target / "generate.py").write_text(code, encoding="utf-8")
-    (target / "requirements.txt").write_text(f"{requirement()}\n", encoding="utf-8")
+    # Transformers checks these lines by name and version, and knows no addresses.
+    (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")
 
 
 def requirement(extra: str | None = None) -> str:

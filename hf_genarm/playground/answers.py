@@ -112,7 +112,7 @@ class Answer:
         self.adapters = list(settings.strengths)
         self._rewards = [*map(models.sentence, self.sentences), *map(models.reward_model, self.adapters)]
         if not self._rewards:
-            raise ValueError("Nothing steers: there is no sentence and no adapter. Add one.")
+            raise ValueError("There is no sentence and no adapter (`--arm`), so that nothing steers. Add one.")
         self.titles = [f"“{textwrap.shorten(x, 40, placeholder='…')}”" for x in self.sentences]
         self.titles += map(models.title, self.adapters)
         self.strengths_at: list[tuple[int, list[float]]] = []

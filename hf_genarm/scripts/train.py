@@ -13,6 +13,7 @@ import os
 import shlex
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -178,6 +179,8 @@ def check_model(args: ModelArguments, trust_remote_code: bool) -> None:
     Raises:
         ValueError: if there is none.
     """
+    if Path(args.model_name_or_path).is_file():  # of which transformers would make a config
+        raise ValueError(f"`--model` is `{args.model_name_or_path}`, a file, but must be a Hub id or a folder.")
     try:
         AutoConfig.from_pretrained(
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code
