@@ -170,13 +170,14 @@ def made(tokenizer, body, path=None, **xargs):
     return asyncio.run(with_prompts(request, path, DEFAULTS, rendering)), rendering
 
 
-@pytest.mark.parametrize("template", [None, NO_SYSTEM], ids=["system", "no system"])
-@pytest.mark.parametrize("prompt", [*CHATS, "The sun"], ids=["chat", "system", "text"])
+@pytest.mark.parametrize(
+    ("prompt", "template"),
+    [(CHATS[0], None), (CHATS[1], None), ("The sun", None), (CHATS[0], NO_SYSTEM)],
+    ids=["chat", "system", "text", "no system messages"],
+)
 def test_prompts_are_those_of_the_processor(tokenizer, monkeypatch, prompt, template):
     if template is not None:
         monkeypatch.setattr(tokenizer, "chat_template", template)
-        if prompt == CHATS[1]:
-            pytest.skip("the template refuses the chat itself")
     body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
     sentences = ["Be brief.", "The sun is up."]
     xargs = {"genarm_sentences": sentences, "genarm_alpha": [0, 2], "session_id": "x"}
