@@ -388,7 +388,7 @@ def test_halves_of_pairs_share_no_prompt_and_every_judge_is_measured_on_neither(
 def test_smoke_run_ends_with_a_report_and_does_nothing_twice(tmp_path):
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "examples.benchmarks.frontier.run"]
     command += ["--size", "smoke", "--hh-rlhf", write_dialogues(tmp_path)]
-    command += ["--only", "sentiment", "two_objectives", "harmlessness"]
+    command += ["--only", "sentiment", "two_objectives", "harmlessness", "sentences", "sentences_on_base"]
     command += ["--output", tmp_path]
     run_command(*command)
     report = (tmp_path / "RESULTS.md").read_text()
@@ -398,7 +398,10 @@ def test_smoke_run_ends_with_a_report_and_does_nothing_twice(tmp_path):
         f"## {title}" in report
         for title in ("Sentiment", "Reward at matched divergence", "Two objectives", "Harmlessness", "Over-refusal")
     )
-    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"sentiment.png", "two_objectives.png"}
+    assert "## Steering by a sentence\n" in report
+    assert "## Steering by a sentence: Qwen2.5-Coder-0.5B-Instruct\n" in report
+    figures = {"sentiment.png", "two_objectives.png", "sentences.png", "sentences_and_adapter.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} >= figures | {"sentences_on_base.png"}
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.jsonl")}
     assert len(kept) > 30
 

@@ -19,6 +19,8 @@ AT_SAME_KL = (
     "GenARM: Eq. 5, Eq. 7 (the paper)",
 )
 INTEL = "Intel, 1 core"  # the processor of most of the decoding times
+OF_SENTENCE = "Steering by a sentence"
+ON_QWEN = f"{OF_SENTENCE}: Qwen2.5-Coder-0.5B-Instruct"
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -298,6 +300,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "judges": partial(of_report, "Harmlessness", "### Judges"),
     "matched_kl": matched_kl,
     "matched_kl_harmlessness": partial(matched_kl_and_base, "Harmlessness"),
+    "sentence": partial(of_report, OF_SENTENCE, "### For positive answers, by strength"),
+    "sentence_and_adapter": partial(of_report, OF_SENTENCE, "### A sentence or an adapter"),
+    "sentence_brevity": partial(of_report, OF_SENTENCE, "### For short answers, by strength"),
+    "sentence_differences": partial(differences, OF_SENTENCE),
+    "sentence_on_qwen": partial(of_report, ON_QWEN, "### For positive answers, by strength"),
+    "sentence_on_qwen_brevity": partial(of_report, ON_QWEN, "### For short answers, by strength"),
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
 
@@ -107,18 +108,24 @@ class Step:
 
 
 class Bench:
-    """Makes steps that keep adapters and answers in a folder, under names with a hash of all that they depend on."""
+    """
+    Makes steps that keep adapters and answers in a folder, under names with a hash of all that they depend on. The base
+    is SmolLM2-135M-Instruct, or else the one that is named.
+    """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, base: str | None = None, dtype: torch.dtype = torch.float32):
         self.output = output
-        self.model_path = demo_model()
+        self.model_path = demo_model() if base is None else base if Path(base).is_dir() else snapshot_download(base)
+        self._dtype = dtype
         self.tokenizer = AutoTokenizer.from_pretrained(self.model_path, padding_side="left")
-        self._base_key = fingerprint(Path(self.model_path), package_versions())
+        self._base_key = fingerprint(Path(self.model_path), package_versions(), *[dtype] * (dtype != torch.float32))
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base."""
-        return AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=self._dtype)
+        model.generation_config.repetition_penalty = None  # some models have one, and it would be part of the base
+        return model
 
     def training(self, name: str, task: Task, train: Callable[[Path], None], *settings: object) -> Step:
         """Returns the step that makes a folder of weights, by `train`, from the pairs and the settings."""

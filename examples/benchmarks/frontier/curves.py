@@ -8,6 +8,8 @@ from .bootstrap import N_RESAMPLES, interpolated, means
 
 OURS, DPO = "GenARM: DPO loss, ratio", "DPO, a training run per point"
 EQ7 = "GenARM: Eq. 5, Eq. 7 (the paper)"
+SENTENCE, BRIEF = "a sentence", "a sentence for brevity"
+ADAPTER, BOTH, TRAINED = "the published adapter", "sentence and adapter", "adapters of Sentiment"
 NAMES = {
     "DPO loss, ratio": OURS,
     "Eq. 5, ratio": "GenARM: Eq. 5, ratio",

@@ -37,6 +37,38 @@ def frontier(curves: Any, targets: np.ndarray, path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def strength(objectives: dict[str, tuple[Any, str, str]], path: Path, title: str) -> None:
+    """
+    Plots a measure, the divergence and the perplexity over the strength of a sentence, with 95 % intervals; the measure
+    also for each sentence, as a thin line. `objectives` has the curves and the measure of each method.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(len(objectives), 3, figsize=(10, 6), dpi=140, squeeze=False, sharex=True)
+    for row, colour, (name, (curves, what, _)) in zip(axes, COLOURS, objectives.items(), strict=False):
+        runs = curves.runs[name]
+        x = [0, *(point[0] for point in runs.points)]
+        for axis, measure in zip(row, (what, "kl", "perplexity"), strict=True):
+            y = np.concatenate([curves.mean("base", measure), curves.mean(name, measure)], axis=1)
+            low, high = np.quantile(y[1:], [0.025, 0.975], axis=0)
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(x, y[0], "o-", color=colour, markersize=4)
+            if measure == what:
+                for one in runs.values[what].mean(axis=1):
+                    axis.plot(x[1:], one, color=colour, linewidth=0.6, alpha=0.6)
+            axis.axvline(1, color="0.5", linestyle=":", linewidth=1)
+            axis.spines[["top", "right"]].set_visible(False)
+        labels = {"reward": "sentiment (VADER)", "words": "words in the answer"}
+        row[0].set_ylabel(labels[what])
+        row[1].set_ylabel("KL per answer, nats")
+        row[2].set_ylabel("perplexity under the base")
+    for axis in axes[-1]:
+        axis.set_xlabel("strength (1 is prompting)")
+    figure.suptitle(f"{title}: 95 % intervals over sentences and prompts; each sentence is a thin line", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def pareto(curves: Any, path: Path) -> None:
     """Plots reward over words, with one point per weighting."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,10 @@ import pandas as pd
 
 from ...small import output_folder, sized
 from .answers import load
-from .bootstrap import hypervolume, interval, means, shown
-from .curves import DPO, EQ7, NAMES, OURS, Curves, setting
-from .figures import frontier, pareto
+from .bootstrap import hypervolume, means, shown
+from .curves import ADAPTER, BOTH, BRIEF, DPO, EQ7, NAMES, OURS, SENTENCE, TRAINED, Curves
+from .figures import frontier, pareto, strength
+from .tables import bounded, by_sentence, by_strength, differences, levels, matched, seeds, table
 
 HERE = Path(__file__).parent
 # Nats per answer at which methods are compared
@@ -23,12 +24,14 @@ TARGETS = {
     "sentiment": np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0]),
     "detox": np.array([0.5, 1.0, 1.5, 2.0, 4.0, 8.0]),  # of 24 tokens
     "harmlessness": np.array([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]),
+    "sentences": np.array([2.0, 4.0, 8.0, 12.0, 16.0, 32.0]),
 }
 SEEDS_AT = {"sentiment": 8.0, "detox": 1.5, "harmlessness": 4.0}
 PERPLEXITIES = {
     "sentiment": (4.0, 8.0, 16.0, 24.0),
     "detox": (8.0, 16.0, 40.0, 64.0),
     "harmlessness": (4.0, 8.0, 16.0, 24.0),
+    "sentences": (16.0, 24.0, 40.0),
 }
 SMOKE = "**A smoke run: everything once, on a tiny model with random weights. The numbers mean nothing.**"
 SOUPS = "rewarded soups"
@@ -38,8 +41,8 @@ INTRODUCTION = """# Reward against divergence
 `python -m examples.benchmarks.frontier.run` sampled the answers in `results/`, and
 `python -m examples.benchmarks.frontier.report` made this report of them.
 
-**The base is one small model (SmolLM2-135M-Instruct), and the judges are programs. What holds here need not hold for
-large models and people's preferences.**
+**The base is one small model (SmolLM2-135M-Instruct, if a section names no other), and the judges are programs. What
+holds here need not hold for large models and people's preferences.**
 
 - *Ratio* steers by log π_r − log π_base (`reference="base"`), *Eq. 7* by log π_r, as the paper does. The points of such
   a curve differ in the strength α alone; there is one adapter per training seed.
@@ -50,91 +53,7 @@ large models and people's preferences.**
   learning rate."""
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
-
-
-def matched(curves: Curves, what: str, targets: np.ndarray) -> str:
-    """Returns the table of all methods at the same divergences."""
-    rows = []
-    for name, runs in curves.runs.items():
-        cells = reading(curves, name, targets, curves.at(name, what, targets))
-        rows += [[name, str(runs.n_seeds), *cells]] * any(cells)
-    return table(["", "training seeds", *(f"KL {target:g}" for target in targets)], rows)
-
-
-def reading(curves: Curves, name: str, targets: np.ndarray, values: np.ndarray, form: str = ".2f") -> list[str]:
-    """
-    Returns the cells of a row: values at the divergences. Those between the base and the first point get a `≥`, because
-    curves are bent, so that a straight line is too low.
-    """
-    first = curves.mean(name, "kl")[0].min()
-    cells = [shown(column, form) for column in values.T]
-    return ["≥ " * bool(cell and target < first) + cell for cell, target in zip(cells, targets, strict=True)]
-
-
-def differences(curves: Curves, pairs: list[tuple[str, str]], targets: np.ndarray) -> str:
-    """Returns the table of paired differences, where the method that is subtracted was measured on both sides."""
-    rows = []
-    for one, other in pairs:
-        if one in curves.runs and other in curves.runs:
-            gap = curves.at(one, "reward", targets) - curves.at(other, "reward", targets)
-            gap[:, curves.mean(other, "kl")[0].min() > targets] = np.nan
-            cells = reading(curves, one, targets, gap, "+.2f")
-            rows += [[one, other, *cells]] * any(cells)
-    return table(["", "minus", *(f"KL {target:g}" for target in targets)], rows)
-
-
-def bounded(curves: Curves, bounds: tuple[float, ...]) -> str:
-    """Returns the table of the highest reward among the settings whose perplexity is within a bound."""
-    rows = []
-    for name, runs in curves.runs.items():
-        reward, perplexity, cells = curves.mean(name, "reward"), curves.mean(name, "perplexity")[0], []
-        for bound in bounds:
-            within = [index for index in range(len(runs.points)) if perplexity[index] <= bound]
-            best = max(within, key=lambda index: reward[0, index], default=None)
-            cells.append("" if best is None else f"{shown(reward[:, best])} ({setting(name, runs.points[best])})")
-        rows.append([name, *cells])
-    return table(["", *(f"at most {bound:g}" for bound in bounds)], rows)
-
-
-def levels(curves: Curves, names: list[str]) -> str:
-    """Returns the table of all settings of some methods."""
-    rows = []
-    for name in names:
-        measures = [
-            (curves.mean(name, what), form)
-            for what, form in (("reward", ".2f"), ("second", ".2f"), ("kl", ".1f"), ("perplexity", ".1f"))
-        ]
-        words, ended = curves.mean(name, "words"), curves.mean(name, "ended")
-        runs = curves.runs[name] if name != "base" else curves.base
-        for index, point in enumerate(runs.points):
-            cells = [shown(values[:, index], form) for values, form in measures]
-            cells += [f"{interval(words[:, index])[0]:.1f}", f"{interval(ended[:, index])[0]:.0%}"]
-            distinct = runs.distinct[index]  # NaN, where no answer has two words
-            rows.append([name, setting(name, point), *cells, "" if np.isnan(distinct) else f"{distinct:.2f}"])
-    header = ["", "", "reward", "second judge", "KL per answer, nats", "perplexity under the base", "words", "ended"]
-    return table([*header, "distinct-2"], rows)
-
-
-def seeds(curves: Curves, target: float) -> list[str]:
-    """Returns the section on single training runs, for methods that have several."""
-    rows = []
-    for name, runs in curves.runs.items():
-        if runs.n_seeds > 1:
-            cells = [curves.of_seed(name, seed, "reward", target) for seed in range(runs.n_seeds)]
-            if not np.isnan(cells).all():
-                rows.append([name, *("" if np.isnan(x) else f"{x:.2f}" for x in cells)])
-    if not rows:
-        return []
-    width = max(len(row) for row in rows)
-    rows = [row + [""] * (width - len(row)) for row in rows]
-    title = f"### Training seeds\n\nReward at KL {target:g} of each training run."
-    return [title, table(["", *(f"seed {seed}" for seed in range(width - 1))], rows)]
-
-
-def header(about: dict, n_prompts: int) -> list[str]:
+def header(about: dict, n_prompts: int, resampled: str = "training seeds") -> list[str]:
     """Returns the paragraphs that every section begins with."""
     length = f"{about['size']['max_new_tokens']} tokens"
     length = f"answers to their end, or {length}" if about["is_chat"] else f"continuations of {length}"
@@ -142,7 +61,7 @@ def header(about: dict, n_prompts: int) -> list[str]:
         f"## {about['title']}",
         about["described"],
         f"{n_prompts} test prompts, which no setting was chosen on; {length}. Intervals are 95 % intervals from 2,000 "
-        "resamples of training seeds and prompts together. *Distinct-2*: take one answer to each prompt; it is the "
+        f"resamples of {resampled} and prompts together. *Distinct-2*: take one answer to each prompt; it is the "
         "share of different pairs among all pairs of adjacent words.",
     ]
 
@@ -259,12 +178,69 @@ def two_objectives(about: dict, rows: pd.DataFrame, folder: Path) -> str:
     )
 
 
-SECTIONS = {"sentiment": rewards, "detox": rewards, "harmlessness": harmlessness, "two_objectives": two_objectives}
+def sentences(about: dict, rows: pd.DataFrame, folder: Path) -> str:
+    """Returns the section on steering by a sentence, where it stands next to an adapter if there is one."""
+    of_brevity = rows["method"] == BRIEF
+    positive, brief = Curves(rows[~of_brevity]), Curves(rows[of_brevity | (rows["method"] == "base")])
+    figures, name, targets = folder / "figures", about["name"], TARGETS["sentences"]
+    objectives = {SENTENCE: (positive, "reward", ".2f"), BRIEF: (brief, "words", ".1f")}
+    strength(objectives, figures / f"{name}.png", about["title"])
+    parts = [
+        *header(about, positive.n_prompts, "sentences"),
+        f"![Strength of a sentence](figures/{name}.png)",
+    ]
+    for method, (curves, what, form) in objectives.items():
+        texts = rows[rows["method"] == method].drop_duplicates("seed").sort_values("seed")["sentence"]
+        parts += [
+            f"### {'For positive answers' if what == 'reward' else 'For short answers'}, by strength",
+            by_strength(curves, method, what, form),
+            "Each sentence:",
+            by_sentence(curves, method, what, list(texts), form),
+        ]
+    if len(positive.runs) > 1:
+        frontier(positive, targets, figures / f"{name}_and_adapter.png", about["title"])
+        pairs = [(one, other) for other in (ADAPTER, TRAINED) for one in (SENTENCE, BOTH)] + [(BOTH, SENTENCE)]
+        parts += [
+            "### A sentence or an adapter, at matched divergence",
+            f"*{ADAPTER.capitalize()}* is [this one](../../../model_cards/arm-smollm2-135m-sentiment/README.md); its "
+            f"runs differ in the samples only. *{TRAINED}* are the runs of *DPO loss, ratio* above. In *{BOTH}* "
+            "each has half the strength that it has alone; the strength shown is that of the sentence alone.",
+            f"![Reward against divergence](figures/{name}_and_adapter.png)",
+            matched(positive, "reward", targets, "sentences or runs"),
+            "Differences, paired by prompt:",
+            differences(positive, pairs, targets),
+            "By the second judge:",
+            matched(positive, "second", targets, "sentences or runs"),
+            f"Among the settings whose answers have at most this perplexity under the base (its own have "
+            f"{positive.mean('base', 'perplexity')[0, 0]:.1f}), the one with the highest reward:",
+            bounded(positive, PERPLEXITIES["sentences"]),
+        ]
+    return "\n\n".join([*parts, "### Every setting", levels(positive, ["base", *positive.runs])])
+
+
+def trained_adapters(rows: pd.DataFrame, n_prompts: int) -> pd.DataFrame:
+    """Returns the answers of the section on sentiment by adapters that a sentence is compared with."""
+    is_one = (rows["split"] == "test") & (rows["method"] == "DPO loss, ratio") & (rows["prompt"] < n_prompts)
+    return rows[is_one].assign(method=TRAINED)
+
+
+SECTIONS = {
+    "sentiment": rewards,
+    "detox": rewards,
+    "harmlessness": harmlessness,
+    "two_objectives": two_objectives,
+    "sentences": sentences,
+    "sentences_on_base": sentences,
+}
 
 
 def write(results: Path, output: Path) -> Path:
     """Writes the report on all files of answers in a folder, and returns its path."""
     files = {name: load(path) for name in SECTIONS if (path := results / f"{name}.jsonl.gz").exists()}
+    if "sentiment" in files and "sentences" in files:  # they have the same base and prompts
+        about, rows = files["sentences"]
+        trained = trained_adapters(files["sentiment"][1], rows["prompt"].nunique())
+        files["sentences"] = about, pd.concat([rows, trained], ignore_index=True)
     text = [SMOKE] * any(about["is_smoke"] for about, _ in files.values()) + [INTRODUCTION]
     for name, (about, rows) in files.items():
         text += [SECTIONS[name](about, rows, output), footer(about)]

@@ -5,6 +5,7 @@ Reward against divergence: GenARM, DPO, ARGS, best of n and others on SmolLM2-13
     python -m examples.benchmarks.frontier.run                  # hours; it can be stopped and resumed
     python -m examples.benchmarks.frontier.run --size smoke     # a minute: everything, on a tiny model
     python -m examples.benchmarks.frontier.run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz   # pairs of HH-RLHF
+    python -m examples.benchmarks.frontier.run --only sentences sentences_on_base   # the second one on `--base`
 
 Every training run and every file of answers is kept in the output folder, under a name with a hash of all that it
 depends on, so that nothing is done twice. Start it twice to use two cores. At the end, all answers with their scores
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
@@ -29,14 +31,14 @@ from hf_genarm.hub.info import package_versions
 from ...pairs import HH_RLHF
 from ...small import output_folder, sized
 from ..measuring import machine
-from . import detox, harmlessness, report, sentiment, two_objectives, weak_to_strong
+from . import detox, harmlessness, report, sentences, sentiment, two_objectives, weak_to_strong
 from .bench import Bench, Step, Task
 from .plan import dev_steps, test_steps
 from .settings import SIZES, Size
 
 
 def experiments(
-    bench: Bench, size: Size, hh_rlhf: str
+    bench: Bench, size: Size, hh_rlhf: str, base: str
 ) -> dict[str, tuple[Callable[[], Task], list[Callable[[Bench, Task], list[Step]]]]]:
     """Returns for each experiment what makes its task, and the plans that list its steps."""
     accuracies = partial(harmlessness.accuracy_steps, dataset=hh_rlhf)
@@ -45,6 +47,8 @@ def experiments(
         "two_objectives": (partial(two_objectives.task, size), [two_objectives.steps]),
         "detox": (partial(detox.task, size), [dev_steps, test_steps]),
         "harmlessness": (partial(harmlessness.task, size, bench, hh_rlhf), [test_steps, accuracies]),
+        "sentences": (partial(sentences.task, size), [partial(sentences.steps, has_adapter=True)]),
+        "sentences_on_base": (partial(sentences.task, size, base), [partial(sentences.steps, has_adapter=False)]),
     }
 
 
@@ -91,6 +95,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default=sized("laptop", "smoke"))
     parser.add_argument("--only", nargs="+", choices=report.SECTIONS, default=["sentiment", "two_objectives"])
     parser.add_argument("--hh-rlhf", default=HH_RLHF, help="Hub id, or a file of HH-RLHF's pairs")
+    parser.add_argument(
+        "--base", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="Hub id or folder of the base of `sentences_on_base`"
+    )
     parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"])
     parser.add_argument("--output", type=output_folder, help="folder for everything (outputs/frontier/SIZE)")
     args = parser.parse_args()
@@ -100,9 +107,10 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    bench = Bench(output / "kept")
     for name in args.only:
-        make, plans = experiments(bench, SIZES[args.size], args.hh_rlhf)[name]
+        other = args.base if name == "sentences_on_base" and not is_smoke() else None
+        bench = Bench(output / "kept", other, torch.bfloat16 if name.startswith("sentences") else torch.float32)
+        make, plans = experiments(bench, SIZES[args.size], args.hh_rlhf, args.base)[name]
         task = make()
         steps = [step for plan in plans for step in plan(bench, task)]
         run([step for step in steps if step.about["split"] in {"pairs", *args.split}])

@@ -18,6 +18,7 @@ class Size:
         n_best_of: numbers of answers from which the best one is taken.
         n_particles: particles of sequential Monte Carlo.
         n_rollout_prompts: prompts for Transfer-Q, whose rollouts are slow; its answers have at most 24 tokens.
+        n_sentences, n_sentence_prompts: sentences for each objective, and the test prompts that they are tried on.
     """
 
     n_pairs: int = 128
@@ -30,6 +31,8 @@ class Size:
     n_best_of: tuple[int, ...] = (4, 16)
     n_particles: int = 4
     n_rollout_prompts: int = 6
+    n_sentences: int = 5
+    n_sentence_prompts: int = 8
 
 
 SIZES = {
@@ -44,6 +47,8 @@ SIZES = {
         n_best_of=(2,),
         n_particles=2,
         n_rollout_prompts=2,
+        n_sentences=2,
+        n_sentence_prompts=3,
     ),
     "laptop": Size(),
 }
@@ -117,3 +122,25 @@ WEAK = (0.5, 1.0, 2.0)  # strengths of the weak reward model
 # Two objectives: the weight of the first, and the strength that they share
 WEIGHTINGS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STRENGTHS_OF_TWO = (1.0, 2.0)
+
+# Steering by a sentence: how users might put it. All were written before the first answer was sampled, and none was
+# left out afterwards.
+SENTENCES = {
+    "sentiment": (
+        "You are a cheerful person who sees the good side of everything.",
+        "Answer with great enthusiasm and delight.",
+        "Be very positive, warm and full of praise.",
+        "You love everything that you are asked about.",
+        "Sound happy and optimistic in every answer.",
+    ),
+    "brevity": (
+        "Answer in as few words as possible.",
+        "Be extremely brief.",
+        "Keep every answer very short.",
+        "You are a person of few words.",
+        "Reply with one short phrase.",
+    ),
+}
+SENTENCE_STRENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # 1 is prompting
+# As many; by its card, the adapter is as far from the base at a quarter to a half of these.
+PUBLISHED_STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
