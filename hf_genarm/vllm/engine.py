@@ -80,7 +80,7 @@ def load_guidance(vllm_config: VllmConfig, device: torch.device) -> tuple[BatchG
         and_served=config.n_sentences > 0,
     )
     n_texts = dict.fromkeys(loaded, 1)  # for each request
-    reader = loaded[-1] if config.n_sentences else None
+    reader: Any = loaded[-1] if config.n_sentences else None
     if reader is not None:
         n_texts[reader] = config.n_sentences
     per_token = sum(n * x.lm.bytes_per_token for x, n in n_texts.items())

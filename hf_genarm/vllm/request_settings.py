@@ -304,7 +304,7 @@ def divergence(value: Any, n_rewards: int) -> float:
     return float(value)
 
 
-RULES = {"alpha": strengths, "target_kl": divergence}
+RULES: dict[str, Any] = {"alpha": strengths, "target_kl": divergence}
 
 
 @lru_cache

@@ -91,7 +91,7 @@ class _Renderer:
                     f"one text for each request, or the token ids of what the sentence reads in `{PROMPTS}`."
                 )
             return await self._ids({"prompt": in_text(prompt, sentence)})
-        messages = self._request.get("messages")
+        messages: Any = self._request.get("messages")
         if not _is_chat(messages):
             raise ValueError(f"`messages` is {shown(messages)}, but must be a chat that a sentence can be put into.")
         for has_system_messages in (True, False):
