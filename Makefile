@@ -1,5 +1,5 @@
 # The commands of CONTRIBUTING.md, which CI runs too. `bash .ci/run` does all of it in a fresh environment.
-.PHONY: test lint docs api
+.PHONY: test lint docs api pictures
 
 test: # the default suite
 	pytest -n auto
@@ -15,3 +15,7 @@ docs: # the site, into outputs/site
 
 api: # tests/api.txt, after a public name or argument was changed on purpose
 	python docs/.build/api.py
+
+pictures: # of the playground, into docs/images; needs chromium and chromium-driver
+	pytest -m slow tests/test_browser.py -k pictures_of_the_readme
+	cp screenshots/playground-wide-light.png docs/images/playground-light.png

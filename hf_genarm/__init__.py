@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .training.config import AutoregressiveRewardConfig
     from .training.trainer import AutoregressiveRewardTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AutoregressiveRewardConfig",

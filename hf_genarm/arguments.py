@@ -34,13 +34,13 @@ def as_number(name: str, value: Any, rule: str) -> float:
         raise TypeError(f"`{name}` is {shown(value)}, but must be {rule}.") from error
 
 
-def as_whole_number(name: str, value: Any, rule: str, least: int = 1) -> int:
+def as_whole_number(name: str, value: Any, rule: str, least: int = 1, most: int = 2**63 - 1) -> int:
     """
     Returns a whole number, as for [`as_number`].
 
     Raises:
         TypeError: if it is none.
-        ValueError: if it is less than `least`, or doesn't fit into 64 bits.
+        ValueError: if it is less than `least` or more than `most`, which by default is what fits into 64 bits.
     """
     try:
         if isinstance(value, bool):
@@ -48,7 +48,7 @@ def as_whole_number(name: str, value: Any, rule: str, least: int = 1) -> int:
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`{name}` is {shown(value)}, but must be {rule}.") from error
-    if not least <= number < 2**63:
+    if not least <= number <= most:
         raise ValueError(f"`{name}` is {value}, but must be {rule}.")
     return number
 

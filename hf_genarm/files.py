@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,10 @@ def whole(path: str | Path) -> Iterator[Path]:
     try:
         yield Path(folder, path.name)
         os.replace(Path(folder, path.name), path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as where the disk is full
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -53,3 +57,18 @@ def make_output_dir(folder: str | Path) -> None:
         ) from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"`{folder}` can't be the folder of the results: it can't be written to. Name another one.")
+
+
+def refuse_overwriting(folder: str | Path, names: Iterable[str]) -> None:
+    """
+    Refuses a folder with results in it, which took hours to make.
+
+    Raises:
+        ValueError: if the folder has one of these files.
+    """
+    there = [name for name in names if Path(folder, name).exists()]
+    if there:
+        raise ValueError(
+            f"`{folder}` has a `{there[0]}` already, which would be overwritten. Name another `--output_dir`, add "
+            "`--overwrite_output_dir`, or go on from a checkpoint with `--resume_from_checkpoint`."
+        )

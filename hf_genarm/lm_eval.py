@@ -13,6 +13,7 @@ from .decoding.vocab import vocab_maps
 from .demo import DEMO_MODEL_ID, demo_model
 from .functional import guided_product
 from .hub.base_model import named_base, where_and_how
+from .hub.reward_model import AutoregressiveRewardModel
 
 
 @register_model("hf-genarm")
@@ -28,8 +29,11 @@ class GuidedHFLM(HFLM):
     Args:
         pretrained (`str`, *optional*):
             Hub id or folder of the base. Defaults to the one that the reward models name.
-        arm (`str` or list of `str`):
+        arm (`str` or list of `str`, *optional*):
             Hub ids or folders of reward models.
+        sentence (`str` or list of `str`, *optional*):
+            Sentences to steer by, after the reward models. Each is read, with a blank line, before the text of a
+            request.
         alpha (`float` or list of `float`, *optional*):
             Strength of all of them, or one for each. At 0, all numbers are those of `hf`. Defaults to what they
             recommend, or else 1.
@@ -40,8 +44,11 @@ class GuidedHFLM(HFLM):
             All other arguments of `hf`, such as `device`, `dtype` and `parallelize` for the base.
 
     Raises:
-        ValueError: if the base is not decoder-only, or `alpha` or the vocabularies don't fit.
+        ValueError: if the base is not decoder-only, `alpha` or the vocabularies don't fit, or there is nothing to steer
+            by; in a call, if a chat template is applied next to a sentence.
     """
+
+    _longest_prefix = 0  # of a sentence, in tokens; read before it is known
 
     def __init__(
         self,
@@ -49,20 +56,28 @@ class GuidedHFLM(HFLM):
         arm: str | list[str] | None = None,
         alpha: float | list[float] | None = None,
         reference: Literal["auto", "base"] | None = "auto",
+        sentence: str | list[str] | None = None,
         **kwargs: Any,
     ):
         if reference not in (None, "auto", "base"):
             raise ValueError(f"`reference` is {reference!r}, but must be 'auto', 'base' or None.")
-        if not arm:
-            raise ValueError("`arm` is missing: the Hub id or folder of a reward model, or a list of them.")
-        names = names_of(arm)
-        if pretrained is None:
+        if not arm and not sentence:
+            raise ValueError(
+                "`arm` is missing: the Hub id or folder of a reward model, or a list of them; or `sentence`."
+            )
+        names = names_of(arm) if arm else []
+        sentences = [sentence] if isinstance(sentence, str) else list(sentence or [])
+        if pretrained is None and not names:
+            pretrained = DEMO_MODEL_ID
+        elif pretrained is None:
             pretrained, revision = named_base(names)
             kwargs.setdefault("revision", revision or "main")
         super().__init__(demo_model() if pretrained == DEMO_MODEL_ID else pretrained, **kwargs)
         print(f"Base: `{pretrained}` {where_and_how(self.model)}", flush=True)
         trust = bool(kwargs.get("trust_remote_code"))
         arms, _ = load_reward_models(names, self.model, self.tokenizer, trust_remote_code=trust)
+        arms += [AutoregressiveRewardModel.from_sentence(x, self.model, self.tokenizer) for x in sentences]
+        names += sentences
         parts = assemble(arms, names, self.model, self.tokenizer, alpha, reference)
         if parts.reference not in (None, "base"):
             raise ValueError(
@@ -71,8 +86,47 @@ class GuidedHFLM(HFLM):
             )
         self._processor = GenARMLogitsProcessor(**vars(parts))
         self._arms = [loaded.model for loaded in arms]
+        self._prefixes = [self._prefix(loaded.info.sentence) for loaded in arms]
+        self._longest_prefix = max(map(len, self._prefixes))
         self._vocab_maps = vocab_maps(self.tokenizer, parts.reward_tokenizer, len(arms))
         self._is_contrasted = parts.reference is not None
+
+    def _prefix(self, sentence: str | None) -> Tensor:
+        """Returns the tokens of a sentence and a blank line; none for a reward model that reads texts as they are."""
+        text = "" if sentence is None else f"{sentence}\n\n"
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+    @property
+    def max_length(self) -> int:
+        """The longest text, in tokens, that the base can read after each of the sentences."""
+        return super().max_length - self._longest_prefix
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """Applies the chat template, unless there is a sentence, whose place would be inside of it."""
+        if self._longest_prefix:
+            raise ValueError(
+                "A sentence is read before the plain text of a request here, but the chat template is applied, in "
+                "which its place is the system message. Leave out `--apply_chat_template`, or the sentence."
+            )
+        return super().apply_chat_template(*args, **kwargs)
+
+    def _with_prefix(self, index: int, input_ids: Tensor, first: list[int]) -> Tensor:
+        """
+        Puts the sentence of a reward model into texts, where they begin, after a token that begins all texts.
+
+        Args:
+            index (`int`):
+                Which reward model.
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+                The texts.
+            first (list of `int`):
+                The column at which each begins.
+        """
+        prefix, rows = self._prefixes[index].to(input_ids.device), []
+        for row, start in zip(input_ids, first, strict=True):
+            start += int(row[start] == self.prefix_token_id)
+            rows.append(torch.cat([row[:start], prefix, row[start:]]))
+        return torch.stack(rows)
 
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -99,10 +153,11 @@ class GuidedHFLM(HFLM):
         vocab_map = self._vocab_maps[index]
         if vocab_map is not None:
             input_ids = vocab_map.reward_ids(input_ids, torch.ones_like(input_ids))
+        input_ids = self._with_prefix(index, input_ids, [0] * len(input_ids))
         with torch.autocast(
             self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         ):
-            return self._arms[index](input_ids).logits
+            return self._arms[index](input_ids).logits[:, len(self._prefixes[index]) :]
 
     def _log_probs(self, index: int, logits: Tensor, vocab_size: int) -> Tensor:
         """Returns the log-probabilities of one text for the tokens of the base, `(length, vocab_size)`."""
@@ -112,6 +167,17 @@ class GuidedHFLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """Generates as the harness does, with the processor."""
+        mask = generation_kwargs["attention_mask"]
+        first = mask.argmax(dim=1).tolist()
+        self._processor.prompts = [
+            {
+                "input_ids": self._with_prefix(index, context, first),
+                "attention_mask": torch.cat([mask, mask.new_ones(len(mask), len(prefix))], dim=1),
+            }
+            if len(prefix)
+            else None
+            for index, prefix in enumerate(self._prefixes)
+        ]
         return super()._model_generate(
             context, max_length, stop, logits_processor=[self._processor], **generation_kwargs
         )

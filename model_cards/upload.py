@@ -9,13 +9,14 @@ Cards are published with the names that the models have on the Hub. What is ther
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
+
+from hf_genarm.scripts.publish import upload, write_upload
 
 HERE = Path(__file__).parent
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "genarm_config.json"}
@@ -26,17 +27,14 @@ def folder_as_published(name: str, namespace: str, parent: Path) -> Path:
     Returns a copy whose card has the name on the Hub.
 
     Raises:
-        ValueError: if a file is missing, or the card has no metadata that can be read.
+        ValueError: if a file is missing, or the card has no results or no licence.
     """
-    folder = Path(shutil.copytree(HERE / name, parent / name))
-    if missing := FILES - {path.name for path in folder.iterdir()}:
+    if missing := FILES - {path.name for path in (HERE / name).iterdir()}:
         raise ValueError(f"`{HERE / name}` lacks {', '.join(sorted(missing))}. Make it again, by `make_*.py`.")
-    card = ModelCard.load(folder / "README.md")
-    if not card.data.eval_results or not card.data.license:
-        raise ValueError(f"The card of `{name}` has no license or no results. Make it again, by `make_*.py`.")
-    text = card.content.replace(f"model_cards/{name}", f"{namespace}/{name}")
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return folder
+    card = write_upload(HERE / name, parent / name, f"{namespace}/{name}")
+    if not card.data.eval_results:
+        raise ValueError(f"The card of `{name}` has no results. Make it again, by `make_*.py`.")
+    return parent / name
 
 
 def publish(namespace: str, is_dry_run: bool) -> None:
@@ -55,10 +53,8 @@ def publish(namespace: str, is_dry_run: bool) -> None:
             ModelCard.load(folder / "README.md").validate()
         shelf = api.create_collection(namespace=namespace, exists_ok=True, **collection)
         for name, folder in folders.items():
-            repo = api.create_repo(f"{namespace}/{name}", exist_ok=True)
-            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Upload reward model")
-            api.add_collection_item(shelf.slug, repo.repo_id, "model", note=notes[name], exists_ok=True)
-            print(repo)
+            print(upload(folder, f"{namespace}/{name}"))
+            api.add_collection_item(shelf.slug, f"{namespace}/{name}", "model", note=notes[name], exists_ok=True)
         print(shelf.url)
 
 

@@ -1,10 +1,14 @@
 """What several test files do: run `generate` and commands, compare what comes out, write pairs, compute losses."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
+import runpy
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,40 @@ def run_command(*command: object, cwd: Path = ROOT, **environment: str) -> str:
             f"`{' '.join(map(str, command))}` exits with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         )
     return done.stdout
+
+
+def run_script(
+    module: str, *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """What `python -m module` does in a folder with scripts, in this process, which has imported the libraries."""
+
+    def of_scripts():
+        return [name for name in sys.modules if name.split(".")[0] in ("examples", "model_cards")]
+
+    code: object = None
+    before = {name: sys.modules.pop(name) for name in of_scripts()}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        patch.chdir(cwd)
+        patch.syspath_prepend(cwd)
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        patch.setattr(sys, "dont_write_bytecode", True)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for name in of_scripts():
+                del sys.modules[name]
+            sys.modules.update(before)
+    message = f"{code}\n" if isinstance(code, str) else ""
+    code = 1 if message else code or 0
+    return subprocess.CompletedProcess([module, *arguments], code, printed.getvalue(), said.getvalue() + message)
 
 
 def run(*arguments):

@@ -4,8 +4,17 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub.utils import _http
+from transformers import dynamic_module_utils
+from transformers.utils import hub
 
 TOKEN = "hf_test"
 
@@ -202,6 +211,40 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         return self._reply(status, data, headers)
+
+
+def in_environment(
+    server: HubServer, home: Path, token: str | None = TOKEN, is_offline: bool = False
+) -> dict[str, str]:
+    """Variables by which the client of the Hub in another process talks to the server, with a cache of its own."""
+    offline = {"HF_HUB_OFFLINE": str(int(is_offline)), "TRANSFORMERS_OFFLINE": str(int(is_offline))}
+    where = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return offline | where | ({"HF_TOKEN": token} if token else {})
+
+
+def connect(
+    patch: pytest.MonkeyPatch, server: HubServer, home: Path, token: str | None = TOKEN, is_offline: bool = False
+) -> None:
+    """Does the same for the client in this process, which has read its variables already, and lets it never wait."""
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        patch.delenv(name, raising=False)
+    for name, value in in_environment(server, home, token, is_offline).items():
+        patch.setenv(name, value)
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": is_offline,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }.items():
+        patch.setattr(constants, name, value)
+    patch.setattr(hf_api.api, "endpoint", server.url)
+    patch.setattr(hub, "_hf_api", None, raising=False)  # which is made once, by transformers from 5.24 on
+    patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
+    for module in (_http, file_download):
+        patch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
 
 
 def _oid(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What guided decoding should return, recomputed from scratch: no cache, one row at a time, no padding, float64."""
+"""What guided decoding should return, recomputed from scratch: no cache, no padding, float64."""
 
 import torch
 from transformers import LogitsProcessor
@@ -6,9 +6,28 @@ from transformers import LogitsProcessor
 
 def next_token_log_probs(model, row: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the token after one unpadded row, `(vocab_size,)`."""
-    with torch.no_grad():
-        logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, -1]
-    return logits.cpu().double().log_softmax(dim=-1)
+    return log_probs_after(model, [row])[0]
+
+
+def log_probs_after(model, rows: list[torch.Tensor]) -> torch.Tensor:
+    """The same after several rows, `(n_rows, vocab_size)`; those of one length, such as beams, are read at once."""
+    result: dict[int, torch.Tensor] = {}
+    for length in {len(row) for row in rows}:
+        indices = [index for index, row in enumerate(rows) if len(row) == length]
+        input_ids = torch.stack([rows[index] for index in indices]).to(model.device)
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, use_cache=False).logits[:, -1]
+        result |= zip(indices, logits.cpu().double().log_softmax(dim=-1), strict=True)
+    return torch.stack([result[index] for index in range(len(rows))])
+
+
+def unpadded(input_ids: torch.Tensor, prompt_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """The rows of a batch without the padding of their prompts; rows of one prompt follow each other."""
+    if prompt_mask is None:
+        return list(input_ids)
+    masks = prompt_mask.bool().repeat_interleave(len(input_ids) // len(prompt_mask), dim=0)
+    length = masks.shape[1]
+    return [torch.cat([row[:length][mask], row[length:]]) for row, mask in zip(input_ids, masks, strict=True)]
 
 
 def guided(base_log_probs: torch.Tensor, rewards: list[torch.Tensor], alphas: list[float]) -> torch.Tensor:
@@ -29,12 +48,10 @@ class Recompute(LogitsProcessor):
         self.models, self.alphas, self.prompt_mask = models, alphas, prompt_mask
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for index, row in enumerate(input_ids):
-            if self.prompt_mask is not None:
-                mask = self.prompt_mask[index // (len(input_ids) // len(self.prompt_mask))].bool()
-                row = torch.cat([row[: len(mask)][mask], row[len(mask) :]])
-            rewards = [next_token_log_probs(model, row) for model in self.models]
+        texts, rows = unpadded(input_ids, self.prompt_mask), []
+        of_models = [log_probs_after(model, texts) for model in self.models]
+        for index in range(len(texts)):
+            rewards = [of_model[index] for of_model in of_models]
             alphas = self.alphas
             if isinstance(alphas, torch.Tensor):
                 alphas = alphas[index // (len(input_ids) // len(alphas))].tolist()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from tiny import BOS, EOS, PAD, VOCAB_SIZE, left_padded, tiny_llama
+from tiny import SIZES as TINY_SIZES
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
 from hf_genarm.hub.kv_cache import CACHE
@@ -177,15 +178,7 @@ class Architecture:
 
 
 TOKENS = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-SIZES = TOKENS | {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-}
+SIZES = TINY_SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 1, "max_position_embeddings": 256}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.4}
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}

@@ -16,7 +16,6 @@ def test_the_baseline_has_the_products_of_joint_passes_and_the_logits_of_the_bas
         return product(layer, x)
 
     monkeypatch.setattr(joint_network, "_linear", recorded)
-    monkeypatch.setattr(joint_network, "slow_for_few_rows", lambda: True)
     with torch.no_grad():
         before = model(prompts).logits
         with decode_cost.products_of_joint_passes(model):

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_genarm import RewardInfo, demo
-from hf_genarm.hub.info import INFO_NAME
+from hf_genarm import demo
+from hf_genarm.scripts.demo import SENTENCE
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
+from hf_genarm.playground.page import MAX_SENTENCES, SENTENCE_STRENGTH  # noqa: E402
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
@@ -30,9 +32,10 @@ ROOT = Path(__file__).parent.parent
 SCREENSHOTS = ROOT / "screenshots"
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 ARGUMENTS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
-SIZES = {"wide": (1280, 1500), "narrow": (390, 2600)}
-ALONE = ["#prompt", "#run", "#stop", "#unguided", "#guided", "#facts", "#strength-0", "#strength-1", "#strength-2"]
-ALONE += ["#temperature", "#seed", "#tokens", "#measure", "#picture", "#code", "#own"]
+SIZES = {"wide": (1440, 1500), "narrow": (390, 2600)}
+ALONE = ["#prompt", "#run", "#stop", "#new", "#sentence-0", "#sentence-strength-0", "#strength-0"]
+ALONE += ["#strength-1", "#strength-2", "#temperature", "#seed", "#tokens", "#reference", "#asked", "#unguided"]
+ALONE += ["#guided", "#facts", "#measure", "#picture", "#code", "#own"]
 TIMEOUT = 180  # seconds; the machine may have other things to do
 
 
@@ -55,7 +58,6 @@ def wait_for(what, timeout=TIMEOUT):
 @contextlib.contextmanager
 def serving(command, folder, log):
     """The address of a server that runs meanwhile."""
-    demo.demo_model()
     port = free_port()
     environment = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
@@ -71,13 +73,25 @@ def serving(command, folder, log):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with serving(["tests/serve_tiny.py", str(folder)], ROOT, folder / "log") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def real_address(tmp_path_factory):
+    demo.demo_model()
     with serving(["-m", "hf_genarm.cli", "demo"], ROOT, tmp_path_factory.mktemp("demo") / "log") as address:
         yield address
 
 
 class Page:
-    def __init__(self, address, profile, size="wide", theme="light"):
+    def __init__(self, address, profile, size="wide", theme="light", unfolded=True):
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         width, height = SIZES[size]
@@ -88,10 +102,11 @@ class Page:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "narrow"}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(f"{address}/?__theme={theme}")
-        wait_for(lambda: self.all("#strength-0 input[type=range]") and self.all("#run"))
-        for accordion in self.all("button.label-wrap"):
-            accordion.click()
-        wait_for(lambda: self.all("#code") and self.all("#load"))
+        wait_for(lambda: self.all("#new textarea, #new input") and self.all("#run"))
+        if unfolded:
+            for accordion in self.all("button.label-wrap"):
+                accordion.click()
+            wait_for(lambda: all(self.all(x) for x in ("#seed", "#code", "#load")))
         time.sleep(1)  # until the session has begun
 
     def all(self, selector):
@@ -112,24 +127,35 @@ class Page:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
-    def to_the_end(self, index):
+    def to_the_end(self, slider):
         """Moves a slider to its lowest value, with the keyboard."""
-        self.all(f"#strength-{index} input[type=range]")[0].send_keys(webdriver.Keys.HOME)
+        self.all(f"{slider} input[type=range]")[0].send_keys(webdriver.Keys.HOME)
+
+    def ask(self, prompt):
+        """Asks, and waits until the answer before is gone."""
+        self.write("#prompt", prompt)
+        self.press("#run")
+        wait_for(lambda: prompt in self.text("#asked"))
 
     def run(self, prompt, seed=0, while_it_writes=None):
-        """Both answers, and the script of the guided one."""
-        self.write("#prompt", prompt)
+        """Both answers, once they are complete."""
         self.write("#seed", str(seed))
-        before = self.text("#facts")
-        self.press("#run")
+        self.ask(prompt)
         if while_it_writes is not None:
             while_it_writes()
-        wait_for(lambda: "sentiment" in self.text("#facts") and self.text("#facts") != before)
-        wait_for(lambda: "GenARMLogitsProcessor" in self.text("#code"))
+        self.complete()
         return self.answers()
 
+    def complete(self):
+        wait_for(lambda: "minus the base" in self.text("#facts") and "GenARMLogitsProcessor" in self.text("#code"))
+
+    def add(self, sentence):
+        field = self.all("#new textarea, #new input")[0]
+        field.send_keys(sentence, webdriver.Keys.ENTER)
+
     def answers(self):
-        return [self.text(f"#{side} .answer span") for side in ("unguided", "guided")]
+        """Both as far as they are written, without a character whose last bytes are missing."""
+        return [self.text(f"#{side} .answer span").rstrip("�") for side in ("unguided", "guided")]
 
     def picture(self, path):
         """Of the whole page."""
@@ -142,11 +168,11 @@ class Page:
 
 
 @pytest.fixture
-def open_page(address, tmp_path):
+def open_page(request, tmp_path):
     pages = []
 
-    def open_one(*args):
-        pages.append(Page(address, tmp_path / str(len(pages)), *args))
+    def open_one(*args, of="address"):
+        pages.append(Page(request.getfixturevalue(of), tmp_path / str(len(pages)), *args))
         return pages[-1]
 
     yield open_one
@@ -175,7 +201,7 @@ def test_two_answers_stream_and_a_slider_acts_from_then_on(open_page):
 
     def move():
         wait_for(lambda: 15 < len(page.answers()[1]) < len(guided) - 20 and guided.startswith(page.answers()[1]))
-        page.to_the_end(0)
+        page.to_the_end("#sentence-strength-0")
 
     still, moved = page.run(PROMPT, 1, move)
     assert still == unguided
@@ -194,9 +220,11 @@ def test_stop(open_page):
         seen.append(page.answers()[1])
 
     seen = []
+    page.write("#tokens", "256")
     _, guided = page.run("Tell me a long story about a train.", 0, stop)
     assert guided.startswith(seen[0])
-    assert len(guided.removeprefix(seen[0]).split()) <= 4
+    (n_tokens,) = {int(x.text) for x in page.all("#facts tr:nth-child(2) td")[1:]}
+    assert 2 < n_tokens < 200
 
 
 def test_html_stays_text_and_limits_are_said(open_page):
@@ -216,25 +244,76 @@ def test_html_stays_text_and_limits_are_said(open_page):
 
 def test_two_visitors_at_once(open_page):
     pages = [open_page(), open_page()]
-    pages[0].to_the_end(0)
-    pages[1].to_the_end(1)
+    pages[0].to_the_end("#strength-0")
+    pages[1].to_the_end("#strength-1")
     time.sleep(1)
     for page in pages:
-        page.write("#prompt", PROMPT)
-        page.press("#run")
+        page.ask(PROMPT)
     for page in pages:
-        wait_for(lambda: "processor.alpha" in page.text("#code"))  # noqa: B023
+        page.complete()
     strengths = [re.search(r"processor.alpha = (\[.*?\])", page.text("#code")).group(1) for page in pages]
-    recommended = RewardInfo.load(ROOT / "model_cards" / "arm-smollm2-135m-sentiment" / INFO_NAME).recommended
-    assert strengths == ["[-3.0, 0.0, 0.0]", f"[{recommended['alpha']}, -3.0, 0.0]"]
-    assert all(f'reference="{recommended["reference"]}"' in page.text("#code") for page in pages)
+    assert strengths == [f"[{SENTENCE_STRENGTH}, -3.0]"] * 2
+    for page, name in zip(pages, ("arm-0", "arm-1"), strict=True):
+        assert name in page.text("#code")
     assert pages[0].answers()[0] == pages[1].answers()[0]  # the same seed
     assert pages[0].answers()[1] != pages[1].answers()[1]
 
 
-def test_another_adapter(open_page, tmp_path):
+def test_sentences_are_added_edited_and_removed(open_page):
     page = open_page()
-    folder = shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-brevity", tmp_path / "my-arm")
+    assert page.all("#sentence-0 textarea")[0].get_attribute("value") == SENTENCE
+    assert not any(x.is_displayed() for x in page.all("#sentence-1"))
+    page.add("Answer like a pirate.")
+    wait_for(lambda: [x for x in page.all("#sentence-1 textarea") if x.is_displayed()])
+    page.write("#sentence-1", "Answer in German.")
+    page.press("#sentence-0 button")
+    wait_for(lambda: not any(x.is_displayed() for x in page.all("#sentence-0")))
+    unguided, guided = page.run(PROMPT)
+    assert unguided != guided
+    assert "“Answer in German.”, minus the base" in page.text("#facts")
+    assert "from_sentence('Answer in German.'" in page.text("#code")
+    assert SENTENCE not in page.text("#code")
+    page.press("#sentence-1 button")
+    for sentence in map(str, range(MAX_SENTENCES)):
+        page.add(sentence)
+        wait_for(lambda: [x for x in page.all("[id^=sentence-] textarea") if x.get_attribute("value") == sentence])  # noqa: B023
+    page.add("One too many.")
+    wait_for(lambda: f"room for {MAX_SENTENCES} sentences" in page.text("body"))
+    assert page.errors() == []
+
+
+def test_a_second_question_replaces_the_first(open_page):
+    page = open_page()
+    alone = page.run("Describe a rainy Monday.")
+    page.ask("Tell me a long story about a train.")
+    wait_for(lambda: len(page.answers()[1]) > 15)
+    story = page.answers()
+    page.ask("Describe a rainy Monday.")
+    assert all(not now.startswith(before) for before, now in zip(story, page.answers(), strict=True))
+    assert "GenARMLogitsProcessor" not in page.text("#code")
+    page.complete()
+    assert page.answers() == alone
+    assert page.errors() == []
+
+
+def test_who_waits_sees_a_place_in_the_queue_and_can_leave_it(open_page):
+    pages = [open_page(), open_page()]
+    pages[1].run(PROMPT)
+    for page in pages:
+        page.write("#tokens", "256")
+        page.ask("Tell me a long story about a train.")
+    wait_for(lambda: len(pages[0].answers()[1]) > 15)
+    wait_for(lambda: "queue: 1/1" in pages[1].text("#asked, #answers"))
+    assert pages[1].answers() == ["", ""]
+    pages[1].press("#stop")
+    wait_for(lambda: "queue:" not in pages[1].text("#answers"))
+    pages[0].complete()
+    assert pages[1].answers() == ["", ""]
+
+
+def test_another_adapter(open_page, folder, tmp_path):
+    page = open_page()
+    folder = shutil.copytree(folder / "arm-1", tmp_path / "my-arm")
     page.write("#own", str(folder))
     page.press("#load")
     wait_for(lambda: "my-arm" in page.text("#about"))
@@ -251,7 +330,7 @@ def test_nothing_overlaps(open_page, size, theme):
     page.run(PROMPT, 1)
     page.press("#picture .genarm-texts > div:nth-child(2) .genarm-token[tabindex]:nth-child(4)")
     SCREENSHOTS.mkdir(exist_ok=True)
-    page.picture(SCREENSHOTS / f"playground-{size}-{theme}.png")
+    page.picture(SCREENSHOTS / f"unfolded-{size}-{theme}.png")
     boxes = {}
     for selector in ALONE:
         for element in page.all(selector)[:1]:
@@ -271,12 +350,24 @@ def test_nothing_overlaps(open_page, size, theme):
     assert bottom <= chart["y"]
     width = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1]
-    for index in range(3):
-        rect = page.all(f"#strength-{index} input[type=range]")[0].rect
+    for slider in ("#sentence-strength-0", *(f"#strength-{index}" for index in range(3))):
+        rect = page.all(f"{slider} input[type=range]")[0].rect
         assert rect["width"] > 80
         assert rect["x"] >= 0
         assert rect["x"] + rect["width"] <= SIZES[size][0]
+        assert rect["y"] < boxes["#unguided"]["y"] or size == "wide"
     assert page.errors() == []
+
+
+@pytest.mark.parametrize(("size", "theme"), [*itertools.product(SIZES, ["light", "dark"])])
+def test_the_pictures_of_the_readme(open_page, size, theme):
+    """`make pictures` copies them to `docs/images`."""
+    page = open_page(size, theme, False, of="real_address")
+    page.ask(PROMPT)
+    wait_for(lambda: "minus the base" in page.text("#facts"), 600)
+    page.press("#picture .genarm-texts > div:nth-child(2) .genarm-token[tabindex]:nth-child(5)")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.picture(SCREENSHOTS / f"playground-{size}-{theme}.png")
 
 
 def test_an_exported_space_answers(tmp_path):
@@ -284,6 +375,7 @@ def test_an_exported_space_answers(tmp_path):
     space = tmp_path / "space"
     command = ["-m", "hf_genarm.cli", "demo", "--arm", "model_cards/arm-smollm2-135m-sentiment", "--export", str(space)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    demo.demo_model()
     with serving(["app.py"], space, tmp_path / "log") as address:
         page = Page(address, tmp_path / "profile")
         try:

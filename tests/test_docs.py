@@ -30,6 +30,7 @@ ELSEWHERE = {
     "hf-genarm tune --arm outputs/quickstart/adapter --prompts examples/data/sentiment/dev.jsonl "
     "--scorer examples.scorers:sentiment": "tests/test_tune.py",
     "hf-genarm demo --export FOLDER": "tests/test_playground.py",
+    "hf-genarm publish my-arm user/my-arm": "tests/test_publish.py",
 }
 
 
@@ -50,7 +51,8 @@ def session(page):
 def commands(page):
     """The command lines of `hf-genarm` in blocks and text, without those that only name a command."""
     return [
-        " ".join(command.split()) for command in re.findall(r"(?<![\w.-])hf-genarm [a-z-]+ -[^`#\n|]*", text_of(page))
+        " ".join(command.split())
+        for command in re.findall(r"(?<![\w.-])hf-genarm [a-z-]+ (?:-|my-arm )[^`#\n|]*", text_of(page))
     ]
 
 
@@ -147,7 +149,10 @@ def test_make_runs_the_commands_that_are_printed():
 
 
 def test_the_two_lines_are_the_same_everywhere():
-    assert blocks(README, "python")[0] == blocks(QUICKSTART, "python")[0]
+    sentence, trained = blocks(README, "python")
+    first, second, *_ = blocks(QUICKSTART, "python")
+    assert first == sentence
+    assert second.startswith(trained)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
@@ -249,6 +254,8 @@ def test_commands_run_as_printed(workspace, hub_cache):
     for command in OURS:
         if command.startswith("hf-genarm lm-eval") and not has_harness:
             continue  # which is in the extra `slow`
+        if "--output_dir my-arm" in command:
+            shutil.rmtree(workspace / "my-arm", ignore_errors=True)  # of the page before
         run_command(
             *shlex.split(command),
             cwd=workspace,
@@ -260,7 +267,7 @@ def test_commands_run_as_printed(workspace, hub_cache):
     assert (workspace / "evaluation" / "evaluation.json").exists()
 
 
-# What people ask, and the pages that answer it
+# What people type, and the sections that answer it
 QUESTIONS = {
     "which strength do I use": ("strength/", "questions/#which-strength-do-i-use"),
     "is it working": ("working/", "questions/#is-it-working"),
@@ -272,6 +279,25 @@ QUESTIONS = {
         "questions/#which-base-do-the-commands-steer-and-on-which-device",
     ),
     "what does it cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
+    "7B on a GPU": ("large_models/#a-7b-model-on-one-gpu", "questions/#does-it-run-on-a-gpu-with-a-7b-model"),
+    "other tokenizers": ("questions/#which-tokenizers-fit-together",),
+    "70B on several GPUs": ("large_models/#a-70b-model-on-several-gpus",),
+    "TRL's server": ("trl/#trls-vllm-server",),
+    "licences": ("licences/",),
+    "strength": ("strength/", "questions/#which-strength-do-i-use"),
+    "odd": ("questions/#why-is-my-text-odd",),
+    "serve": ("serving/", "questions/#how-do-i-serve-it"),
+    "DPO": ("migration/#dpo", "other_adapters/", "trl/#dpo-adapters"),
+    "cost": ("speed/#what-it-costs", "questions/#what-does-it-cost"),
+    "7B": ("large_models/#a-7b-model-on-one-gpu", "questions/#does-it-run-on-a-gpu-with-a-7b-model"),
+    "70B": ("large_models/#a-70b-model-on-several-gpus",),
+    "GPU": ("large_models/", "questions/#does-it-run-on-a-gpu-with-a-7b-model"),
+    "multi-GPU": ("large_models/", "questions/#how-do-i-steer-a-70b-model-on-several-gpus-multi-gpu"),
+    "tokenizer": ("questions/#which-tokenizers-fit-together",),
+    "TRL": ("trl/", "trl/#trls-vllm-server"),
+    "licence": ("licences/",),
+    "license": ("licences/",),
+    "colab": ("examples/", "examples/#start-here"),
 }
 
 

@@ -216,6 +216,7 @@ def test_other_dtypes(base, adapters, models, dtype):
     assert_same_distributions(output, generate(base, [Recompute([model], [1.0])], inputs, max_new_tokens=5), atol)
 
 
+@pytest.mark.slow  # the state machine tries other orders by default
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_one_instance_in_random_order(data, folder, adapters, models):

@@ -1,16 +1,19 @@
-"""A round trip over HTTP: the real client of the Hub against a small server, each step in a process of its own."""
+"""A round trip over HTTP: the real client of the Hub, in this process and (slow) in others, against a small server."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN
+from hub_server import TOKEN, connect, in_environment
 from tiny import save_adapter, tiny_llama
 
 HEADER = """
-import resource, signal, sys, torch
+import resource, signal, torch
 from transformers import AutoModelForCausalLM
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
 ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -20,24 +23,36 @@ def logits(arm):
 """
 
 
-@pytest.fixture
-def client(server, tmp_path):
-    """Runs a script with an empty cache of its own, and returns what it prints; on an error, the error."""
+def in_this_process(script, server, home, **options):
+    """What a script prints, or its error."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        connect(patch, server, home, **options)
+        try:
+            exec(script, {"__name__": "__main__"})
+        except Exception:
+            return traceback.format_exc().strip()
+    return printed.getvalue().strip()
+
+
+def in_a_process(script, server, home, **options):
+    """The same, from the beginning."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    environment |= in_environment(server, home, **options) | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240)
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
+
+
+@pytest.fixture(params=[in_this_process, pytest.param(in_a_process, marks=pytest.mark.slow)], ids=lambda x: x.__name__)
+def client(request, server, tmp_path):
+    """Runs a script with a cache of the given name, and returns what it prints; on an error, the error."""
     base = tmp_path / "base"
     tiny_llama(0).save_pretrained(base)
     save_adapter(base, tmp_path / "arm")
+    header = HEADER + f"base, arm_folder = {str(base)!r}, {str(tmp_path / 'arm')!r}\n"
 
-    def run(script, cache="cache", token=TOKEN):
-        offline = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        environment = os.environ | offline | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / cache)}
-        environment |= {"PYTHONPATH": str(Path(__file__).parent)}
-        if token:
-            environment["HF_TOKEN"] = token
-        script = HEADER + f"base, arm_folder = {str(base)!r}, {str(tmp_path / 'arm')!r}\n" + script
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240
-        )
-        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
+    def run(script, cache="cache", token=TOKEN, is_offline=False, way=request.param):
+        return way(header + script, server, tmp_path / cache, token=token, is_offline=is_offline)
 
     return run
 
@@ -80,14 +95,15 @@ from tiny import tiny_llama, tiny_tokenizer
 from hf_genarm import cli
 tiny_tokenizer().save_pretrained(base)
 tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(base)
-Dataset.from_dict(STANDARD).to_json(arm_folder + "/pairs.jsonl")
+roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+chats = {key: [[{"role": roles[key], "content": x}] for x in texts] for key, texts in STANDARD.items()}
+Dataset.from_dict(chats).to_json(arm_folder + "/pairs.jsonl")
 arguments = ["--model", base, "--dataset", arm_folder + "/pairs.jsonl", "--output_dir", arm_folder + "/trained"]
 arguments += ["--push_to_hub", "--hub_model_id", "me/my-arm", "--custom_generate"]
 arguments += ["--max_steps", "1", "--test_size", "1"]
-sys.argv = ["hf-genarm", "train", *arguments, "--report_to", "none"]
-cli.main()
+cli.main(["train", *arguments, "--report_to", "none"])
 """
-    assert client(train).endswith("trained.")
+    assert "/trained.\n" in client(train)
     files = server.repos["me/my-arm"].commits[server.repos["me/my-arm"].head]
     expected = {"adapter_config.json", "adapter_model.safetensors", "genarm_config.json", "README.md", "tokenizer.json"}
     assert expected | {"custom_generate/generate.py", "training.png"} <= files.keys()
@@ -126,20 +142,22 @@ def test_a_connection_that_is_cut(server, client):
     error = client(PULL, "another cache")
     assert "Error" in error.splitlines()[-1]
     assert "the same" not in error
-    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
-    assert "Error" in client(offline + PULL, "another cache").splitlines()[-1]
+    error = client(PULL, "another cache", is_offline=True)
+    assert "Error" in error.splitlines()[-1]
+    assert "the same" not in error
     server.cut_after = None
     assert client(PULL, "another cache") == "the same"
 
 
-def test_a_full_disk(server, client):
-    """Files can't grow beyond a limit, as on a disk without space."""
+@pytest.mark.slow
+def test_a_full_disk(client):
+    """Files can't grow beyond a limit, as on a disk without space; neither could those in which pytest keeps output."""
     assert client(PUSH.format(private=False)) == "pushed"
     limit = """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 """
-    error = client(limit + PULL, "another cache")
+    error = client(limit + PULL, "another cache", way=in_a_process)
     assert "OSError" in error.splitlines()[-1]
     assert client(PULL, "another cache") == "the same"
 

@@ -101,6 +101,61 @@ class Reordered(Oracle):
         return next_token_log_probs(arm, self.ids[ids])[self.ids]
 
 
+SENTENCE = "It is a warm day."
+
+
+def with_sentence(lm, ids):
+    """A text after the sentence, which comes after the token that begins all texts, if there is one."""
+    prefix = lm.tokenizer.encode(f"{SENTENCE}\n\n", add_special_tokens=False)
+    assert prefix
+    ids = ids.tolist()
+    n_first = int(ids[0] == lm.prefix_token_id)
+    return torch.tensor([*ids[:n_first], *prefix, *ids[n_first:]])
+
+
+class WithSentence(Oracle):
+    """The last reward model is the base, which reads the sentence first."""
+
+    def reward(self, arm, ids):
+        is_sentence = arm is self.lm._arms[-1]
+        return (
+            next_token_log_probs(self.lm.model, with_sentence(self.lm, ids))
+            if is_sentence
+            else super().reward(arm, ids)
+        )
+
+
+def test_log_likelihoods_and_texts_with_a_sentence(folders):
+    base, arms, _ = folders
+    lm = GuidedHFLM(base, arms[0], [1.0, 2.0], "base", sentence=SENTENCE, batch_size=3, device="cpu")
+    without = GuidedHFLM(base, arms[0], 1.0, "base", batch_size=3, device="cpu")
+    oracle = WithSentence(lm, [1.0, 2.0], "base")
+    scored, others = (x.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True) for x in (lm, without))
+    assert scored != others
+    for (context, continuation), (score, is_greedy) in zip(PAIRS, scored, strict=True):
+        before = lm.tok_encode(context) if context else [lm.prefix_token_id]
+        expected = oracle.log_likelihood(before, lm.tok_encode(context + continuation)[len(lm.tok_encode(context)) :])
+        assert score == pytest.approx(expected[0], abs=1e-4)
+        assert is_greedy == expected[1]
+    contexts = [context for context, _ in PAIRS if context]
+    arguments = [(context, {"until": ["<eos>"], "max_gen_toks": 6, "do_sample": False}) for context in contexts]
+    written, unlike = (
+        x.generate_until(requests("generate_until", arguments), disable_tqdm=True) for x in (lm, without)
+    )
+    assert written != unlike
+    for context, text in zip(contexts, written, strict=True):
+        ids = lm.tok_encode(context)
+        n_before = len(ids)
+        while len(ids) < n_before + 6 and ids[-1] != lm.tokenizer.eos_token_id:
+            ids.append(int(oracle.next(torch.tensor(ids)).argmax()))
+        assert lm.tokenizer.decode(ids[n_before:], skip_special_tokens=True) == text
+    assert lm.max_length == without.max_length - len(with_sentence(lm, torch.tensor([5]))) + 1
+    with pytest.raises(ValueError, match="Leave out `--apply_chat_template`, or the sentence"):
+        lm.apply_chat_template([{"role": "user", "content": "Hello"}])
+    with pytest.raises(ValueError, match="or `sentence`"):
+        GuidedHFLM(base)
+
+
 CASES = {
     "one": (1, [1.0], None),
     "two": (2, [1.5, 0.5], None),

@@ -15,6 +15,7 @@ from hf_genarm.decoding.assembly import load_reward_models
 from hf_genarm.hub.placement import device_of
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this version of torch can't simulate a device",
@@ -42,6 +43,20 @@ def test_what_is_asked_for_is_kept(arms):
     assert AutoregressiveRewardModel.from_pretrained(arms[1], base).model.dtype == torch.bfloat16
     assert AutoregressiveRewardModel.from_pretrained(arms[1], base, dtype=torch.float32).model.dtype == torch.float32
     assert AutoregressiveRewardModel.from_pretrained(arms[0]).model.dtype == torch.bfloat16  # that of its checkpoint
+
+
+ODD = [True, 1.5, b"cpu", ["cpu"], {"cpu"}, {"": None}, {"": 1.5}, {0: "cpu"}, object()]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+def test_what_can_not_place_a_model(arms, odd):
+    with pytest.raises(TypeError, match=r"`device_map` is .*, but must be 'auto', a device .*Leave it out"):
+        AutoregressiveRewardModel.from_pretrained(arms[0], device_map=odd)
+
+
+@pytest.mark.parametrize("place", [None, "auto", "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}])
+def test_what_places_a_model(arms, place):
+    assert AutoregressiveRewardModel.from_pretrained(arms[0], device_map=place).model.device == torch.device("cpu")
 
 
 def test_devices_of_different_kinds_are_warned_of(arms, recwarn):

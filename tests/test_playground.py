@@ -1,6 +1,7 @@
 """The playground without its page: what it writes is what `generate` writes, settings act when they are said to."""
 
 import importlib.util
+import re
 import shutil
 import sys
 import threading
@@ -11,14 +12,14 @@ import torch
 from huggingface_hub import RepoCard
 from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 
-from hf_genarm import GenARMLogitsProcessor, cli
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo, cli
 from hf_genarm.demo import DEMO_MODEL_ID
 from hf_genarm.hub.base_model import load_base
 from hf_genarm.playground.answers import Answer, Settings
-from hf_genarm.playground.models import MAX_PROMPT_TOKENS, Models
+from hf_genarm.playground.models import MAX_PROMPT_TOKENS, Models, chat_of
 from hf_genarm.playground.script import script_of
 from hf_genarm.playground.space import write_space
-from hf_genarm.scripts.demo import serve
+from hf_genarm.scripts.demo import SENTENCE, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -62,11 +63,11 @@ def written(models, settings, change=lambda n, answer: None):
     return answer, frames[-1]
 
 
-def alone(models, settings, alpha, **kwargs):
+def alone(models, settings, alpha, sentences=(), **kwargs):
     """Plain `generate` with a batch of one and the global random numbers."""
-    arms = [models.reward_model(name) for name in models.adapters]
-    processor = GenARMLogitsProcessor(arms, alpha, base_model=models.model, **kwargs)
-    inputs = models.question(PROMPT)
+    rewards = [*sentences, *(models.reward_model(name) for name in models.adapters)]
+    processor = GenARMLogitsProcessor(rewards, alpha, base_model=models.model, tokenizer=models.tokenizer, **kwargs)
+    inputs = processor.encode([chat_of(PROMPT)])
     torch.manual_seed(settings.seed)
     output = models.model.generate(
         **inputs,
@@ -85,6 +86,52 @@ def test_both_answers_are_those_of_generate_alone(models, temperature):
     _, frame = written(models, settings)
     assert frame.ids[0] != frame.ids[1]
     assert frame.ids == [alone(models, settings, 0.0), alone(models, settings, [1.0, -0.4])]
+
+
+SENTENCES = ["", "The food was fine.", " Be kind. "]  # the first slot of the page is empty
+
+
+def test_sentences_steer_together_with_adapters(models):
+    """Without an adapter, the sentence alone at 1 is what the base writes with the sentence in its prompt."""
+    settings = settings_of(models, 0.5, 0.0, sentences=SENTENCES, sentence_strengths=[9.0, 1.5, -0.5])
+    answer, frame = written(models, settings)
+    assert answer.sentences == ["The food was fine.", "Be kind."]
+    assert answer.titles == ["“The food was fine.”", "“Be kind.”", "arm-1", "arm-2"]
+    sentences = [AutoregressiveRewardModel.from_sentence(x, models.model, models.tokenizer) for x in answer.sentences]
+    expected = alone(models, settings, [1.5, -0.5, 0.5, 0.0], sentences)
+    assert frame.ids == [alone(models, settings, 0.0), expected]
+    assert expected != alone(models, settings, [0.0, 0.0, 0.5, 0.0], sentences)
+
+
+def test_a_sentence_at_1_is_prompting(models):
+    settings = settings_of(
+        models, 0.0, 0.0, sentences=["The food was fine."], sentence_strengths=[1.0], reference="base"
+    )
+    _, frame = written(models, settings)
+    chat = [{"role": "system", "content": "The food was fine."}, *chat_of(PROMPT)]
+    inputs = models.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    torch.manual_seed(settings.seed)
+    prompted = models.model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=settings.max_new_tokens)
+    assert frame.ids[1] == prompted[0, inputs["input_ids"].shape[1] :].tolist()
+    assert frame.ids[1] != frame.ids[0]
+
+
+def test_a_sentence_that_is_rewritten_meanwhile_acts_from_the_next_answer_on(models):
+    settings = settings_of(models, 0.0, 0.0, sentences=["The food was fine."], sentence_strengths=[1.0])
+    still = written(models, settings)[1].ids
+
+    def rewrite(n, answer):
+        answer.settings.sentences = ["Be kind."]
+
+    assert written(models, settings, rewrite)[1].ids == still
+    assert written(models, settings)[1].ids[1] != still[1]
+
+
+def test_nothing_to_steer_by(models):
+    with pytest.raises(ValueError, match="There is no sentence and no adapter"):
+        Answer(models, PROMPT, Settings(sentences=["", " "]))
 
 
 def test_target_kl_and_reference(models):
@@ -116,7 +163,7 @@ def test_a_strength_that_is_moved_acts_from_then_on(models):
     assert frame.ids[1][:step] == still[1][:step]
     assert frame.ids[1][step:] != still[1][step:]
     script = script_of(models, answer)
-    assert f"processor.alpha = lambda step: [-2.0, 0.0] if step >= {step} else [0.5, 0.0]" in script
+    assert f"processor.alpha = lambda step: [-2.0] if step >= {step} else [0.5]" in script
 
 
 def test_a_reward_model_that_was_replaced_meanwhile_is_off(models):
@@ -128,11 +175,13 @@ def test_a_reward_model_that_was_replaced_meanwhile_is_off(models):
     assert [strengths for _, strengths in answer.strengths_at] == [[0.5, 1.0], [0.5, 0.0]]
 
 
-def test_the_script_writes_the_same(models, capsys):
-    settings = settings_of(models, 1.0, -0.4, temperature=0.8)
+@pytest.mark.parametrize("sentence", ["", 'It\'s "kind".'])
+@pytest.mark.parametrize("strengths", [(1.0, -0.4), (0.0, 0.7)])
+def test_the_script_writes_the_same(models, capsys, sentence, strengths):
+    settings = settings_of(models, *strengths, temperature=0.8, sentences=[sentence], sentence_strengths=[1.5])
     answer, frame = written(models, settings)
     script = script_of(models, answer)
-    assert len(script.splitlines()) <= 12
+    assert script.count("    AutoregressiveRewardModel.") == bool(sentence) + sum(x != 0 for x in strengths)
     exec(compile(script, "script", "exec"), {})
     assert capsys.readouterr().out.rstrip("\n") == models.tokenizer.decode(frame.ids[1], skip_special_tokens=True)
 
@@ -169,10 +218,9 @@ def test_prompts_have_limits(models):
 
 def test_scores_are_what_the_adapters_have_learned(models):
     answer, frame = written(models, settings_of(models, 2.0, 0.0))
-    scores = answer.scores(frame)
-    assert list(scores) == models.adapters
-    unguided, guided = scores[models.adapters[0]]
+    (unguided, guided), others = answer.scores(frame)
     assert unguided != guided
+    assert others != [unguided, guided]
 
 
 def test_adapters_of_visitors(folders, tmp_path):
@@ -208,7 +256,7 @@ def test_nothing_is_left_behind(models):
 
 @needs_gradio
 def test_chart():
-    from hf_genarm.playground.page import chart
+    from hf_genarm.playground.drawing import chart
 
     assert chart([], "divergence") == ""
     drawn = chart([0.5, 0.0, float("nan"), 1.5], "<b>")
@@ -224,9 +272,9 @@ def test_chart():
 def test_a_space_is_written(folders, tmp_path):
     _, adapters, _ = folders
     target = tmp_path / "space"
-    write_space(str(target), DEMO_MODEL_ID, [adapters[0], "user/my-arm"])
+    write_space(str(target), DEMO_MODEL_ID, [adapters[0], "user/my-arm"], ["Be kind."])
     assert sorted(path.name for path in target.iterdir()) == ["README.md", "adapters", "app.py", "requirements.txt"]
-    called = f"serve({DEMO_MODEL_ID!r}, ['adapters/arm-1', 'user/my-arm'], host=\"0.0.0.0\")"
+    called = f"serve({DEMO_MODEL_ID!r}, ['adapters/arm-1', 'user/my-arm'], ['Be kind.'], host=\"0.0.0.0\")"
     assert called in (target / "app.py").read_text()
     compile((target / "app.py").read_text(), "app.py", "exec")
     assert (target / "adapters" / "arm-1" / "adapter_model.safetensors").exists()
@@ -234,7 +282,7 @@ def test_a_space_is_written(folders, tmp_path):
     assert card.data["sdk"] == "gradio"
     assert card.data["app_file"] == "app.py"
     assert card.data["models"] == [DEMO_MODEL_ID, "user/my-arm"]
-    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo]>=")
+    assert (target / "requirements.txt").read_text().startswith("hf_genarm[demo] @ git+https://")
 
 
 @needs_gradio
@@ -262,22 +310,77 @@ def test_the_command(folders, tmp_path, monkeypatch, capsys):
     target = str(tmp_path / "space")
     assert cli.main(["demo", "--arm", *adapters, "--base", DEMO_MODEL_ID, "--export", target]) == 0
     assert "hf upload USER/NAME" in capsys.readouterr().out
-    assert "['adapters/arm-1', 'adapters/arm-2']" in Path(target, "app.py").read_text()
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo"]) == 1
-    assert "No reward model is given" in capsys.readouterr().err
+    assert "['adapters/arm-1', 'adapters/arm-2'], []" in Path(target, "app.py").read_text()
+
+
+@needs_gradio
+@pytest.mark.parametrize("is_clone", [True, False])
+@pytest.mark.parametrize("base", [None, DEMO_MODEL_ID, "user/my-model"])
+def test_the_command_without_arguments_begins_with_a_sentence(tmp_path, monkeypatch, capsys, is_clone, base):
+    if not is_clone:
+        monkeypatch.chdir(tmp_path)
+    target = str(tmp_path / "space")
+    assert cli.main(["demo", *(["--base", base] if base else []), "--export", target]) == 0
+    app = Path(target, "app.py").read_text()
+    assert f"{SENTENCE!r}" in app
+    has_adapters = is_clone and base != "user/my-model"
+    assert ("adapters/arm-smollm2-135m-brevity" in app) == has_adapters
+    assert ("begins without an adapter" in capsys.readouterr().out) == (not has_adapters)
+    assert RepoCard.load(f"{target}/README.md", repo_type="space").data["models"] == [base or DEMO_MODEL_ID]
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"pip install hf_genarm\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_genarm\[demo\]"):
         serve("base", ["arm"])
 
 
+def parts(page):
+    """The properties of the components of a page, by their ids."""
+    components = page.get_config_file()["components"]
+    return {x["props"].get("elem_id"): x["props"] for x in components}
+
+
 @needs_gradio
-def test_the_page_is_built_for_any_reward_models(models):
+def test_the_page_is_built_for_any_reward_models(models, folders):
+    from hf_genarm.playground.page import MAX_SENTENCES, SENTENCE_STRENGTH, build_page
+
+    page = parts(build_page(models))
+    assert [page[f"strength-{index}"]["label"] for index in (0, 1)] == ["arm-1", "arm-2"]
+    assert [page[f"strength-{index}"]["value"] for index in (0, 1)] == [1.0, 0.0]
+    assert page["reference"]["value"] == "none"  # as the adapters were trained
+    assert f"`{folders[0]}` on cpu in float32" in page["intro"]["value"]
+    page = parts(build_page(models, ["Be kind."]))
+    assert page["sentence-0"]["value"] == "Be kind."
+    assert page["sentence-strength-0"]["value"] == SENTENCE_STRENGTH
+    assert page["strength-0"]["value"] == 0.0
+    without = parts(build_page(Models(load_base(folders[0]), [])))
+    assert "strength-0" not in without
+    with pytest.raises(ValueError, match=rf"5 sentences, but the page has room for {MAX_SENTENCES}"):
+        build_page(models, ["Be kind."] * 5)
+
+
+@needs_gradio
+def test_the_page_begins_with_the_setting_that_an_adapter_recommends(folders, tmp_path):
     from hf_genarm.playground.page import build_page
 
-    page = build_page(models)
-    labels = [component["props"].get("label") for component in page.get_config_file()["components"]]
-    assert {"arm-1", "arm-2", "temperature", "target KL", "Prompt"} <= set(labels)
+    base, (first, _), _ = folders
+    arm = shutil.copytree(first, tmp_path / "arm")
+    RewardInfo(recommended={"alpha": 0.6, "reference": "base", "temperature": 0.7, "measured": {}}).save(arm)
+    page = parts(build_page(Models(load_base(base), [str(arm)])))
+    assert [page[x]["value"] for x in ("strength-0", "reference", "temperature")] == [0.6, "base", 0.7]
+
+
+@needs_gradio
+def test_pages_that_it_links_to_exist(models):
+    from hf_genarm.playground.page import DOCS, build_page
+
+    page = str(build_page(models).get_config_file())
+    linked = re.findall(rf"{re.escape(DOCS)}/([a-z_]+)/(?:#([a-z0-9-]+))?\)", page)
+    assert len(linked) >= 4
+    root = Path(__file__).parent.parent
+    assert f"site_url: {DOCS}/" in (root / "mkdocs.yml").read_text(encoding="utf-8")
+    for name, anchor in linked:
+        text = (root / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        headings = [re.sub(r"[^\w -]", "", x.lower()) for x in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+        assert not anchor or anchor.replace("-", " ") in headings

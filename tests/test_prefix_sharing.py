@@ -8,6 +8,9 @@ from helpers import batch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_llama, tiny_model
 from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_genarm.functional import selected_log_probs
 from hf_genarm.training.prefix_sharing import PairBatch, PairLogProbs
@@ -257,3 +260,18 @@ def test_selected_log_probs_of_nothing():
     nothing = torch.empty(0, dtype=torch.long)
     (gradient,) = torch.autograd.grad(selected_log_probs(logits, nothing, nothing).sum(), logits)
     assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "my_attention"])
+def test_an_attention_that_takes_no_mask_is_reported_once(attention, caplog):
+    """In a line that is shown without any setting of loggers."""
+    AttentionInterface.register("my_attention", sdpa_attention_forward)
+    AttentionMaskInterface.register("my_attention", sdpa_mask)
+    model = tiny_llama(attn_implementation=attention)
+    method, pairs = PairLogProbs(model), batch([(9, 4, 5)])
+    results = [method(model, pairs, pairs.is_own) for _ in range(2)]
+    assert method._may_share == (attention == "sdpa")
+    shown = [x.getMessage() for x in caplog.records if x.levelname == "WARNING" and "forwarded twice" in x.getMessage()]
+    assert len(shown) == (attention != "sdpa")
+    assert all("`my_attention`" in line and "`sdpa`" in line for line in shown)
+    torch.testing.assert_close(results[1], naive(tiny_llama(), pairs, pairs.is_own), rtol=1e-5, atol=1e-5)

@@ -30,6 +30,16 @@ def own_prompts(inputs, seed, longest=13):
     return left_padded([(longest, 3, 7, 5)[index % 4] for index in range(n_requests)], seed=20 + seed)
 
 
+def options_of(mode, base):
+    """The options of a mode; an assistant adapts its number of drafts to each call, so that each gets a new one."""
+    options = mode.kwargs()
+    if options.get("assistant_model") is BASE:
+        options["assistant_model"] = base
+    elif "assistant_model" in options:
+        options["assistant_model"] = copy.deepcopy(options["assistant_model"])
+    return options
+
+
 class Alone(LogitsProcessor):
     """
     log π_base + Σ α (log π_r - log π_ref), each model on its own prompt and the answer: without a cache, without
@@ -78,12 +88,12 @@ def test_separate_models_with_prompts_of_their_own(mode):
     other, small = tiny_llama(4, num_hidden_layers=1), tiny_llama(5)
     processor = GenARMLogitsProcessor([ARM, other], [1.0, 0.7], base_model=BASE, reference=small)
     prompts, negative = own_prompts(mode.inputs, 0), own_prompts(mode.inputs, 1, 4)
-    without = generate(BASE, [processor], mode.inputs, **mode.kwargs())
+    without = generate(BASE, [processor], mode.inputs, **options_of(mode, BASE))
     processor.prompts, processor.reference_prompts = [prompts, None], negative
-    output = generate(BASE, [processor], mode.inputs, **mode.kwargs())
+    output = generate(BASE, [processor], mode.inputs, **options_of(mode, BASE))
     oracle = Alone([ARM, other], [1.0, 0.7], mode.inputs, [prompts, None], small, negative)
     assert output.sequences.tolist() != without.sequences.tolist()
-    assert_same(output, generate(BASE, [oracle], mode.inputs, **mode.kwargs()))
+    assert_same(output, generate(BASE, [oracle], mode.inputs, **options_of(mode, BASE)))
 
 
 @pytest.mark.parametrize("mode", LISTED, ids=lambda mode: mode.name)
@@ -96,18 +106,17 @@ def test_prompts_of_their_own_in_joint_passes(mode, base, adapters, models):
     assert processor.engine == "fused"
     prompts = [own_prompts(mode.inputs, 0), own_prompts(mode.inputs, 1, 5), None]
     negative = own_prompts(mode.inputs, 2, 9)
-    assistant = {"assistant_model": base} if "the base itself" in mode.name else {}
-    without = generate(base, [processor], mode.inputs, **mode.kwargs() | assistant)
+    without = generate(base, [processor], mode.inputs, **options_of(mode, base))
     joint = joint_passes(processor)
     processor.prompts, processor.reference_prompts = prompts, negative
-    output = generate(base, [processor], mode.inputs, **mode.kwargs() | assistant)
+    output = generate(base, [processor], mode.inputs, **options_of(mode, base))
     if not mode.name.startswith("assisted"):
         assert (joint_passes(processor) > joint) == (mode.name not in APART)
         assert (processor._machine.reference._lockstep.joint_passes > 0) == (mode.name not in APART)
     plain = tiny_llama(0)
     oracle = Alone([models[0], plain, models[1]], [1.0, 0.6, 0.5], mode.inputs, prompts, plain, negative)
     assert output.sequences.tolist() != without.sequences.tolist()
-    assert_same(output, generate(base, [oracle], mode.inputs, **mode.kwargs() | assistant))
+    assert_same(output, generate(base, [oracle], mode.inputs, **options_of(mode, base)))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])

@@ -2,74 +2,78 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import LORA
-from hub_server import TOKEN, HubServer
-from pairs import conversational
+from hub_server import connect
+from pairs import STANDARD, conversational
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import save_llama, tiny_llama
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny import save_llama, tiny_llama, tiny_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl import clone_chat_template
 
-from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
+from hf_genarm import (
+    AutoregressiveRewardConfig,
+    AutoregressiveRewardModel,
+    AutoregressiveRewardTrainer,
+    GenARMLogitsProcessor,
+    GuidanceWarning,
+    RewardInfo,
+)
 
-TRAIN_AND_PUSH = """
-from datasets import Dataset
-from pairs import STANDARD
-from peft import LoraConfig
-from tiny import tiny_llama, tiny_tokenizer
-from transformers import TrainerCallback
-from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 
 class Wait(TrainerCallback):
-    # Files are pushed in the background, and Trainer does not wait with writing the next ones.
+    """Files are pushed in the background, and Trainer does not wait with writing the next ones."""
+
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_save(self, *args, **kwargs):
         self.trainer._finish_current_push()
 
-for strategy in ("every_save", "all_checkpoints", "end"):
-    tokenizer = tiny_tokenizer()
-    trainer = AutoregressiveRewardTrainer(
-        model=tiny_llama(vocab_size=len(tokenizer)),
-        args=AutoregressiveRewardConfig(
-            strategy, hub_model_id=f"me/{strategy}", push_to_hub=True, hub_strategy=strategy,
-            length_normalized=True, beta=2.0, custom_generate=True, max_steps=2, save_steps=1, report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict(STANDARD),
-        eval_dataset=Dataset.from_dict(STANDARD),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
-    )
-    trainer.add_callback(Wait(trainer))
-    trainer.evaluate()
-    trainer.train()
-    if strategy == "end":
-        trainer.push_to_hub(dataset_name="me/pairs")
-"""
+
+def train_and_push():
+    for strategy in ("every_save", "all_checkpoints", "end"):
+        tokenizer = tiny_tokenizer()
+        trainer = AutoregressiveRewardTrainer(
+            model=tiny_llama(vocab_size=len(tokenizer)),
+            args=AutoregressiveRewardConfig(
+                strategy,
+                hub_model_id=f"me/{strategy}",
+                push_to_hub=True,
+                hub_strategy=strategy,
+                length_normalized=True,
+                beta=2.0,
+                custom_generate=True,
+                max_steps=2,
+                save_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict(STANDARD),
+            eval_dataset=Dataset.from_dict(STANDARD),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+        )
+        trainer.add_callback(Wait(trainer))
+        trainer.evaluate()
+        trainer.train()
+        if strategy == "end":
+            trainer.push_to_hub(dataset_name="me/pairs")
 
 
-def test_what_is_pushed_in_training(tmp_path):
+def test_what_is_pushed_in_training(server, monkeypatch, tmp_path):
     """Trainer copies into the folder that it pushes only the files that it knows."""
-    server = HubServer()
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": server.url}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "HF_TOKEN": TOKEN}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "CI": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN_AND_PUSH], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    server.shutdown()
-    assert done.returncode == 0, done.stderr
+    connect(monkeypatch, server, tmp_path / "cache")
+    monkeypatch.setenv("CI", "1")  # keeps TRL from calling home
+    monkeypatch.chdir(tmp_path)
+    train_and_push()
+    assert len(server.repos) == 3
     for strategy, repo in ((name.split("/")[1], repo) for name, repo in server.repos.items()):
         commits = [files for files in repo.commits.values() if "adapter_model.safetensors" in files]
         assert len(commits) >= (1 if strategy == "end" else 2)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import FOUR, assert_same, assert_same_distributions, generate, joint_passes
-from oracle import next_token_log_probs
+from helpers import FOUR, assert_same, assert_same_distributions, generate, joint_passes, model_for
+from oracle import log_probs_after, unpadded
 from support import ARM, ASSISTANT, BASE, EXACT, MODES, ONE
-from tiny import VOCAB_SIZE, left_padded, tiny_llama
-from transformers import LogitsProcessor
+from tiny import VOCAB_SIZE, left_padded, tiny_llama, tiny_tokenizer
+from transformers import LlamaForSequenceClassification, LogitsProcessor
 
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.functional import contrast, ratio_equivalent
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
@@ -22,16 +22,11 @@ class RecomputeContrast(LogitsProcessor):
         self.mask = inputs["attention_mask"]
 
     def __call__(self, input_ids, scores):
-        rows = []
-        for index, row in enumerate(input_ids):
-            mask = self.mask[index // (len(input_ids) // len(self.mask))].bool()
-            row = torch.cat([row[: len(mask)][mask], row[len(mask) :]])
-            guided = scores[index].double().log_softmax(-1)
-            reference = next_token_log_probs(self.reference, row)
-            for model, alpha in zip(self.models, self.alphas, strict=True):
-                guided = guided + alpha * (next_token_log_probs(model, row) - reference)
-            rows.append(guided.log_softmax(-1))
-        return torch.stack(rows).to(scores.dtype)
+        texts, guided = unpadded(input_ids, self.mask), scores.double().log_softmax(-1)
+        reference = log_probs_after(self.reference, texts)
+        for model, alpha in zip(self.models, self.alphas, strict=True):
+            guided = guided + alpha * (log_probs_after(model, texts) - reference)
+        return guided.log_softmax(-1).to(scores.dtype)
 
 
 def listed():
@@ -142,6 +137,18 @@ def test_impossible_tokens():
         torch.tensor([-2.0, -1.0, -torch.inf, -torch.inf]),
     )
     assert contrast(reward, reference).tolist() == [1.0, -torch.inf, 0.0, 0.0]
+
+
+def test_a_classifier_is_no_reference():
+    classifier = LlamaForSequenceClassification(tiny_llama(1).config)
+    with pytest.raises(TypeError, match=r"ForSequenceClassification` can't be a reference.*`AutoModelForCausalLM`"):
+        GenARMLogitsProcessor(tiny_llama(1), reference=classifier)
+    tokenizer = tiny_tokenizer()
+    trained = AutoregressiveRewardModel(
+        model_for(tokenizer), tokenizer, RewardInfo(loss={"reference": "base"}), classifier
+    )
+    with pytest.raises(TypeError, match="can't be a reference"):
+        trained.score(["What"], [" is"])
 
 
 def test_another_vocabulary_is_refused():

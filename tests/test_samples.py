@@ -65,7 +65,10 @@ def test_samples_are_answers_of_what_is_saved(base_folder, tmp_path, kept, capsy
         if is_chat:
             text = tokenizer.apply_chat_template(message("user", prompt), add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids
-        for processors, expected in (([], before), ([GenARMLogitsProcessor(arm.model, base_model=model)], after)):
+        for processors, expected in (
+            ([], before),
+            ([GenARMLogitsProcessor(arm.model, base_model=model, reference="base")], after),
+        ):
             output = model.generate(
                 ids, logits_processor=processors, attention_mask=torch.ones_like(ids), max_new_tokens=N_TOKENS
             )

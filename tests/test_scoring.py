@@ -196,7 +196,7 @@ def test_adapters_that_look_at_the_whole_text(tokenizer, kind, batch_size):
 def test_a_text_that_is_too_long_is_named(tokenizer):
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12, "bos_token_id": 1, "eos_token_id": 2}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
-    with pytest.raises(ValueError, match=r"a text of \d+ tokens .* it knows 12 positions"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, but .*, as a reward model, has 12 positions"):
         AutoregressiveRewardModel(model, tokenizer).score(PROMPTS, RESPONSES)
 
 

@@ -101,6 +101,7 @@ def test_no_prompt_is_in_both_parts():
 # --- the commands ---
 
 
+@pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")  # plain text for a chat model
 def test_train_then_evaluate(base_folder, tmp_path, capsys):
     """The report of the finished folder is what the trainer measured on the same held-out pairs."""
     columns = {name: column * 4 for name, column in STANDARD.items()}
@@ -129,6 +130,7 @@ def test_train_then_evaluate(base_folder, tmp_path, capsys):
     assert f"{info.metrics['pair_accuracy']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")  # plain text for a chat model
 def test_full_training_and_a_test_split(base_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -143,7 +145,7 @@ def test_full_training_and_a_test_split(base_folder, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_parsed(path, tmp_path):
     """Every key of a recipe is an argument; the whole batch is the paper's."""
-    pair_args, training_args, model_args, _ = TrlParser(train.ARGUMENTS).parse_args_and_config(
+    pair_args, training_args, model_args, *_ = TrlParser(train.ARGUMENTS).parse_args_and_config(
         ["--config", str(path), "--output_dir", str(tmp_path)]
     )
     assert pair_args.dataset is not None

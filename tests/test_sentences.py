@@ -318,9 +318,9 @@ def test_scores_are_differences_of_log_probabilities(model, tokenizer):
         for prompt in (with_sentence(chat, arm.info.sentence, tokenizer), chat):
             before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            start = len(tokenizer(before, add_special_tokens=False).input_ids)
-            terms.append(log_prob(model, ids, start))
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            start = next(at for at, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(before))
+            terms.append(log_prob(model, encoded.input_ids, start))
         assert float(score) == pytest.approx(float(terms[0] - terms[1]), abs=1e-3)
     texts = arm.score(["The food was"], [" fine."])
     assert texts.shape == (1,)

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.hub.info import RewardInfo
 from hf_genarm.vllm.batch_guidance import BatchGuidance, GuidedRequest
+from hf_genarm.vllm.paged_lm import PagedLM
 from hf_genarm.vllm.request_settings import RequestSettings, ServerDefaults, request_settings
 from hf_genarm.vllm.reward_lms import RewardLM, load_reward_lms
 from hf_genarm.vllm.server_config import ServerConfig
-from hf_genarm.vllm.slots import SlotLM
 
 TWO = ServerDefaults(reward_models=("kind", "brief"), alpha=(1.0, 0.0), target_kl=None)
 
@@ -36,7 +36,7 @@ def test_settings():
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("genarm_alpah", 1, "no such key. Known are genarm_alpha, genarm_target_kl"),
+        ("genarm_alpah", 1, "no such key. Known are genarm_alpha, genarm_target_kl, genarm_preset"),
         ("GenARM_alpha", 1, "no such key"),
         ("genarm-alpha", 1, "no such key"),
         ("gen_arm_alpha", 1, "no such key"),
@@ -153,7 +153,7 @@ def models():
 
 
 def served(models):
-    return [RewardLM(SlotLM(tiny_llama(seed), n_slots=4, length=128, chunk=16), VOCAB_SIZE) for seed in (1, 2)]
+    return [RewardLM(PagedLM(tiny_llama(seed), length=128, n_tokens=512, chunk=16), VOCAB_SIZE) for seed in (1, 2)]
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def test_a_reward_model_is_not_run_where_its_strength_is_0(models):
 @pytest.mark.parametrize("reference", ["base", "model"])
 def test_a_reference(models, reference):
     base, other = tiny_llama(0), tiny_llama(3)
-    own = "base" if reference == "base" else RewardLM(SlotLM(tiny_llama(3), n_slots=2, length=64), VOCAB_SIZE)
+    own = "base" if reference == "base" else RewardLM(PagedLM(tiny_llama(3), length=64, n_tokens=128), VOCAB_SIZE)
     batch = Batch(BatchGuidance(served(models)[:1], own), base)
     settings, text = RequestSettings((0.7,), None), [5, 6, 7, 8]
     batch.texts[settings] = (text, 4)
@@ -282,18 +282,6 @@ def test_a_text_that_can_not_be_read_keeps_the_logits_of_the_engine(models, byst
     assert errors_of(caplog)[0].startswith(f"A request is answered without guidance, because {reason}")
 
 
-def test_a_request_beyond_the_slots_keeps_the_logits_of_the_engine(models, bystander, caplog):
-    guidance = BatchGuidance(served(models))
-    requests = [GuidedRequest(RequestSettings((1.0, 1.0), None), [5, 6, i], 1, [i]) for i in range(5)]
-    logits = torch.randn(5, VOCAB_SIZE)
-    result = guidance(logits.clone(), requests)
-    assert [not torch.equal(x, y) for x, y in zip(result, logits, strict=True)] == [True] * 4 + [False]
-    assert len(errors_of(caplog)) == 1
-    assert "all 4 slots are held" in errors_of(caplog)[0]
-    guidance.release(requests[0].settings)
-    assert not torch.equal(guidance(logits.clone(), requests[1:])[4], logits[4])  # there is room now
-
-
 @pytest.mark.parametrize("reference", [None, "base"])
 @pytest.mark.parametrize("target_kl", [None, 0.2])
 def test_a_row_without_a_token_to_choose_from_keeps_the_logits_of_the_engine(
@@ -316,13 +304,15 @@ def test_a_reward_model_that_returns_nan_fails_neither_the_batch_nor_the_next_te
     broken = tiny_llama(1)
     with torch.no_grad():
         broken.model.embed_tokens.weight[40] = torch.nan
-    guidance = BatchGuidance([RewardLM(SlotLM(broken, n_slots=2, length=128, chunk=16), VOCAB_SIZE), served(models)[1]])
+    guidance = BatchGuidance(
+        [RewardLM(PagedLM(broken, length=128, n_tokens=256, chunk=16), VOCAB_SIZE), served(models)[1]]
+    )
     request = GuidedRequest(RequestSettings((1.0, 0.0), None), [5, 40, 9, 40], 4, [1])
     check_bystander(guidance, bystander, request, torch.randn(VOCAB_SIZE))
     assert len(errors_of(caplog)) == 1
     assert "returned NaN" in errors_of(caplog)[0]
     guidance.release(request.settings)
-    # The next text in its slot is shorter, so that it would see what is left of the old one as 0 times NaN.
+    # The next text in its pages is shorter, so that it would see what is left of the old one as 0 times NaN.
     again = GuidedRequest(RequestSettings((1.0, 0.0), None), [5, 6], 2, [1])
     logits = torch.randn(VOCAB_SIZE)
     result = guidance(torch.stack([bystander[1], logits]), [bystander[0], again])
@@ -336,7 +326,7 @@ def test_tokens_that_are_unknown_to_an_aligned_reward_model_are_its_own_fault(tm
     larger = tiny_tokenizer()
     larger.add_tokens(["<more>"])
     reward = folder_of(tmp_path / "reward", tiny_llama(1, vocab_size=size + 1), larger)
-    (model,) = load_reward_lms([reward], base, base, size + 6, make_slots, torch.float32)
+    (model,) = load_reward_lms([reward], base, base, size + 6, make_lm, torch.float32)
     logits = torch.randn(2, size + 6)
     texts = [[5, 6, size + 50], [5, 6, 7]]
     requests = [GuidedRequest(RequestSettings((1.0,), None), x, 3, [i]) for i, x in enumerate(texts)]
@@ -355,8 +345,8 @@ def folder_of(path, model, tokenizer):
     return str(path)
 
 
-def make_slots(network, name):
-    return SlotLM(network, n_slots=2, length=64, name=name)
+def make_lm(network, name):
+    return PagedLM(network, length=64, n_tokens=128, name=name)
 
 
 @torch.no_grad()
@@ -365,7 +355,7 @@ def test_adapters_are_merged_into_a_copy_of_the_served_weights(tmp_path, tokeniz
     base = folder_of(tmp_path / "tiny", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     adapter = save_adapter(base, tmp_path / "adapter")
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    (model,) = load_reward_lms([adapter], base, base, len(tokenizer), make_slots, torch.float32)
+    (model,) = load_reward_lms([adapter], base, base, len(tokenizer), make_lm, torch.float32)
     text = [5, 6, 7, 8, 9]
     ours = model.log_probs({0: text}, [1])[0]
     theirs = next_token_log_probs(expected, torch.tensor(text))
@@ -383,7 +373,7 @@ def test_vocabularies_of_other_sizes_are_aligned_and_logits_without_a_token_are_
     larger.add_tokens(["<more>"])
     arm = tiny_llama(1, vocab_size=size + 1)
     reward = folder_of(tmp_path / "reward", arm, larger)
-    (model,) = load_reward_lms([reward], base, base, size + 6, make_slots, torch.float32)
+    (model,) = load_reward_lms([reward], base, base, size + 6, make_lm, torch.float32)
     logits = AutoModelForCausalLM.from_pretrained(base)(torch.tensor([[5, 6, 7]])).logits[:, -1]
     result = BatchGuidance([model])(logits.clone(), [GuidedRequest(RequestSettings((1.0,), None), [5, 6, 7], 3, [0])])
     assert (result[0, size:] == -torch.inf).all()
@@ -398,7 +388,7 @@ def test_a_reward_model_that_lacks_tokens_is_refused(tmp_path, tokenizer):
     base = folder_of(tmp_path / "base", tiny_llama(vocab_size=len(larger)), larger)
     reward = folder_of(tmp_path / "reward", tiny_llama(1, vocab_size=len(tokenizer)), tokenizer)
     with pytest.raises(ValueError, match=r"lacks tokens of the served model, such as \['<more>'\]"):
-        load_reward_lms([reward], base, base, len(larger), make_slots, torch.float32)
+        load_reward_lms([reward], base, base, len(larger), make_lm, torch.float32)
 
 
 def test_without_vllm_the_error_names_what_is_missing():

@@ -168,7 +168,10 @@ def test_the_environment_is_enough(folder, monkeypatch, tmp_path):
     (defaults,) = Handshake().find()
     assert defaults.alpha == (1.0, 0.0)
     assert defaults.refuses_bias
-    assert not folder.exists()
+    engine = Engine()
+    here = Handshake()
+    here.post(engine, ONE)
+    assert here.find() == [ONE]  # which knows more than its configuration
     assert ServerConfig.from_additional_config({"genarm": config}).alpha == [1.0, 0.0]
     with pytest.raises(ValueError, match=f"`{ENVIRONMENT}` is not the object `genarm`"):
         ServerConfig.from_additional_config({"genarm": {**config, "alpha": 1}})

@@ -141,7 +141,9 @@ def started(monkeypatch, *arguments):
     commands = []
     monkeypatch.setattr(launcher.os, "execv", lambda _, command: commands.append(command))
     monkeypatch.setattr(launcher, "find_spec", lambda _: True)
-    monkeypatch.setenv(ENVIRONMENT, "old")
+    for name in (ENVIRONMENT, "PROMETHEUS_MULTIPROC_DIR"):
+        monkeypatch.setenv(name, "old")
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
     launcher.main(list(arguments))
     return commands[0][1:]
 
@@ -149,7 +151,8 @@ def started(monkeypatch, *arguments):
 def test_the_server_is_started_with_guidance(base, adapter, monkeypatch):
     start = ["--model", base, "--max_model_len", "128", "--dtype=float32"]
     server = ["-m", "vllm.entrypoints.openai.api_server", "--model", base, "--max-model-len", "128", "--dtype=float32"]
-    own = ["--logits-processors", "hf_genarm.vllm:GenARM"]
+    middleware = ["--middleware", "hf_genarm.vllm.middleware.KeysInBody"]
+    own = ["--logits-processors", "hf_genarm.vllm:GenARM", *middleware]
     config = json.dumps({"genarm": {"reward_models": adapter, "alpha": 0.5}})
     command = started(monkeypatch, *start, "--additional-config", config)
     assert command == [*server, "--additional-config", config, *own]
@@ -157,8 +160,58 @@ def test_the_server_is_started_with_guidance(base, adapter, monkeypatch):
     dotted = ["--additional-config.genarm.reward_models", adapter, "--additional-config.genarm.alpha=0.5"]
     assert started(monkeypatch, *start, *dotted) == [*server, *dotted, *own]
     assert json.loads(launcher.os.environ[ENVIRONMENT]) == {"reward_models": adapter, "alpha": 0.5}
-    assert started(monkeypatch, *start, *dotted, *own) == [*server, *dotted, *own]
-    assert started(monkeypatch, *start, "--logits-processors", "a:B", *dotted)[-3:] == [own[0], "a:B", own[1]]
+    assert started(monkeypatch, *start, *dotted, *own[:2]) == [*server, *dotted, *own]
+    assert started(monkeypatch, *start, "--logits-processors", "a:B", *dotted)[-5:-2] == [own[0], "a:B", own[1]]
+
+
+def test_presets_are_names_of_models(base, adapter, monkeypatch):
+    config = {
+        "reward_models": adapter,
+        "presets": {"kind": {"alpha": 2}, "default": {"alpha": 1}, "more": {"alpha": 3}},
+    }
+    given = ["--model", base, "--additional-config", json.dumps({"genarm": config})]
+    command = started(monkeypatch, *given)
+    assert command[command.index("--served-model-name") :] == [
+        "--served-model-name",
+        base,
+        f"{base}:kind",
+        f"{base}:more",
+    ]
+    command = started(monkeypatch, *given, "--served-model-name", "a", "b")
+    assert command[-5:] == ["--served-model-name", "a", "b", "a:kind", "a:more"]
+
+
+def test_each_server_has_a_folder_for_metrics_and_those_that_are_gone_leave_none(base, adapter, monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher.tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    names = ("hf_genarm-metrics-999999999-a", "hf_genarm-metrics-1-a", "hf_genarm-metrics-b")
+    for name in names:
+        (tmp_path / "tmp" / name).mkdir()
+    (tmp_path / "tmp" / "hf_genarm-metrics-999999998-a").symlink_to(tmp_path)
+    started(monkeypatch, "--model", base, "--additional-config.genarm.reward_models", adapter)
+    own = launcher.os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    assert own.startswith(f"{tmp_path}/tmp/hf_genarm-metrics-{launcher.os.getpid()}-")
+    left = {x.name for x in (tmp_path / "tmp").iterdir()}
+    assert left == {names[1], names[2], "hf_genarm-metrics-999999998-a", own.rpartition("/")[2]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--additional-config.genarm.slots", "1000000000"], "`slots` .* is 1000000000: .* bytes .* are free"),
+        (["--additional-config.genarm.reward_memory", "1e3"], "one text of 256 tokens take [0-9,]+ bytes"),
+        (["--additional-config.genarm.presets", "{}", "--speculative-config", "{}"], "needs the second model runner"),
+        (["--additional-config.genarm.presets", "nowhere.json"], "`presets` .* a file that can be read"),
+    ],
+)
+def test_memory_and_presets_are_checked_before_the_server_is_started(base, adapter, monkeypatch, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        started(monkeypatch, "--model", base, "--additional-config.genarm.reward_models", adapter, *arguments)
+
+
+def test_a_served_model_that_is_not_there(base, adapter):
+    with pytest.raises(ValueError, match=r"`--model` is `.*tiny-1`, which is no folder here"):
+        checked(f"{base}-1", [adapter])
 
 
 @pytest.mark.parametrize(

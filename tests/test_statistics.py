@@ -7,7 +7,7 @@ import torch
 from helpers import FOUR, generate
 from oracle import guided, next_token_log_probs
 from support import ARM, ASSISTANT, BASE, ONE
-from tiny import VOCAB_SIZE
+from tiny import EOS, VOCAB_SIZE
 
 from hf_genarm import GenARMLogitsProcessor
 
@@ -35,6 +35,24 @@ def row_at(text, mask, models, alphas, base_model=BASE):
         "base_entropy": float(-(base_log_probs.exp() * base_log_probs).sum()),
         "top_token_changed": bool(result.argmax() != base_log_probs.argmax()),
     }
+
+
+def test_the_end_of_a_beam_that_is_never_continued():
+    processor = GenARMLogitsProcessor(ARM, 2.0, base_model=BASE)
+    processor.keeps_statistics = True
+    options = {"num_beams": 6, "num_return_sequences": 6, "max_new_tokens": 14}
+    output = generate(BASE, [processor], FOUR, **options)
+    length, n_ended = FOUR["input_ids"].shape[1], 0
+    table = processor.statistics(output.sequences)
+    for index, position, token, found in zip(
+        *(table[name] for name in ("sequence", "position", "token", "guided_log_prob")), strict=True
+    ):
+        if token == EOS and position >= length and position < output.sequences.shape[1] - 1:
+            text, mask = output.sequences[index, : position + 1], FOUR["attention_mask"][index // 6]
+            if EOS not in text[length:-1]:
+                n_ended += 1
+                assert found == pytest.approx(row_at(text, mask, [ARM], [2.0])["guided_log_prob"], abs=1e-4)
+    assert n_ended > 1
 
 
 OPTIONS = {
@@ -97,3 +115,16 @@ def test_no_statistics_by_default():
     processor.keeps_statistics = True
     assert torch.equal(processor(ONE["input_ids"], scores), without)
     assert processor.statistics(torch.tensor([[3, 4, 5]]))["kl"] == []
+
+
+def test_a_second_answer_that_is_shorter_than_the_first():
+    """The table is that of the call that wrote the end of the text, though another one wrote more of it."""
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    processor.keeps_statistics = True
+    first = generate(BASE, [processor], ONE, min_new_tokens=8, max_new_tokens=8).sequences
+    longer = torch.cat([first, ONE["input_ids"][:, :3]], dim=1)
+    inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    second = generate(BASE, [processor], inputs, min_new_tokens=3, max_new_tokens=3).sequences
+    end = ONE["input_ids"].shape[1]
+    for sequences, start, n_new in ((second, longer.shape[1], 3), (first, end, 8)):
+        assert processor.statistics(sequences)["position"] == [*range(start, start + n_new)]

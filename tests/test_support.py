@@ -69,6 +69,7 @@ def test_the_table_on_the_page_is_this_list():
 BATCHES = [BATCH, left_padded([3, 7], 1), left_padded([9], 2), left_padded([8, 8, 8], 3)]
 
 
+@pytest.mark.slow  # the state machine tries other orders by default
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_one_instance_in_random_order(data):

@@ -61,6 +61,7 @@ def folder(tmp_path, monkeypatch):
 
 def tune(*more):
     arguments = ["--arm", "arm", "--prompts", "prompts.jsonl", "--scorer", "my_scorer:rising", "--max_kl", "1e6"]
+    arguments += ["--max_perplexity", "1e6", "--temperature", "1.0", "--reference", "base", "none"]
     return cli.main(["tune", *arguments, "--alpha", "0.5", "2", "--max_new_tokens", "5", "--batch_size", "2", *more])
 
 
@@ -83,16 +84,21 @@ def test_the_command(folder, capsys):
     assert card.count("## Recommended setting") == 1
     assert (folder / "arm" / "tuning.png").stat().st_size > 1000
     assert "Strength 2, no reference (Eq. 7), temperature 0.5: the highest reward" in printed
-    assert "paired: +9.00 [+9.00, +9.00]" in printed
+    assert "at the same temperature, paired: +8.00 [+8.00, +8.00]" in printed
+    assert "`do_sample=True, top_k=0, temperature=0.5`" in printed
 
     # Again, with another limit: nothing is sampled, and the section of the card is replaced.
     kept = {path: path.stat().st_mtime_ns for path in (folder / "tuning" / "answers").iterdir()}
     assert len(kept) == len(rows)
     limit = min(row["kl"][0] for row in rows if row["alpha"])
     assert ModelCard.load(folder / "arm" / "README.md").data.to_dict().get("widget") is None
-    assert tune("--temperature", "1.0", "0.5", "--max_kl", str(limit), "--n_examples", "2") == 0
+    capsys.readouterr()
+    assert tune("--temperature", "1.0", "0.5", "--max_kl", str(limit), "--n_examples", "2", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
     again = RewardInfo.load(folder / "arm" / "genarm_config.json").recommended
     assert again["measured"]["max_kl"] == limit
+    assert result["recommended"] == {x: again[x] for x in ("alpha", "reference", "temperature")}
+    assert result["settings"] == again["measured"]["settings"]
     assert (again["alpha"], again["temperature"]) != (setting["alpha"], setting["temperature"])
     assert {path: path.stat().st_mtime_ns for path in (folder / "tuning" / "answers").iterdir()} == kept
     assert (folder / "arm" / "README.md").read_text().count("## Recommended setting") == 1
@@ -110,7 +116,8 @@ def test_a_judge_is_trained_on_other_pairs(folder, capsys):
     (folder / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--arm", "arm", "--prompts", "prompts.jsonl", "--pairs", "others.jsonl", "--max_kl", "1e6"]
     for n in (1, 2):
-        assert cli.main(["tune", *arguments, "--alpha", "0.5", "--max_new_tokens", "5", "--reference", "base"]) == 0
+        options = ["--alpha", "0.5", "--max_new_tokens", "5", "--reference", "base", "--max_perplexity", "1e6"]
+        assert cli.main(["tune", *arguments, *options]) == 0
         assert ("train_runtime" in capsys.readouterr().out) == (n == 1), "It is trained once."
     (judge,) = (folder / "tuning" / "judge").iterdir()
     judge = AutoregressiveRewardModel.from_pretrained(str(judge), AutoModelForCausalLM.from_pretrained("base"))
@@ -152,13 +159,29 @@ def test_what_is_measured_is_what_was_sampled_from(folder):
 
 
 def test_the_rule_of_choice():
-    def row(alpha, reward, kl):
-        return {"alpha": alpha, "reward": [reward], "kl": [kl]}
+    def row(alpha, reward, kl, perplexity, temperature=1.0):
+        measured = {"reward": [reward], "kl": [kl], "perplexity": [perplexity]}
+        return {"alpha": alpha, "temperature": temperature, **measured}
 
-    rows = [row(0, 9, 0), row(0.5, 1, 2), row(1, 3, 4), row(2, 5, 9)]
-    assert [choose(rows, limit) for limit in (3, 5, 9)] == [1, 2, 3]
+    rows = [row(0, 9, 0, 5, 2.0), row(0, 9, 0, 10), row(0.5, 1, 2, 11), row(1, 3, 4, 12), row(2, 5, 9, 30)]
+    assert [choose(rows, limit, 3) for limit in (3, 5, 9)] == [2, 3, 4]
+    assert [choose(rows, 9, factor) for factor in (1.1, 1.2, 2.9, 3)] == [2, 3, 3, 4]
+    rows.append(row(2, 4, 8, 4, 0.5))
+    assert choose(rows, 9, 1.2) == 5, "a lower temperature is more fluent"
     with pytest.raises(ValueError, match=r"`max_kl` 1: the least divergence is 2.0.*smaller strengths"):
-        choose(rows, 1)
+        choose(rows, 1, 3)
+    with pytest.raises(ValueError, match=r"`max_perplexity` 1: .* 1.10 times that of unguided.*lower temperatures"):
+        choose(rows, 5, 1)
+
+
+def test_what_is_tried_by_default(folder):
+    """Three temperatures, with the reference that contains Eq. 7; temperature 1 is the yardstick, and always there."""
+    options = ["--arm", "arm", "--prompts", "prompts.jsonl", "--scorer", "my_scorer:rising", "--max_new_tokens", "2"]
+    options += ["--max_kl", "1e6", "--max_perplexity", "1e6", "--alpha", "1"]
+    assert cli.main(["tune", *options]) == 0
+    rows = RewardInfo.load("arm/genarm_config.json").recommended["measured"]["settings"]
+    tried = [(row["alpha"], row["reference"], row["temperature"]) for row in rows]
+    assert tried == [(0, None, x) for x in (1.0, 0.7, 0.5)] + [(1, "base", x) for x in (1.0, 0.7, 0.5)]
 
 
 def test_statistics_in_closed_form():
@@ -197,6 +220,7 @@ WRONG = [
     (["--temperature", "-1"], 2, r"`temperature` is \[-1.0\].*positive"),
     (["--reference", "other"], 2, "--reference.*'other'"),
     (["--max_kl", "0"], 2, "`max_kl` is 0.0.*positive"),
+    (["--max_perplexity", "0"], 2, "`max_perplexity` is 0.0.*positive"),
     (["--batch_size", "0"], 2, "`batch_size` is 0"),
     (["--max_prompts", "1"], 2, "`max_prompts` is 1"),
 ]
@@ -289,7 +313,7 @@ def test_the_section_of_a_card():
     info = RewardInfo(recommended=SETTING)
     section = recommendation(info)
     assert 'Strength 0.6, reference `"base"`, temperature 0.7' in section
-    assert "`temperature=0.7` is an argument of `generate`" in section
+    assert "an argument of `generate`: `do_sample=True, top_k=0, temperature=0.7`." in " ".join(section.split())
     card = "# arm\n\n## Quick start\n\nx\n\n## How far to trust it\n\ny\n"
     once = with_recommendation(card, section)
     assert once.index("Quick start") < once.index("Recommended setting") < once.index("How far")

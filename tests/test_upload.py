@@ -1,13 +1,12 @@
 """The shipped reward models as they are published: metadata that the Hub reads, and one script for all of them."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN
+from helpers import run_script
+from hub_server import TOKEN, connect
 from huggingface_hub import ModelCard
 
 from hf_genarm import RewardInfo
@@ -17,10 +16,9 @@ NAMES = sorted(path.parent.name for path in CARDS.glob("*/genarm_config.json"))
 
 
 def upload(server, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": server.url}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({"HF_TOKEN": token} if token else {})
-    command = [sys.executable, str(CARDS / "upload.py"), "--namespace", "me", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    with pytest.MonkeyPatch.context() as patch:
+        connect(patch, server, home, token)
+        return run_script("model_cards.upload", "--namespace", "me", *arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -200,6 +200,12 @@ def test_an_outlier_does_not_decide_the_scale():
     assert scale_limit([TokenText([Token("x")])]) == 1.0
 
 
+@pytest.mark.parametrize(("width", "error"), [(0, ValueError), (2**70, ValueError), (1.5, TypeError), ("a", TypeError)])
+def test_widths_that_no_terminal_has(width, error):
+    with pytest.raises(error, match=r"`width` is .*, but must be a number of columns, from 1 to 10,000"):
+        Picture([]).to_ansi(width)
+
+
 @pytest.mark.parametrize("width", [10, 24, 80])
 def test_terminal_form(width, guided):
     table, _, _ = guided
@@ -208,6 +214,21 @@ def test_terminal_form(width, guided):
     assert lines[0].split() == ["unguided", "guided"] or width == 10
     assert all(cells(line) <= max(width, 19) for line in lines)  # two columns of 8 at the least
     assert "48;2;" in ansi
+
+
+def test_colours_of_a_terminal_are_on_a_given_scale():
+    """Small values look like any text, whatever the background; a pipe gets none at all."""
+    values = (0.05, -0.05, 0.4, -0.6, 1.4, 1.6, -9.0, float("nan"))
+    picture = Picture([TokenText([Token(f"{index} ", value) for index, value in enumerate(values)], "nats")])
+    scale, text = picture.to_ansi(80, limit=3.0).splitlines()
+    assert "48;2;" in picture.to_ansi(80), "On a scale of their own, small values would be as full as large ones."
+    assert without_colors(scale).split() == ["nats", "-1.5", "-0.5", "+0.5", "+1.5"]
+    drawn = re.findall(r"(?:\033\[([\d;]*)m)?(\d) (?:\033\[0m)?", text + " ")
+    blue, orange = "0;114;178", "213;94;0"
+    letters, behind = "38;2;{}", "38;2;0;0;0;48;2;{}"
+    colors = ["", "", "", letters.format(orange), letters.format(blue), behind.format(blue), behind.format(orange), ""]
+    assert [color for color, _ in drawn] == colors
+    assert picture.to_ansi(80, 3.0, has_colors=False) == without_colors(picture.to_ansi(80, 3.0))
 
 
 def test_lines_break_before_words_and_within_long_ones():

@@ -21,11 +21,13 @@ from transformers import LlamaForSequenceClassification, LlamaModel, T5Config, T
 import hf_genarm
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo, cli, smc_sample
 from hf_genarm.hub.card import reward_model_card
+from hf_genarm.scripts.arguments import ARGUMENTS
 
 OURS = str(Path(hf_genarm.__file__).parent)
 BASE, ARM, TOKENIZER = tiny_llama(0), tiny_llama(1, num_hidden_layers=1), tiny_tokenizer()
 KNOWN = AutoregressiveRewardModel(ARM, TOKENIZER, RewardInfo(beta=0.1, reward_scale=2.0))
 SCORER = AutoregressiveRewardModel(tiny_llama(1, vocab_size=len(TOKENIZER)), TOKENIZER)
+SENTENCE = GenARMLogitsProcessor.from_sentences("Be kind.", SCORER.model, TOKENIZER)
 CLASSIFIER = LlamaForSequenceClassification(ARM.config)
 ENCODER_DECODER = T5ForConditionalGeneration(
     T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -158,14 +160,14 @@ def recommended(*path):
     return call
 
 
-MODELS = ("`model`", "`reward_model`", "can't be a reward model", "bidirectional")
+MODELS = ("`model`", "`reward_model`", "can't be a reward model", "can't be a reference", "bidirectional")
 OTHER_TOKENS = ("embeddings", "knows ids", "that training started from")
 TEXTS = ("prompt", "response", "chat")
 ENTRIES = {
     "reward_model": (processor("reward_model"), MODELS),
     "reward_model, with a base": (watching("reward_model"), MODELS),
     "base_model": (processor("base_model"), ("`base_model`", "base model")),
-    "reference": (processor("reference"), ("`reference`", *MODELS)),
+    "reference": (processor("reference"), ("`reference`", "can't be a reference", "bidirectional")),
     **{x: (processor(x), (f"`{x}`",)) for x in ("alpha", "target_kl", "pad_token_id", "attention_mask")},
     **{f"{x}, with a base": (watching(x), (f"`{x}`",)) for x in ("alpha", "tokenizer", "reward_tokenizer")},
     **{x: (processor(x), ("tokenizer`",)) for x in ("tokenizer", "reward_tokenizer")},
@@ -173,6 +175,9 @@ ENTRIES = {
     "set_beta": (lambda value: GenARMLogitsProcessor(KNOWN).set_beta(value), ("`beta`", "`alpha`")),
     "set_weights": (lambda value: GenARMLogitsProcessor(KNOWN).set_weights(value), ("`weights`",)),
     "set_weights, alpha": (lambda value: GenARMLogitsProcessor(KNOWN).set_weights([1.0], value), ("`alpha`",)),
+    "prompts, set": (setting("prompts"), ("`prompts",)),
+    "encode": (lambda value: SENTENCE.encode(value), ("prompt", "chat")),
+    "sentence": (lambda value: AutoregressiveRewardModel.from_sentence(value, ARM, TOKENIZER), ("`sentence`",)),
     "statistics": (statistics, ("`sequences`",)),
     "assistant": (drafts, ("`num_assistant_tokens`",)),
     **{x: (particles(x), (f"`{x}`",)) for x in ("n_particles", "ess_threshold")},
@@ -330,8 +335,8 @@ def own_arguments(command):
     """Returns the arguments that are defined here, by the dataclasses of a command."""
     if command in OWN:
         return OWN[command].split()
-    script = importlib.import_module(f"hf_genarm.scripts.{command}")
-    return [field.name for group in script.ARGUMENTS for field in dataclasses.fields(group)]
+    groups = ARGUMENTS.get(command) or importlib.import_module(f"hf_genarm.scripts.{command}").ARGUMENTS
+    return [field.name for group in groups for field in dataclasses.fields(group)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -343,6 +348,7 @@ def test_commands(files, command, capsys):
     def any_value(argument, value):
         code = cli.main([command, *COMMANDS[command], f"--{argument}", value])
         said = capsys.readouterr().err.splitlines()
+        said = said[-1:] if argument == "json" else said  # before it, what is otherwise printed to stdout
         assert code in (1, 2) or (command == "demo" and code == 0), (argument, value)
         if code:
             assert len(said) == 1, said

@@ -29,37 +29,31 @@ CHAT_TEMPLATE = (
 )
 
 
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    # Large weights: with the usual ones, a tiny model is uniform, and a wrong reward would go unnoticed.
+    "initializer_range": 0.4,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+
+
 def tiny_llama(seed: int = 0, **config) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 256,
-        # Large weights: with the usual ones, a tiny model is uniform, and a wrong reward would go unnoticed.
-        "initializer_range": 0.4,
-    }
-    tokens = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **tokens, **config})).eval()
+    own = {"num_key_value_heads": 1, "max_position_embeddings": 256}
+    return LlamaForCausalLM(LlamaConfig(**SIZES | own | config)).eval()
 
 
 def tiny_model(model_type: str, **config) -> PreTrainedModel:
     """A tiny causal LM of a type that goes by this name in transformers."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.4,
-    }
-    tokens = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | tokens | config)).eval()
+    own = {"num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | own | config)).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

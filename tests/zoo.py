@@ -117,8 +117,9 @@ MULTIMODAL = {"dots3_note", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unifi
 MULTIMODAL |= {"moss_transcribe_diarize"}
 # Bytes in patches; codes of sound; drafts of another model's states; attributes that its own config lacks.
 OTHERS = {"blt", "moshi", "musicgen", "musicgen_melody", "gemma4_assistant", "gemma4_unified_assistant", "dbrx"}
-# Whatever their configuration: each prediction of XLNet needs a mask of its own, CPM-Ant reads a prompt at once.
-BIDIRECTIONAL = {"cpmant", "xlnet"}
+# Whatever their configuration: each prediction of XLNet needs a mask of its own, CPM-Ant reads a prompt at once, and
+# ProphetNet mixes up the relative positions of its tokens.
+BIDIRECTIONAL = {"cpmant", "prophetnet", "xlnet"}
 NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MULTIMODAL - OTHERS - BIDIRECTIONAL)
 
 

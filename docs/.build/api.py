@@ -53,10 +53,12 @@ def described(name: str, item: griffe.Object | griffe.Alias) -> Iterator[str]:
 
 def options(package: griffe.Module) -> Iterator[str]:
     """The options of each command, without those that come from TRL and transformers."""
-    for command, script in package["scripts"].modules.items():
-        if "ARGUMENTS" not in script.members:
-            continue
-        for group in re.findall(r"\w+", str(script["ARGUMENTS"].value)):
+    scripts = package["scripts"].modules
+    groups = {x: scripts[x]["ARGUMENTS"].value for x in scripts if "ARGUMENTS" in scripts[x].members}
+    listed = re.findall(r"'(\w+)': \(([^)]*)\)", str(groups.pop("arguments")))
+    for command, names in [*groups.items(), *listed]:
+        for group in re.findall(r"\w+", str(names)):
+            script = scripts[command] if command in groups else scripts["arguments"]
             for name, member in script[group].all_members.items():
                 if member.is_attribute and "property" not in member.labels and not name.startswith("_"):
                     yield f"hf-genarm {command.replace('_', '-')} --{name}"

@@ -18,6 +18,7 @@ AT_SAME_KL = (
     "DPO, a training run per point",
     "GenARM: Eq. 5, Eq. 7 (the paper)",
 )
+INTEL = "Intel, 1 core"  # the processor of most of the decoding times
 OF_SENTENCE = "Steering by a sentence"
 ON_QWEN = f"{OF_SENTENCE}: Qwen2.5-Coder-0.5B-Instruct"
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,6 +31,9 @@ def spread(values: list[float]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a table without the columns that have no cell."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -43,7 +47,9 @@ def of_report(section: str, after: str) -> str:
     """The first table of a section that follows the words `after`."""
     text = report_on(section)
     text = text[text.index(after) :]
-    return text[text.index("\n|") + 1 :].split("\n\n")[0]
+    text = text[text.index("\n|") + 1 :].split("\n\n")[0]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return table(head, rows)
 
 
 def matched_kl(section: str = "Sentiment") -> str:
@@ -60,7 +66,10 @@ def at_same_kl(section: str, kl: float) -> str:
     # The first column, the names of methods, has no heading.
     values = {row[0]: row[head.index(f"KL {kl:g}") + 1] for row in rows}
     ours, dpo, eq7 = (values[name] for name in AT_SAME_KL)
-    return f'one adapter, trained and used with `reference="base"` {ours}; DPO, trained for it {dpo}; Eq. 7 {eq7}'
+    return (
+        f"one adapter, with the base as reference {ours}; DPO, trained for it {dpo}; "
+        f"without a reference (Eq. 7 of the paper) {eq7}"
+    )
 
 
 def differences(section: str = "Sentiment") -> str:
@@ -71,15 +80,23 @@ def runs(name: str) -> list[dict]:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def decode_times() -> dict[tuple[bool, int, int], dict[str, str]]:
+def processor(run: dict) -> str:
+    """The maker of the processor that a run was made on, and how many of its cores."""
+    machine = run["machine"]
+    maker = "AMD" if "AMD" in machine["cpu"] else "Intel"
+    return f"{maker}, {machine['threads']} core{'s' * (machine['threads'] > 1)}"
+
+
+def decode_times() -> dict[tuple[str, bool, int, int], dict[str, str]]:
     """
     The times per token of each engine.
 
-    The keys are: whether adapters are on all linear layers, the batch size, and the number of adapters. Times over the
-    unguided base with the matrix products of joint passes are named `same …`; old runs have none.
+    The keys are: the processor, whether adapters are on all linear layers, the batch size, and the number of adapters.
+    Times over the unguided base with the matrix products of joint passes are named `same …`; only processors of AMD
+    have them.
     """
     return {  # later runs had more rounds
-        ("--targets all" in run["command"], result["batch_size"], result["adapters"]): {
+        (processor(run), "--targets all" in run["command"], result["batch_size"], result["adapters"]): {
             engine: spread(time)
             for engine, time in (
                 *result["time"].items(),
@@ -103,29 +120,26 @@ def decode_cost() -> str:
     }
     columns = {name: head for name, head in columns.items() if any(name in cells for cells in times.values())}
     return table(
-        ["batch", "reward models", *columns.values()],
+        ["processor", "batch", "reward models", *columns.values()],
         [
-            [f"{batch_size}{', all linear layers' * of_all}", str(adapters), *(cells.get(x, "") for x in columns)]
-            for (of_all, batch_size, adapters), cells in sorted(times.items())
+            [maker, f"{batch_size}{', all linear layers' * of_all}", str(n), *(cells.get(x, "") for x in columns)]
+            for (maker, of_all, batch_size, n), cells in sorted(
+                times.items(), key=lambda row: (row[0][0] != INTEL, row)
+            )
         ],
     )
-
-
-def fused(times: dict[str, str]) -> str:
-    """The time per token of an adapter over the unguided base with the same products, or over the base as it is."""
-    return times.get("same fused", times["fused"])
 
 
 def cost() -> str:
     """The few rows of `decode_cost` that answer what guidance costs."""
     times = decode_times()
     rows = [
-        ["a LoRA adapter on the base, one text at a time", fused(times[False, 1, 1])],
-        ["the same, 16 texts at a time", fused(times[False, 16, 1])],
-        ["four of them, one text at a time", fused(times[False, 1, 4])],
-        ["a separate model as large as the base", times[False, 1, 1]["separate"]],
+        ["a LoRA adapter on the base, one text at a time", times[INTEL, False, 1, 1]["fused"]],
+        ["the same, 16 texts at a time", times[INTEL, False, 16, 1]["fused"]],
+        ["four of them, one text at a time", times[INTEL, False, 1, 4]["fused"]],
+        ["a separate model as large as the base", times[INTEL, False, 1, 1]["separate"]],
     ]
-    return table(["reward model, on 2 CPU cores", "time per token, over unguided"], rows)
+    return table(["reward model, on one core of an Intel Xeon", "time per token, over unguided"], rows)
 
 
 def train_cost() -> str:
@@ -153,12 +167,7 @@ def headline() -> str:
     effect, control = effects(card), re.search(r"only sharpens the base: (\S+ \[.*?\])", card)[1]
     pairs = json.loads((ROOT / "model_cards" / SENTIMENT / "genarm_config.json").read_text(encoding="utf-8"))["metrics"]
     learned = spread([pairs[f"contrast_accuracy{end}"] for end in ("", "_low", "_high")])
-    times = decode_times()[False, 1, 1]
-    other_baseline = (
-        f"over torch's own, slower matrix products {times['fused']} ([why](docs/speed.md#what-it-costs))"
-        if "same fused" in times
-        else f"two unguided rows {times['rows']} ([why below 1](docs/speed.md#what-it-costs))"
-    )
+    times = decode_times()[INTEL, False, 1, 1]
     train = runs("train_cost")[0]["results"][0]
     make = f"`python -m model_cards.make_sentiment` ([card](model_cards/{SENTIMENT}/README.md))"
     return table(
@@ -176,7 +185,7 @@ def headline() -> str:
             ],
             [
                 "sentiment (VADER, −1 to 1) of answers on topics that the reward model never saw",
-                f"unguided {effect['unguided']}, guided at α = 1 by Eq. 7 {effect['α = 1.0']}, "
+                f"unguided {effect['unguided']}, guided at α = 1 without a reference {effect['α = 1.0']}, "
                 f"control (guided by an untrained adapter) {control}",
                 make,
             ],
@@ -187,7 +196,7 @@ def headline() -> str:
             ],
             [
                 "time per token over unguided, batch 1, LoRA reward model",
-                f"{fused(times)}; {other_baseline}",
+                f"{times['fused']}; two unguided rows {times['rows']} ([on AMD](docs/speed.md#what-it-costs))",
                 "`python -m examples.benchmarks.decode_cost`",
             ],
             [
@@ -206,7 +215,7 @@ def capability() -> str:
     for row in report["rows"]:
         change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["change"]) if row["alpha"] else ""
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"])
-        form = "ratio to the base" if row["reference"] else "Eq. 7"
+        form = "the base as reference" if row["reference"] else "no reference (Eq. 7)"
         rows.append([f"{row['alpha']:g}", form if row["alpha"] else "unguided", accuracy, change])
     return table(["α", "steered by", "accuracy", "minus unguided, paired"], rows)
 
@@ -221,6 +230,19 @@ def sequence_law() -> str:
         ["N", "distance of N particles", "distance of the best of N"],
         [["token by token", f"{first['token_law']:.2f}", ""], *cells],
     )
+
+
+def answers() -> str:
+    """One question, and three answers of each kind."""
+    report = json.loads((ROOT / "examples" / "answers.json").read_text(encoding="utf-8"))
+    sentence, adapter = (f"{report['strengths'][name]:g}" for name in ("sentence", "adapter"))
+    head = [
+        "unguided",
+        f"with the sentence *{report['sentence']}* at α = {sentence}",
+        f"with an adapter for positive sentiment, trained on 333 pairs, at α = {adapter}",
+    ]
+    columns = [report["answers"][kind] for kind in ("unguided", "sentence", "adapter")]
+    return table(head, [list(row) for row in zip(*columns, strict=True)])
 
 
 def speculation() -> str:
@@ -249,7 +271,25 @@ def serving() -> str:
     )
 
 
+def training_defaults() -> str:
+    rows = [row for run in runs("training_defaults") for row in run["results"]]
+    return table(
+        ["pairs", "steps", "learning rate", "held-out pairs right", "answers apart, nats"],
+        [
+            [
+                str(row["pairs"]),
+                str(row["steps"]),
+                f"{row['learning_rate']:.1e}".replace("e-0", "e-") + (" (default)" if row["rate"] == "default" else ""),
+                spread(row["accuracy"]),
+                f"{row['nats_apart']:.1f}",
+            ]
+            for row in sorted(rows, key=lambda row: (row["pairs"], row["learning_rate"]))
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "answers": answers,
     "capability": capability,
     "cost": cost,
     "decode_cost": decode_cost,
@@ -269,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
+    "training_defaults": training_defaults,
     "two_objectives": partial(of_report, "Two objectives", "Hypervolume"),
 }
 

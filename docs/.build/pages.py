@@ -1,6 +1,7 @@
 """Hooks of mkdocs: they draw formulas as MathML, which needs no script, and resolve links out of the site."""
 
 import html
+import posixpath
 import re
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent.parent
 REPOSITORY = "https://github.com/hf-genarm/hf_genarm/blob/main"
 HUGGING_FACE = "https://huggingface.co/docs"
+# Files elsewhere in the repository that are pages of the site, and what these are called there
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "model_cards/README.md": "adapters.md",
+    "examples/README.md": "examples.md",
+}
 TYPES = {
     "datasets.Dataset": f"{HUGGING_FACE}/datasets/package_reference/main_classes",
     "datasets.IterableDataset": f"{HUGGING_FACE}/datasets/package_reference/main_classes",
@@ -43,11 +51,17 @@ def on_pre_build(config) -> None:
 
 
 def on_files(files, config):
-    """Adds README and CONTRIBUTING as pages, and the pictures of `examples` and `model_cards`."""
-    for source, name in (("README.md", "index.md"), ("CONTRIBUTING.md", "contributing.md")):
-        text = re.sub(r'(\]\(|src="|srcset=")(?!\w+:|#)', r"\1../", (ROOT / source).read_text(encoding="utf-8"))
-        text = text.replace("../docs/", "").replace("../CONTRIBUTING.md", "contributing.md")
-        files.append(File.generated(config, name, content=text))
+    """Adds pages of other folders, and the pictures of `examples` and `model_cards`."""
+    for source, name in PAGES.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        text = re.sub(r"^\[!\[.*\n", "", text, flags=re.MULTILINE)  # badges, which are pictures of other servers
+        folder = posixpath.dirname(source)
+
+        def moved(match: re.Match, folder: str = folder) -> str:
+            return match[1] + posixpath.join("..", posixpath.normpath(posixpath.join(folder, match[2])))
+
+        text = re.sub(r'(\]\(|src="|srcset=")(?!\w+:|#)([^)"#\s]+)', moved, text)
+        files.append(File.generated(config, name, content=text.replace("../docs/", "")))
     for folder in ("examples", "model_cards"):
         for path in sorted((ROOT / folder).rglob("*.png")):
             name = path.relative_to(ROOT).as_posix()
@@ -61,6 +75,8 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
     def link(match: re.Match) -> str:
         if not (ROOT / match[1]).exists():
             raise PluginError(f"{page.file.src_path} links to `../{match[1]}`, which doesn't exist.")
+        if match[1] in PAGES:
+            return f"]({PAGES[match[1]]}{match[2] or ''})"
         return (
             f"](repository/{match[1]})" if match[1].endswith(".png") else f"]({REPOSITORY}/{match[1]}{match[2] or ''})"
         )

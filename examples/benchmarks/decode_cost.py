@@ -97,9 +97,8 @@ def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProce
 
 @contextmanager
 def products_of_joint_passes(model: PreTrainedModel) -> Iterator[None]:
-    """Lets a model compute its linear layers as joint passes do on this machine."""
-    modules = model.modules() if joint_network.slow_for_few_rows() else ()
-    layers = [layer for layer in modules if type(layer) is torch.nn.Linear]
+    """Lets a model compute its linear layers as joint passes do where torch is slow for few rows."""
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
     for layer in layers:
         vars(layer)["forward"] = functools.partial(joint_network._linear, layer)
     try:
@@ -117,22 +116,23 @@ def measure_round(
     batch_size: int,
     args: argparse.Namespace,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the ratios of one round: over the base as it is, and over the base with the products of joint passes."""
+    """Returns the ratios of one round: over the base as it is, and over the base with joint passes' products."""
     n_rows = batch_size * (1 + n_adapters)
     seconds = {engine: run_engine(engine, model, [x], batch_size, args) for engine, x in processors.items()}
     seconds["rows"] = time_per_token(model, [], n_rows, args)
     unguided = time_per_token(model, [], batch_size, args)
     alone = unguided + n_adapters * time_per_token(arm, [], batch_size, args)
-    with products_of_joint_passes(model):
-        same = {"rows": time_per_token(model, [], n_rows, args)}
-        unguided_same = time_per_token(model, [], batch_size, args)
-    same["unguided"] = unguided
     ratios = {name: time_of_it / unguided for name, time_of_it in seconds.items()}
     if "fused" in seconds:
-        same["fused"] = seconds["fused"]
         ratios["over_rows"] = seconds["fused"] / seconds["rows"]
     if "separate" in seconds:
         ratios["over_alone"] = seconds["separate"] / alone
+    if not joint_network.slow_for_few_rows():  # the products are the same anyway
+        return ratios, {}
+    with products_of_joint_passes(model):
+        same = {"rows": time_per_token(model, [], n_rows, args), "unguided": unguided}
+        unguided_same = time_per_token(model, [], batch_size, args)
+    same |= {"fused": seconds["fused"]} if "fused" in seconds else {}
     return ratios, {name: time_of_it / unguided_same for name, time_of_it in same.items()}
 
 
@@ -142,7 +142,8 @@ def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
 
     Returns:
         list of `dict`: `time` holds ratios to the time of the base as it is, `time_over_same_products` to that of the
-        base with the products of joint passes, `unguided` in it being the base as it is; each with its range.
+        base with the products of joint passes, `unguided` in it being the base as it is, unless the products are the
+        same; each with its range.
     """
     results = []
     bar = tqdm(total=len(args.batch_sizes) * len(args.adapters) * args.rounds, desc="rounds")
@@ -208,12 +209,13 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
         profiler.runcall(time_per_token, model, [processor], batch_size, args)
         spent = functools.partial(seconds_in, pstats.Stats(profiler))
         parts = {
-            "joint passes: products with the weights of the base": spent(joint_network._linear),
             "joint passes: low-rank products of the adapter": spent(joint_network.LowRankProduct.add),
             "joint passes: joining and splitting the caches": spent(joint_cache.join) + spent(joint_cache.split),
             "the prompt, read by the base": spent(GenerationMixin._prefill),
             "the processor, which reads the prompt with the reward model": spent(GenARMLogitsProcessor.__call__),
         }
+        if joint_network.slow_for_few_rows():  # else torch's own layers are called
+            parts["joint passes: products with the weights of the base"] = spent(joint_network._linear)
         total = spent(GenerationMixin.generate)
         print(f"\nbatch {batch_size}, 1 adapter: share of the time of `generate`")
         for name, seconds in parts.items():
@@ -251,6 +253,7 @@ def compare_products(model: PreTrainedModel) -> None:
 def table(results: list[dict], engines: list[str]) -> str:
     same = {"fused": "fused, same products", "rows": "unguided, as many rows, same products"}
     same |= {"unguided": "unguided, torch's products over the same"}
+    same = same if any(row["time_over_same_products"] for row in results) else {}
     plain = {engine: engine for engine in engines} | {"rows": "unguided, as many rows"}
     plain |= {"over_rows": "fused / as many rows", "over_alone": "separate / models alone"}
     names = ["batch", "adapters", *same.values(), *plain.values(), "peak memory over unguided, MB"]

@@ -62,19 +62,21 @@ def run_engine(connection: Connection, model: str, adapter: str | None, args: ar
         connection.send(time.perf_counter() - start)
 
 
-def run_slots(connection: Connection, model: str, adapter: str | None, args: argparse.Namespace) -> None:
-    """The forward passes that a guided engine has beside those of its base, and nothing else."""
+def run_pages(connection: Connection, model: str, adapter: str | None, args: argparse.Namespace) -> None:
+    """The forward passes that a guided engine has in addition to those of its base, and nothing else."""
     torch.set_num_threads(args.threads)
     from hf_genarm.vllm.engine import use_linear_layers_of_vllm
+    from hf_genarm.vllm.paged_lm import PagedLM
     from hf_genarm.vllm.reward_lms import load_reward_lms
-    from hf_genarm.vllm.slots import SlotLM
 
-    def make_slots(network: Any, name: str) -> SlotLM:
+    def make_lm(network: Any, name: str) -> PagedLM:
         use_linear_layers_of_vllm(network)
-        return SlotLM(network, 8, 512, name=name)
+        lm = PagedLM(network, 512, name=name)
+        lm.allocate(8 * 512, page_size=128)  # as the engine does on a CPU
+        return lm
 
     vocab_size = AutoConfig.from_pretrained(model).vocab_size
-    (lm,) = load_reward_lms([str(adapter)], model, model, vocab_size, make_slots, torch.float32)
+    (lm,) = load_reward_lms([str(adapter)], model, model, vocab_size, make_lm, torch.float32)
     connection.send("ready")
     while (task := connection.recv()) is not None:
         n, _, seed = task
@@ -114,7 +116,7 @@ def main() -> None:
         roles = {
             "guided": (run_engine, base, adapter),
             "reward model": (run_engine, folder, None),
-            "slots": (run_slots, base, adapter),
+            "pages": (run_pages, base, adapter),
         }
         engines, context = {}, get_context("spawn")
         for name, (target, model, own_adapter) in roles.items():
@@ -130,7 +132,7 @@ def main() -> None:
 
         results = []
         turns = {"base": ("guided", 0.0), "guided": ("guided", 1.0), "reward model": ("reward model", 0.0)}
-        turns["slots"] = ("slots", 0.0)
+        turns["pages"] = ("pages", 0.0)
         for n in (1, 8):
             times: dict[str, list[float]] = {turn: [] for turn in turns}
             for index in range(-1, args.rounds):  # the first warms up
@@ -149,21 +151,21 @@ def summary(n: int, times: dict[str, list[float]], n_tokens: int) -> dict[str, A
     rounds = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
     ratio = [x["base"] / x["guided"] for x in rounds]
     ideal = [x["base"] / (x["base"] + x["reward model"]) for x in rounds]
-    own = [x["base"] / (x["base"] + x["slots"]) for x in rounds]
+    own = [x["base"] / (x["base"] + x["pages"]) for x in rounds]
     return {
         "requests": n,
         "ms_per_step": {name: round(1000 * median(values) / n_tokens, 1) for name, values in times.items()},
         "guided_over_unguided": spread(ratio),
         "ideal": spread(ideal),
         "of_ideal": spread([x / y for x, y in zip(ratio, ideal, strict=True)]),
-        "of_ideal_with_the_cost_of_slots": spread([x / y for x, y in zip(ratio, own, strict=True)]),
+        "of_ideal_with_the_cost_of_pages": spread([x / y for x, y in zip(ratio, own, strict=True)]),
         "load": os.getloadavg()[0],
     }
 
 
 def print_row(result: dict[str, Any]) -> None:
     print(f"{result['requests']} request(s), ms per step: {result['ms_per_step']}, load {result['load']:.1f}")
-    for name in ("guided_over_unguided", "ideal", "of_ideal", "of_ideal_with_the_cost_of_slots"):
+    for name in ("guided_over_unguided", "ideal", "of_ideal", "of_ideal_with_the_cost_of_pages"):
         print("  {:34} {:.2f} [{:.2f}, {:.2f}]".format(name.replace("_", " "), *result[name]))
 
 

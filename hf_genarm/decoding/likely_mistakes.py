@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.compatibility import PromptFormat
 from ..hub.info import GuidanceWarning
 from ..hub.kv_cache import CACHE, network_of, uncompiled
 from .lockstep import LockstepLM
@@ -20,14 +21,13 @@ class LikelyMistakes:
     Args:
         base ([`~transformers.PreTrainedModel`], *optional*):
             The model to be steered.
-        generation_prompt_ids (list of `int`, *optional*):
-            Tokens that a chat template adds as a generation prompt, if the reward model was trained on chats. A prompt
-            without them is warned about.
+        prompt_format ([`PromptFormat`], *optional*):
+            What the reward model was trained on, chats or plain text. A prompt of the other kind is warned about.
     """
 
-    def __init__(self, base: PreTrainedModel | None = None, generation_prompt_ids: list[int] | None = None) -> None:
+    def __init__(self, base: PreTrainedModel | None = None, prompt_format: PromptFormat | None = None) -> None:
         self._base = base
-        self._generation_prompt_ids = generation_prompt_ids or []
+        self._prompt_format = prompt_format
         self._given: set[str] = set()
 
     def __call__(self, text: Text, reward_models: list[LockstepLM]) -> None:
@@ -59,12 +59,20 @@ class LikelyMistakes:
                 "of the base alone, before guidance, and can undo it. Set it to 1.0: "
                 "`model.generation_config.repetition_penalty = 1.0`."
             )
-        pattern = self._generation_prompt_ids
-        if text.is_prompt and pattern and not _all_contain(text.input_ids, pattern):
-            self._warn(
-                "A prompt is not in the chat template, but the reward model was trained on chats, and its rewards for "
-                "other text mean little. Use `tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
-            )
+        trained_on = self._prompt_format
+        if text.is_prompt and trained_on is not None:
+            is_chat = _all_contain(text.input_ids, trained_on.generation_prompt_ids)
+            if trained_on.is_chat and not is_chat:
+                self._warn(
+                    "A prompt is not in the chat template, but the reward model was trained on chats, and its rewards "
+                    "for other text mean little. Write prompts as messages: "
+                    "`tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
+                )
+            elif is_chat and not trained_on.is_chat:
+                self._warn(
+                    "The prompts are in the chat template, but the reward model was trained on plain text, and its "
+                    "rewards for chats mean little. Write prompts as plain text, or train it on messages."
+                )
 
     def _warn(self, message: str) -> None:
         if message not in self._given:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..hub.causality import refuse_not_causal
 from ..hub.kv_cache import CACHE, network_of, new_cache
-from ..hub.limits import fixed_length, refuse_out_of_range, refuse_unknown_ids, why_no_cache
+from ..hub.limits import fixed_length, n_positions, refuse_too_long, refuse_unknown_ids, why_no_cache
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class LockstepLM:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A decoder-only language model, which may be compiled. It is called, never changed.
+        role (`str`, *optional*, defaults to `"reward model"`):
+            What it is used as, for messages.
 
     Attributes:
         has_cache (`bool`):
@@ -42,20 +44,21 @@ class LockstepLM:
     # Assisted decoding calls again for the lengths that drafting went through; it has one row, and drafts are short.
     KEPT_LOGITS = 64
 
-    def __init__(self, model: PreTrainedModel | PeftModel):
+    def __init__(self, model: PreTrainedModel | PeftModel, role: str = "reward model"):
         network = network_of(model)
-        refuse_not_causal(model)
-        self.model = model
+        refuse_not_causal(model, role)
+        self.model, self._role = model, role
         # Of the class: an instance's may be wrapped, and `PeftModel.forward` takes anything.
         self._forward_args = set(inspect.signature(type(network).forward).parameters)
         self._network = network
         reason = why_no_cache(model)
         self.has_cache = reason is None
-        self._fixed_length = fixed_length(network)
+        self._fixed_length, self._n_positions = fixed_length(network), n_positions(model)
         if not self.has_cache:
             logger.warning(
-                "`%s` as a reward model reads the whole text again for every token, because %s: exact, but slow.",
+                "`%s` as a %s reads the whole text again for every token, because %s: exact, but slow.",
                 type(network).__name__,
+                role,
                 reason,
             )
         self._state: State | None = None
@@ -91,6 +94,8 @@ class LockstepLM:
         input_ids = input_ids[:, first_token:].to(device, torch.long)
         attention_mask = attention_mask[:, first_token:].to(device)
         length = input_ids.shape[1]
+        if length > self._n_positions:
+            refuse_too_long(self._network, int(attention_mask.sum(dim=1).max()), self._n_positions, self._role)
         if length > self._fixed_length:
             return self._forward_from_scratch(input_ids, attention_mask)[:, -1]
 
@@ -130,7 +135,8 @@ class LockstepLM:
                 The number of columns that must have been read.
         """
         state = self._state
-        if state is None or not self.has_cache or input_ids.shape[1] > self._fixed_length:
+        longest = min(self._fixed_length, self._n_positions)
+        if state is None or not self.has_cache or input_ids.shape[1] > longest:
             return None
         rows, shared = _longest_shared_prefix(state, input_ids.long(), attention_mask)
         if shared != length:
@@ -183,14 +189,9 @@ class LockstepLM:
 
     def _call(self, inputs: dict, n_logits: int = 1) -> Tensor:
         """Calls the model with the arguments that it has, and returns its last logits."""
-        refuse_unknown_ids(self._network, inputs["input_ids"])
+        refuse_unknown_ids(self._network, inputs["input_ids"], self._role)
         inputs["logits_to_keep"] = n_logits
-        try:
-            output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
-        except (IndexError, RuntimeError) as error:
-            length = inputs.get("attention_mask", inputs["input_ids"]).shape[1]
-            refuse_out_of_range(self._network, inputs["input_ids"], length, error)
-            raise
+        output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
         return output.logits[:, -n_logits:]
 
 

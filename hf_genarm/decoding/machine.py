@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..functional import GuidedProduct
+from ..hub.compatibility import PromptFormat
 from .drafts import Draft
 from .kl_control import KLControl
 from .likely_mistakes import LikelyMistakes
@@ -37,7 +38,7 @@ class GuidanceMachine:
             The model that rewards are contrasted with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the base.
-        generation_prompt_ids (list of `int`, *optional*):
+        prompt_format ([`PromptFormat`], *optional*):
             As for [`LikelyMistakes`].
         prompts ([`OwnPrompts`]):
             The prompts that models read in place of the base's.
@@ -61,7 +62,7 @@ class GuidanceMachine:
         base: PreTrainedModel | None,
         reference: Literal["base"] | PreTrainedModel | PeftModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        generation_prompt_ids: list[int] | None,
+        prompt_format: PromptFormat | None,
         prompts: OwnPrompts,
     ):
         self.base, self.tokenizer, self._prompts = base, tokenizer, prompts
@@ -72,7 +73,7 @@ class GuidanceMachine:
         self.product = _unguided(torch.zeros(0, 1))
         self.draft: Draft | None = None
         self._reader = TextReader(self.watch)
-        self._likely_mistakes = LikelyMistakes(base, generation_prompt_ids)
+        self._likely_mistakes = LikelyMistakes(base, prompt_format)
 
     def reset(self) -> None:
         """Forgets what the models have read."""

@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import shown
 from ..functional import guided_product
-from ..hub.compatibility import generation_prompt_ids
+from ..hub.compatibility import prompt_format
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
@@ -133,11 +133,12 @@ class GenARMLogitsProcessor(GuidanceSettings):
         own = next((x for x in self._tokenizers if x is not None), None)
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
-        self._generation_prompt_ids = None if tokenizer is None else generation_prompt_ids(infos[0], tokenizer)
-        special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
-        pads = pad_token_id_of(special_tokens) if pad_token_id is None else pad_token_id
-        super().__init__(infos, alpha, target_kl, pads, attention_mask)
-        self._machine = self._new_machine()
+        self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
+        super().__init__(infos, alpha, target_kl, pad_token_id, attention_mask)
+        self._machine = self._new_machine()  # which refuses models that can't be guided by
+        if pad_token_id is None:
+            special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
+            self._prompt_mask.pad_token_id = pad_token_id_of(special_tokens)
         self._keeps_statistics = False
 
     def _new_machine(self) -> GuidanceMachine:
@@ -148,7 +149,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
             self._base,
             self.reference,
             self._tokenizer,
-            self._generation_prompt_ids,
+            self._prompt_format,
             self._own_prompts,
         )
 
@@ -240,7 +241,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
         base_model, given = uncompiled(base_model), [sentences] if isinstance(sentences, str) else list(sentences)
         arms = [AutoregressiveRewardModel.from_sentence(sentence, base_model, tokenizer) for sentence in given]
         tokenizer = arms[0].tokenizer if arms else tokenizer
-        return cls(arms, alpha, **{"base_model": base_model, "reference": "base", "tokenizer": tokenizer} | kwargs)
+        options: dict[str, Any] = {"base_model": base_model, "reference": "base", "tokenizer": tokenizer}
+        return cls(arms, alpha, **options | kwargs)
 
     def encode(self, prompts: Any, **template_kwargs: Any) -> BatchEncoding:
         """
@@ -266,8 +268,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
             ValueError: if the processor has no tokenizer, or a prompt has no tokens.
         """
         inputs = self._own_prompts.encode(prompts, self._tokenizer, self._tokenizers, **template_kwargs)
-        is_placed = self._base is not None and self._base.device.type != "meta"
-        return inputs.to(self._base.device) if is_placed else inputs
+        device = torch.device("cpu") if self._base is None else self._base.device
+        return inputs if device.type == "meta" else inputs.to(device)  # offloaded weights are on no device
 
     @property
     def engine(self) -> str:

@@ -24,6 +24,12 @@ def recommended_alpha(infos: Sequence[RewardInfo]) -> list[float]:
     ]
 
 
+def recommended_temperature(infos: Sequence[RewardInfo]) -> float | None:
+    """Returns the temperature of `generate` that reward models recommend; `None` if they don't agree on one."""
+    temperatures = {None if x.recommended is None else x.recommended["temperature"] for x in infos}
+    return temperatures.pop() if len(temperatures) == 1 else None
+
+
 def wanted_reference(infos: Sequence[RewardInfo], names: Sequence[str]) -> str | None:
     """
     Returns the reference that reward models recommend, or else were trained with: `"base"` or `None`.

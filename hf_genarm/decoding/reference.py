@@ -33,7 +33,7 @@ class Reference:
 
     def __init__(self, model: Literal["base"] | PreTrainedModel | PeftModel, watch: StepWatch | None):
         self._watch = watch if model == "base" else None
-        self._lockstep = None if model == "base" else LockstepLM(model)
+        self._lockstep = None if model == "base" else LockstepLM(model, "reference")
         self._is_tested = False  # whether the base is causal, once other modules around it are made
         # Reward models read a text as in training. If `generate` reads it otherwise, its logits can't be the reference.
         self._keeps_logits = watch is not None and not is_read_otherwise_by_generate(network_of(watch.model))
@@ -96,7 +96,7 @@ class Reference:
             base = twin(self._watch.model)
             if self._is_tested:
                 take_as_causal(base)
-            self._lockstep = LockstepLM(base) if prompt is None else FusedLM(base, Fusion.on(self._watch))
+            self._lockstep = LockstepLM(base, "reference") if prompt is None else FusedLM(base, Fusion.on(self._watch))
             self._is_tested = True
         return self._lockstep
 

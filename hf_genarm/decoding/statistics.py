@@ -80,7 +80,9 @@ class Statistics:
             log_probs[f"reward_log_prob_{index}"] = reward
         for name, distribution in (("likeliest_before", base), ("likeliest_after", guided)):
             values[name] = torch.stack(distribution.topk(self.N_LIKELIEST), dim=-1)
-        of_run.record(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs)
+        n_prompts = text.run.root.n_prompts
+        has_beams = n_prompts is None or len(text.input_ids) > n_prompts
+        of_run.record(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs, has_beams)
 
     def read(self, sequences: Tensor) -> GuidedTokens:
         """
@@ -109,8 +111,8 @@ class Statistics:
         runs = list(reversed(self._runs.values()))
         by_run = [run.read(sequences) for run in runs]
         for index in range(len(sequences)):
-            # Of several runs with the same beginning, the one that wrote most of the sequence; of equal ones the latest
-            rows = max((of_sequence[index] for of_sequence in by_run), key=len, default=[])
+            # Of several runs with the same beginning, the one that wrote its end, most of it, and the latest
+            rows = max((of_sequence[index] for of_sequence in by_run), key=_reach, default=[])
             if not rows and self._has_forgotten:
                 raise ValueError(
                     f"Nothing is kept about sequence {index}. Of earlier `generate` calls, {self.KEPT_TOKENS} tokens "
@@ -141,19 +143,30 @@ class Statistics:
         return [(self._names[int(token)], math.exp(x)) for x, token in likeliest]
 
 
+def _reach(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """Returns where the last of some rows is, and their number."""
+    return (rows[-1]["position"] if rows else 0), len(rows)
+
+
 class _RunStatistics:
     """Holds what was recorded in one run."""
 
     # Drafts are tried before it is known which of their tokens are taken; with several rows there are no drafts.
     KEPT_LENGTHS = 64
+    # A beam that ends is never continued in a later call. Its end token is among the likeliest ones.
+    N_LIKELY_ENDS = 64
 
     def __init__(self, n_requests: int):
         self._n_requests = n_requests
         self.of_text: dict[Key, dict[str, Any]] = {}
         # Log-probabilities of all tokens, until it is known which one was taken: by length, the row of each text
         self._pending: dict[int, tuple[dict[Key, int], dict[str, Tensor]]] = {}
+        # Those of the likeliest tokens of beams, `(n_rows, N_LIKELY_ENDS)`, with the ids of these tokens
+        self._of_beams: dict[int, tuple[dict[Key, int], dict[str, Tensor], Tensor]] = {}
 
-    def record(self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor]) -> None:
+    def record(
+        self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor], has_beams: bool
+    ) -> None:
         """Records values for each text, and the log-probabilities of all tokens until one of them is taken."""
         n_texts, length = input_ids.shape
         texts = text_keys(input_ids, self._n_requests)
@@ -161,7 +174,13 @@ class _RunStatistics:
         for row, text in enumerate(texts):
             self.of_text[text] = {name: column[row] for name, column in columns.items()}
         self._pending = {x: y for x, y in self._pending.items() if n_texts == 1 and abs(x - length) < self.KEPT_LENGTHS}
-        self._pending[length] = ({text: row for row, text in enumerate(texts)}, log_probs)
+        rows = {text: row for row, text in enumerate(texts)}
+        self._pending[length] = (rows, log_probs)
+        if has_beams:
+            guided = log_probs["guided_log_prob"]
+            likeliest = guided.topk(min(self.N_LIKELY_ENDS, guided.shape[-1])).indices
+            kept = {name: value.gather(1, likeliest) for name, value in log_probs.items()}
+            self._of_beams[length] = (rows, kept, likeliest)
 
     def read(self, sequences: Tensor) -> list[list[dict[str, Any]]]:
         """Returns for each sequence a row for each token that was recorded here."""
@@ -172,10 +191,17 @@ class _RunStatistics:
                 recorded = self.of_text.get(text)
                 if recorded is not None:
                     token = int(sequences[index, position])
-                    rows[index].append(
-                        {"position": position, "token": token} | recorded | recorded.get(f"token {token}", {})
-                    )
+                    taken = recorded.get(f"token {token}") or self._end_of_a_beam(position, text, token)
+                    rows[index].append({"position": position, "token": token} | recorded | taken)
         return rows
+
+    def _end_of_a_beam(self, length: int, text: Key, token: int) -> dict[str, float]:
+        """Returns the log-probabilities of a token that no later text has, if it was among the likeliest."""
+        rows, log_probs, likeliest = self._of_beams.get(length, ({}, {}, None))
+        if likeliest is None or text not in rows:
+            return {}
+        places = (likeliest[rows[text]] == token).nonzero()[:1, 0].tolist()
+        return {name: float(value[rows[text], place]) for place in places for name, value in log_probs.items()}
 
     def _settle(self, input_ids: Tensor) -> None:
         """Keeps the log-probabilities of the tokens that were taken."""

@@ -143,6 +143,8 @@ class TextReader:
         if step is None or mask is None or (length < step.run.prompt_length and not is_drafted):
             return self._read_unwatched(input_ids, step)
         run = step.run
+        if run.is_over:  # drafts of the next call, or a loop, which begin with the same tokens
+            return self._read_unwatched(input_ids, step, mask)
         if is_drafted:  # its first pass read drafts, too
             run.prompt_length = min(run.prompt_length, length)
         if len(input_ids) == 1:  # drafts may follow
@@ -152,8 +154,8 @@ class TextReader:
             mask = run.root.mask_of(input_ids)
         return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), step, mask, is_drafted)
 
-    def _read_unwatched(self, input_ids: Tensor, step: Step | None) -> Text:
-        """Reads drafts, or texts of a custom loop, which the base has not prepared."""
+    def _read_unwatched(self, input_ids: Tensor, step: Step | None, mask: Tensor | None = None) -> Text:
+        """Reads drafts, or texts of a custom loop, which the base has not prepared, with their mask if it is known."""
         length = input_ids.shape[1]
         if step is not None and step.run.n_hidden and torch.equal(input_ids, step.input_ids):
             return Text(input_ids, step.run, [0] * len(input_ids), step)
@@ -163,7 +165,7 @@ class TextReader:
         run = next((known[0] for known in earlier if known is not None), None) or Run(input_ids, is_custom_loop=True)
         values = [(run, length) if known is None else known for known in earlier]
         self._earlier.record(text_keys(input_ids), values)
-        mask = None if run.is_custom_loop else run.mask_of(input_ids)
+        mask = mask if run.is_custom_loop else run.mask_of(input_ids)
         return Text(input_ids, run, [length - prompt_length for _, prompt_length in values], None, mask)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ def load_base(
     """
     if base is not None and not base.strip():
         raise ValueError(f"`base` is {base!r}, but must be a Hub id or a folder. Leave it out for its default.")
+    if base is not None and Path(base).is_file():  # of which transformers would make a config
+        raise ValueError(f"`base` is {base!r}, which is a file, but must be a Hub id or the folder of a model.")
     if device is not None and device_map is not None:
         raise ValueError(
             f"`device` is {device!r} and `device_map` is {device_map!r}, but only one of them can place the base. "

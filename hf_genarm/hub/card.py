@@ -1,7 +1,7 @@
 """The files of a published reward model that are made from templates: its model card, and its `custom_generate`."""
 
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -32,6 +32,7 @@ OPTIONAL_METRICS = (
     "contrast_accuracy",
     "contrast_accuracy_low",
     "contrast_accuracy_high",
+    "contrast_rms_margin",
 )
 # What the Hub shows of them: first what was learned, if there is a base to compare with
 RESULTS = {
@@ -40,6 +41,7 @@ RESULTS = {
     "shorter_accuracy": "Accuracy of the shorter",
 }
 _TEMPLATES = Path(__file__).parent / "templates"
+REPOSITORY = "https://github.com/hf-genarm/hf_genarm"
 TAGS = ["genarm", "autoregressive-reward-model", "reward-model", "trl"]
 
 
@@ -142,6 +144,7 @@ def reward_model_card(
         notes=notes,
         command=command,
         recommendation=recommendation(info),
+        install=f"pip install '{requirement()}'",
     )
 
 
@@ -161,4 +164,20 @@ def write_custom_generate(folder: str | Path, model_id: str) -> None:
     # Its Python literal, which is no code whatever characters are in it.
     code = template.replace('"{{ model_id }}"', ascii(model_id))
     (target / "generate.py").write_text(code, encoding="utf-8")
+    # Transformers checks these lines by name and version, and knows no addresses.
     (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")
+
+
+def requirement(extra: str | None = None) -> str:
+    """
+    Returns what pip installs this package by on another machine: from PyPI if it came from there, at least in this
+    version; else, as long as there is no release, from its repository.
+
+    Args:
+        extra (`str`, *optional*):
+            An extra, such as `"demo"`.
+    """
+    name = "hf_genarm" if extra is None else f"hf_genarm[{extra}]"
+    # The record of an installation from anywhere but an index: https://peps.python.org/pep-0610
+    is_released = distribution("hf_genarm").read_text("direct_url.json") is None
+    return f"{name}>={version('hf_genarm')}" if is_released else f"{name} @ git+{REPOSITORY}"

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
@@ -111,15 +112,39 @@ def _warn_of_differences(info: RewardInfo, name: str, tokenizer: PreTrainedToken
         )
 
 
-def generation_prompt_ids(info: RewardInfo, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+@dataclass(frozen=True)
+class PromptFormat:
     """
-    Returns the tokens that the chat template adds as a generation prompt, if the reward model was trained on chats.
+    Holds how the prompts that a reward model was trained on can be recognised.
 
-    `None` if they can't be found, because the template refuses a chat of one question or writes its end in two ways.
+    Parameters:
+        is_chat (`bool`):
+            Whether they were in the chat template, or plain text.
+        generation_prompt_ids (list of `int`):
+            The tokens that prompts in the template have, and plain ones don't.
     """
-    if info.chat_template is None or tokenizer.chat_template is None:
+
+    is_chat: bool
+    generation_prompt_ids: list[int]
+
+
+def prompt_format(info: RewardInfo, tokenizer: PreTrainedTokenizerBase) -> PromptFormat | None:
+    """Returns the format that a reward model was trained on; `None` if it is unknown, or can't be recognised."""
+    added = generation_prompt(tokenizer)
+    if info.is_for_chats is None or added is None:
         return None
-    chat = [{"role": "user", "content": "?"}]
+    return PromptFormat(info.is_for_chats, tokenizer(added, add_special_tokens=False)["input_ids"])
+
+
+def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """
+    Returns the text that the chat template adds as a generation prompt.
+
+    `None` if there is no template, or it adds nothing, refuses a chat of one question, or writes its end in two ways.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    chat = chat_of("?")
     try:
         question, prompted = (
             str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_added))
@@ -128,4 +153,30 @@ def generation_prompt_ids(info: RewardInfo, tokenizer: PreTrainedTokenizerBase) 
     except (TemplateError, TypeError, ValueError, KeyError):  # it only serves a warning
         return None
     added = prompted.removeprefix(question)
-    return tokenizer(added, add_special_tokens=False)["input_ids"] if added and added != prompted else None
+    return added if added and added != prompted else None
+
+
+def chat_of(question: str) -> list[dict[str, str]]:
+    """Returns a question as the messages that a chat template takes."""
+    return [{"role": "user", "content": question}]
+
+
+def as_trained(
+    question: str, tokenizer: PreTrainedTokenizerBase, infos: Sequence[RewardInfo]
+) -> str | list[dict[str, str]]:
+    """
+    Returns a question in the form that reward models were trained on, for commands that take a single text.
+
+    It is a message if the base has a chat template, unless all reward models were trained on plain text. What already
+    is a text or a message, as in a file of prompts, stays what it is.
+
+    Args:
+        question (`str`):
+            The question.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the base.
+        infos (sequence of [`RewardInfo`]):
+            What is known about the reward models.
+    """
+    trained_on = {info.is_for_chats for info in infos}
+    return question if tokenizer.chat_template is None or trained_on == {False} else chat_of(question)

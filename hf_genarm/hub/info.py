@@ -177,6 +177,13 @@ class RewardInfo:
         """
         return "base" if self.sentence is not None else self.loss.get("reference")
 
+    @property
+    def is_for_chats(self) -> bool | None:
+        """Whether it was trained on texts in a chat template, or on plain text; `None` if that is unknown."""
+        if self.chat_template is not None:
+            return True
+        return False if self.versions else None  # the trainer records both, and nothing else records versions
+
     def save(self, folder: str | Path) -> None:
         """Writes `genarm_config.json`."""
         checked = asdict(replace(self))

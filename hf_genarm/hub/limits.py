@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -12,6 +13,8 @@ from .kv_cache import CACHE, n_embeddings, network_of, new_cache
 
 # Rotary embeddings whose frequencies depend on the length of the text
 _DYNAMIC_ROPES = ("dynamic", "longrope")
+# Names of tables of positions
+_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "position_embedding", "pos_encoding")
 # `generate` appends a mask token to their texts, and reads the prediction from it.
 _WITH_MASK_TOKEN = ("xlm", "flaubert", "xlnet")
 # GIT looks for an image in its cache, the loops of Dory add layers to theirs, XLM uses the lengths of texts; the
@@ -73,7 +76,49 @@ def fixed_length(network: PreTrainedModel) -> float:
     return min(lengths, default=math.inf)
 
 
-def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor) -> None:
+def n_positions(model: PreTrainedModel | PeftModel) -> float:
+    """
+    Returns the number of tokens that a model has positions for, less what an adapter puts before the text. Infinite if
+    there is no table of positions, as where they are rotary.
+    """
+    network = network_of(model)
+    config, lengths = network.config.get_text_config(), [math.inf]
+    named = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(_TABLES):
+            offset = getattr(module, "offset", 0)
+            # Another length is that of another table, such as of the patches of an image.
+            if module.num_embeddings - offset == named:
+                lengths.append(named if offset or module.padding_idx is None else named - module.padding_idx - 1)
+        lengths += [len(x) for key, x in module.named_buffers(recurse=False) if key in _TABLES and len(x) == named]
+    adapters: Any = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return min(lengths) - sum(x.num_virtual_tokens for x in adapters if x.is_prompt_learning)
+
+
+def refuse_too_long(network: PreTrainedModel, length: int, n_positions: float, role: str) -> None:
+    """
+    Refuses a text that is longer than a table of positions. On a GPU the pass would end in an assertion, after which
+    nothing runs in the process.
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]):
+            What would read the text.
+        length (`int`), n_positions (`float`):
+            The number of its tokens, and how many can be read.
+        role (`str`):
+            What the network is used as.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if length > n_positions:
+        raise ValueError(
+            f"The text has {length} tokens, but `{type(network).__name__}`, as a {role}, has {n_positions} positions. "
+            f"Shorten the prompt or lower `max_new_tokens`, or use another {role}."
+        )
+
+
+def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor, role: str) -> None:
     """
     Refuses ids that a model has no embeddings for. On a GPU its pass would end in an assertion, after which nothing
     runs in the process.
@@ -83,6 +128,8 @@ def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor) -> None:
             What would read them.
         input_ids (`torch.LongTensor` of shape `(batch_size, n)`):
             The ids.
+        role (`str`):
+            What the network is used as.
 
     Raises:
         ValueError: if there are such ids.
@@ -91,35 +138,6 @@ def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor) -> None:
     lowest, highest = torch.stack(input_ids.aminmax()).tolist()
     if lowest < 0 or highest >= n_known:
         raise ValueError(
-            f"The text has ids from {lowest} to {highest}, but `{type(network).__name__}`, as a reward model or "
-            f"reference, knows ids from 0 to {n_known - 1}. Leave out tokens that it lacks, or use a model with the "
-            "tokenizer of the base model."
+            f"The text has ids from {lowest} to {highest}, but `{type(network).__name__}`, as a {role}, knows ids from "
+            f"0 to {n_known - 1}. Leave out tokens that it lacks, or use a model with the tokenizer of the base model."
         )
-
-
-def refuse_out_of_range(network: PreTrainedModel, input_ids: Tensor, length: int, error: Exception) -> None:
-    """
-    Explains an error of a forward pass if a token or a position may have been out of range, and else does nothing.
-
-    Args:
-        network ([`~transformers.PreTrainedModel`]):
-            The model that raised the error.
-        input_ids (`torch.LongTensor` of shape `(batch_size, n)`):
-            The tokens that it was called with.
-        length (`int`):
-            The length of their text, with what was read before.
-        error (`Exception`):
-            The error. It gives no reason if a table has no row for a token or its position.
-
-    Raises:
-        ValueError: if a token or a position may have been out of range.
-    """
-    n_known = n_embeddings(network)
-    config, highest = network.config, int(input_ids.max())
-    n_positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", math.inf))
-    if highest >= n_known or length + 2 > n_positions:  # some count positions from 1 or 2
-        raise ValueError(
-            f"`{type(network).__name__}` as a reward model can't read a text of {length} tokens with ids up to "
-            f"{highest}: it knows {n_positions} positions and ids below {n_known} ({error}). Shorten the prompt or "
-            "lower `max_new_tokens`, leave out tokens that it lacks, or use another reward model."
-        ) from error

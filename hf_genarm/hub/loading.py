@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..demo import loadable_name
 from .adapter_config import n_added_tokens, refuse_other_dtypes, refuse_out_of_bounds
 from .base_weights import has_weights
 from .info import INFO_NAME, GuidanceWarning, RewardInfo
@@ -179,8 +180,9 @@ def _load_network(
             f"model that it was trained on. Write it into `{folder / ADAPTER_CONFIG}`."
         )
     revision = recorded_revision(config, info)
+    where = loadable_name(trained_on)
     try:
-        files = download(trained_on, patterns=["*.json"], revision=revision, **hub_kwargs)
+        files = download(where, patterns=["*.json"], revision=revision, **hub_kwargs)
     except HFValidationError as error:
         raise ValueError(
             f"`{name}` was trained on `{trained_on}`, which is no folder here, and no id on the Hub. Write where it is "
@@ -197,7 +199,10 @@ def _load_network(
             f"`merge_and_unload`, save it, and write its folder into `{folder / ADAPTER_CONFIG}`."
         )
     _refuse_pickled_shards(files, trained_on)
-    return _load(trained_on, trained_on, revision=revision, **hub_kwargs, **kwargs)[0]
+    try:
+        return _load(where, trained_on, revision=revision, **hub_kwargs, **kwargs)[0]
+    except OSError as error:
+        raise ValueError(f"`{trained_on}`, on which `{name}` was trained, can't be loaded. {error}") from error
 
 
 def _load(name_or_path: str | Path, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -46,6 +46,21 @@ def refuse_no_dtype(kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_no_device_map(device_map: Any) -> None:
+    """
+    Raises:
+        TypeError: if a value is not of a type that places a model: a device, or one for each of some modules.
+    """
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    names = list(device_map) if isinstance(device_map, Mapping) else []
+    is_place = all(isinstance(x, str | int | torch.device) and not isinstance(x, bool) for x in places)
+    if device_map is not None and not (is_place and all(isinstance(name, str) for name in names)):
+        raise TypeError(
+            f"`device_map` is {shown(device_map)}, but must be 'auto', a device such as 'cuda:0', or a `dict` of a "
+            "device for each module. Leave it out to load the reward model where the base is."
+        )
+
+
 def put_with_base(
     model: PreTrainedModel | PeftModel, base_model: PreTrainedModel | None, kwargs: Mapping[str, Any]
 ) -> None:

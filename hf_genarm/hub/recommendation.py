@@ -29,14 +29,21 @@ def recommendation(info: RewardInfo) -> str:
         return ""
     taken = (
         f"{described(setting)}. `GenARMLogitsProcessor.from_pretrained` takes strength and reference where no others "
-        f"are given; `temperature={setting['temperature']:g}` is an argument of `generate`."
+        f"are given. The temperature is an argument of `generate`: `do_sample=True, top_k=0, "
+        f"temperature={setting['temperature']:g}`. `hf-genarm show` applies it, and `hf-genarm generate` with "
+        "`--do_sample`."
     )
     lines = [_BEGIN, "## Recommended setting", "", fill(taken, _WIDTH)]
     measured = setting["measured"]
     if measured.get("settings"):
+        fluent = ""
+        if "max_perplexity" in measured:  # which settings of earlier versions were not chosen by
+            fluent = (
+                f", and at most {measured['max_perplexity']:g} times as perplexing as unguided text at temperature 1"
+            )
         how = (
-            f"Of those in the table that are at most {measured['max_kl']:g} nats from the base, it has the highest "
-            f"reward: {measured['scorer']}. One answer of up to {measured['max_new_tokens']} tokens to each of "
+            f"Of those in the table that are at most {measured['max_kl']:g} nats from the base{fluent}, it has the "
+            f"highest reward: {measured['scorer']}. One answer of up to {measured['max_new_tokens']} tokens to each of "
             f"{measured['n_prompts']} held-out prompts, those that it was chosen on; means with their 95 % bootstrap "
             "intervals over prompts. KL: the divergence from the base of the distributions that answers were drawn "
             "from, summed over an answer, in nats. Perplexity: of all answers, under the base."

@@ -19,7 +19,7 @@ from .card import reward_model_card
 from .info import INFO_NAME, RewardInfo
 from .kv_cache import network_of
 from .loading import download, load_adapter, load_full_model
-from .placement import loaded_as_base, put_with_base, refuse_no_dtype
+from .placement import loaded_as_base, put_with_base, refuse_no_device_map, refuse_no_dtype
 from .scoring import ScoredTexts, Texts, listed, token_rewards
 from .sentence import check_sentence, sentence_card, with_sentence
 from .sharing import twin, without_adapter
@@ -161,6 +161,7 @@ class AutoregressiveRewardModel(PushToHubMixin):
         if not isinstance(subfolder, str):
             raise TypeError(f"`subfolder` is {shown(subfolder)}, but must be the name of a folder in the repository.")
         refuse_no_dtype(kwargs)
+        refuse_no_device_map(kwargs.get("device_map"))
         name = str(pretrained_model_name_or_path)
         try:
             folder = download(name, subfolder, **hub_kwargs)

@@ -19,7 +19,7 @@ from ..viewing.picture import Drawing
 from ..viewing.tokens import Token, TokenText
 from .causality import refuse_not_causal
 from .kv_cache import CACHE, n_embeddings, network_of, new_cache
-from .limits import fixed_length, refuse_out_of_range, refuse_unknown_ids, why_no_cache
+from .limits import fixed_length, n_positions, refuse_too_long, refuse_unknown_ids, why_no_cache
 
 Messages = list[dict[str, str]]
 Texts = Sequence[str] | Sequence[Messages]
@@ -114,8 +114,9 @@ def token_rewards(
     for name, value in (("batch_size", batch_size), ("chunk_length", chunk_length)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"`{name}` is {shown(value)}, but it is a number of texts or tokens: give 1 or more.")
-    for scored in (model,) if reference is None else (model, reference):
-        refuse_not_causal(scored)
+    refuse_not_causal(model)
+    if reference is not None:
+        refuse_not_causal(reference, "reference")
     prompts, responses = listed("prompts", prompts), listed("responses", responses)
     if len(prompts) != len(responses):
         raise ValueError(f"There are {len(prompts)} prompts, but {len(responses)} responses. Give one prompt for each.")
@@ -133,9 +134,9 @@ def token_rewards(
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
             batch = [examples[index].input_ids for index in indices]
-            log_probs = _log_probs(model, batch, chunk_length)
+            log_probs = _log_probs(model, batch, chunk_length, "reward model")
             if reference is not None:
-                log_probs = log_probs - _log_probs(reference, batch, chunk_length)
+                log_probs = log_probs - _log_probs(reference, batch, chunk_length, "reference")
             for index, row in zip(indices, log_probs, strict=True):
                 example = examples[index]
                 ids = torch.tensor(example.input_ids[example.start :])
@@ -221,31 +222,28 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, ends: set[int], prompt: Any, r
 
 
 @torch.no_grad()
-def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk_length: int) -> Tensor:
+def _log_probs(model: PreTrainedModel | PeftModel, texts: list[list[int]], chunk_length: int, role: str) -> Tensor:
     """Returns log-probabilities of all tokens but the first, `(len(texts), longest - 1)`; ignore those after an end."""
     longest, network = max(map(len, texts)), network_of(model)
+    refuse_too_long(network, longest, n_positions(model), role)
     fixed = longest <= fixed_length(network)
     if not fixed and len(texts) > 1:  # the other texts in the batch would change it
-        rows = [_log_probs(model, [text], chunk_length)[0] for text in texts]
+        rows = [_log_probs(model, [text], chunk_length, role)[0] for text in texts]
         return pad_sequence(rows, batch_first=True)
     input_ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)
-    refuse_unknown_ids(network, input_ids)  # a reference may know fewer than the reward model
+    refuse_unknown_ids(network, input_ids, role)  # a reference may know fewer than the reward model
     attention_mask = torch.tensor(
         [[*[1] * len(text), *[0] * (longest - len(text))] for text in texts], device=model.device
     )
     cache = new_cache(network) if fixed and why_no_cache(model) is None else None
     step, parts = longest if cache is None else chunk_length, []
-    try:
-        if not fixed:
-            model(input_ids=input_ids[:, :1], use_cache=False)  # forgets the longest text that it has read
-        for first in range(0, longest - 1, step):
-            last = longest if cache is None else min(first + step, longest - 1)
-            inputs: dict[str, Any] = {"input_ids": input_ids[:, first:last], "attention_mask": attention_mask[:, :last]}
-            inputs |= {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
-            following = input_ids[:, first + 1 : last + 1]
-            logits = model(**inputs).logits[:, first - last :]  # without those of prompt tuning
-            parts.append(token_log_probs(logits[:, : following.shape[1]], following).cpu())
-    except (IndexError, RuntimeError) as error:
-        refuse_out_of_range(network, input_ids, longest, error)
-        raise
+    if not fixed:
+        model(input_ids=input_ids[:, :1], use_cache=False)  # forgets the longest text that it has read
+    for first in range(0, longest - 1, step):
+        last = longest if cache is None else min(first + step, longest - 1)
+        inputs: dict[str, Any] = {"input_ids": input_ids[:, first:last], "attention_mask": attention_mask[:, :last]}
+        inputs |= {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
+        following = input_ids[:, first + 1 : last + 1]
+        logits = model(**inputs).logits[:, first - last :]  # without those of prompt tuning
+        parts.append(token_log_probs(logits[:, : following.shape[1]], following).cpu())
     return torch.cat(parts, dim=1)

@@ -62,16 +62,33 @@ def with_sentence(
         ValueError: if there is no message that could get the sentence.
     """
     if isinstance(prompt, str):
-        return f"{sentence}\n\n{prompt}"
+        return in_text(prompt, sentence)
+    has_system_messages = _has_system_messages(tokenizer, chat_template)
+    if not has_system_messages:
+        logger.info_once(
+            f"The chat template of `{tokenizer.name_or_path}` has no system messages: sentences are put before the "
+            "first message of the user."
+        )
+    return in_chat(prompt, sentence, has_system_messages)
+
+
+def in_text(prompt: str, sentence: str) -> str:
+    """Returns a plain text that follows a sentence and a blank line."""
+    return f"{sentence}\n\n{prompt}"
+
+
+def in_chat(prompt: Sequence[Mapping[str, Any]], sentence: str, has_system_messages: bool) -> list[Any]:
+    """
+    Returns a chat that also asks for what a sentence says, as [`with_sentence`] puts it there.
+
+    Raises:
+        ValueError: if there is no message that could get the sentence.
+    """
     first, *others = prompt
-    if _has_system_messages(tokenizer, chat_template):
+    if has_system_messages:
         if first["role"] != "system":
             return [{"role": "system", "content": sentence}, *prompt]
         return [{**first, "content": _joined(first["content"], sentence)}, *others]
-    logger.info_once(
-        f"The chat template of `{tokenizer.name_or_path}` has no system messages: sentences are put before the first "
-        "message of the user."
-    )
     at = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
     if at is None:
         raise ValueError(

@@ -1,6 +1,7 @@
 """One question, answered twice at the same time: with guidance and without, by the same random numbers."""
 
 import queue
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from ..decoding.assembly import assemble
 from ..decoding.guided_tokens import GuidedTokens
 from ..decoding.processor import GenARMLogitsProcessor
+from ..hub.compatibility import chat_of
 from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
-from .models import Models, chat_of
+from .models import Models
 
 
 @dataclass
@@ -26,7 +28,11 @@ class Settings:
 
     Parameters:
         strengths (`dict[str, float]`):
-            The strength of each reward model, by its name; live.
+            The strength of each adapter, by its name; live.
+        sentences (list of `str`):
+            Sentences to steer by; an empty one is none.
+        sentence_strengths (list of `float`):
+            The strength of each sentence; live.
         temperature (`float`):
             Temperature of both answers; live.
         target_kl (`float`):
@@ -40,6 +46,8 @@ class Settings:
     """
 
     strengths: dict[str, float] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    sentence_strengths: list[float] = field(default_factory=list)
     temperature: float = 1.0
     target_kl: float = 0.0
     reference: str = "none"
@@ -76,28 +84,42 @@ class Answer:
         prompt (`str`):
             The question.
         settings ([`Settings`]):
-            The settings, which may change while the answers are written.
+            The settings. Strengths, temperature and target KL may change while the answers are written.
 
     Attributes:
+        sentences, adapters (list of `str`):
+            What steers: first the sentences, then the adapters.
+        titles (list of `str`):
+            A title for each of them.
         strengths_at (list of `tuple[int, list[float]]`):
             Strengths, with the token from which on they were in force.
         prompt_length (`int`):
             Number of tokens of the question.
 
     Raises:
-        ValueError: if the prompt is empty or too long.
+        ValueError: if the prompt is empty or too long, or there is nothing to steer by.
     """
 
     TABLE_EVERY = 1.0  # seconds
 
     def __init__(self, models: Models, prompt: str, settings: Settings):
-        self.prompt, self.settings, self.names = prompt, settings, list(settings.strengths)
+        self.prompt, self.settings = prompt, settings
         self._models = models
         self._inputs = models.question(prompt)
         self.prompt_length = self._inputs["input_ids"].shape[1]
+        self._slots = [slot for slot, sentence in enumerate(settings.sentences) if sentence.strip()]
+        self.sentences = [settings.sentences[slot].strip() for slot in self._slots]
+        self.adapters = list(settings.strengths)
+        self._rewards = [*map(models.sentence, self.sentences), *map(models.reward_model, self.adapters)]
+        if not self._rewards:
+            raise ValueError("There is no sentence and no adapter (`--arm`), so that nothing steers. Add one.")
+        self.titles = [f"“{textwrap.shorten(x, 40, placeholder='…')}”" for x in self.sentences]
+        self.titles += map(models.title, self.adapters)
         self.strengths_at: list[tuple[int, list[float]]] = []
         self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
         self.changed_otherwise = False
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._final: Frame | None = None
         self._frames: queue.SimpleQueue[Frame | Exception | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._started, self._last_table = 0.0, 0.0
@@ -108,8 +130,7 @@ class Answer:
 
     def frames(self) -> Iterator[Frame]:
         """Yields a frame for each token, and a complete one at the end; closing the iterator stops the answers."""
-        thread = threading.Thread(target=self._write, daemon=True)
-        thread.start()
+        self._thread.start()
         try:
             while (frame := self._frames.get()) is not None:
                 if isinstance(frame, Exception):
@@ -117,25 +138,31 @@ class Answer:
                 yield frame
         finally:
             self.stop()
-            thread.join()
+            self._thread.join()
 
-    def scores(self, frame: Frame) -> dict[str, list[float]]:
-        r"""Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward model, in nats."""
+    def result(self) -> Frame | None:
+        """Waits for the end of both answers, which have begun, and returns them; `None` if there was an error."""
+        self._thread.join()
+        return self._final
+
+    def scores(self, frame: Frame) -> list[list[float]]:
+        r"""Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward, in nats."""
         model, tokenizer = self._models.model, self._models.tokenizer
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
         chats = [chat_of(self.prompt)] * len(texts)
         base = AutoregressiveRewardModel(model, tokenizer).score(chats, texts)
-        arms = {name: self._models.reward_model(name) for name in self.names}
-        rewards = {
-            name: AutoregressiveRewardModel(arm.model, tokenizer).score(chats, texts) for name, arm in arms.items()
-        }
-        return {name: (reward - base).tolist() for name, reward in rewards.items()}
+        sentences, adapters = self._rewards[: len(self.sentences)], self._rewards[len(self.sentences) :]
+        of_sentences = [x.score(chats, texts) for x in sentences]
+        # The plain log-probability, whatever an adapter was trained on
+        of_adapters = [AutoregressiveRewardModel(x.model, tokenizer).score(chats, texts) - base for x in adapters]
+        return [x.tolist() for x in (*of_sentences, *of_adapters)]
 
     def _strengths(self, step: int) -> Tensor:
         """Returns the strengths for the next token: the first row is unguided."""
         settings = self.settings
-        # A reward model that the visitor has replaced meanwhile is off.
-        now = [settings.strengths.get(name, 0.0) for name in self.names]
+        # An adapter that the visitor has replaced meanwhile is off.
+        now = [settings.sentence_strengths[slot] for slot in self._slots]
+        now += [settings.strengths.get(name, 0.0) for name in self.adapters]
         if not self.strengths_at or self.strengths_at[-1][1] != now:
             self.strengths_at.append((step, now))
         first = (self.first_target_kl, self.first_temperature)
@@ -143,13 +170,13 @@ class Answer:
         return torch.tensor([[0.0] * len(now), now])
 
     def _write(self) -> None:
-        rows = {name: value.repeat(2, 1) for name, value in self._inputs.items()}
         settings, models = self.settings, self._models
+        self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
         try:
             # Only this call holds the processor, so that nothing of it stays on the base afterwards.
             parts = assemble(
-                [models.reward_model(name) for name in self.names],
-                self.names,
+                self._rewards,
+                self.titles,
                 models.model,
                 models.tokenizer,
                 self._strengths,
@@ -157,6 +184,7 @@ class Answer:
             )
             processor = GenARMLogitsProcessor(**vars(parts), target_kl=self.first_target_kl or None)
             processor.keeps_statistics = True
+            rows = processor.encode([chat_of(self.prompt)] * 2)
             model: Any = models.model  # `generate` is a tensor or a module for mypy
             output = model.generate(
                 **rows,
@@ -165,7 +193,8 @@ class Answer:
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=False,
             )
-            self._frames.put(self._frame(output, processor.statistics(output)))
+            self._final = self._frame(output, processor.statistics(output))
+            self._frames.put(self._final)
             self._frames.put(None)
         except Exception as error:
             self._frames.put(error)
@@ -189,6 +218,42 @@ class Answer:
             end = next((index for index, token in enumerate(row) if token in ends), len(row))
             ids.append(row[: end + 1])
         return Frame(ids, time.monotonic() - self._started, table)
+
+
+@dataclass
+class Visitor:
+    """
+    Holds the state of one open page.
+
+    Parameters:
+        settings ([`Settings`]):
+            The settings of the page.
+        own (`str`, *optional*):
+            The adapter that the visitor has loaded.
+        asked ([`Answer`], *optional*):
+            The answer that waits for its turn.
+        answer ([`Answer`], *optional*):
+            The answer that is written, or was written last.
+        shown ([`Frame`] and [`GuidedTokens`], *optional*):
+            The last frame of it that has statistics.
+    """
+
+    settings: Settings
+    own: str | None = None
+    asked: Answer | None = None
+    answer: Answer | None = None
+    shown: tuple[Frame, GuidedTokens] | None = field(default=None, repr=False)
+
+    def leave(self) -> None:
+        """Stops the answer that is written, and drops the one that waits."""
+        self.asked = None
+        if self.answer is not None:
+            self.answer.stop()
+
+    def ask(self, answer: Answer) -> None:
+        """Lets an answer wait for its turn, instead of those before."""
+        self.leave()
+        self.asked, self.answer = answer, None
 
 
 class SameDraw(LogitsProcessor):

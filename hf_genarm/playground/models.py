@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.base_model import Base
+from ..hub.compatibility import chat_of
 from ..hub.info import HUB_ID
 from ..hub.loading import base_of, short_name
 from ..hub.placement import device_of
@@ -30,6 +31,8 @@ class Models:
             Whether visitors may name folders of this machine.
 
     Attributes:
+        about (`str`):
+            The base, its devices and its dtype, in a few words.
         unguided_speed (`float`):
             Tokens per second of the base when it writes one text without guidance.
 
@@ -41,7 +44,7 @@ class Models:
     KEPT = 4
 
     def __init__(self, base: Base, adapters: Sequence[str], takes_folders: bool = True):
-        self.base, self.model, self.tokenizer = base.name, base.model, base.tokenizer
+        self.about, self.base, self.model, self.tokenizer = str(base), base.name, base.model, base.tokenizer
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"`{self.base}` has no chat template, which the playground needs for questions. Use a chat model."
@@ -88,6 +91,14 @@ class Models:
                 self._guests.popitem(last=False)
             return self._guests[name]
 
+    def sentence(self, text: str) -> AutoregressiveRewardModel:
+        """Returns the base with a sentence in its prompt, which steers as a reward model."""
+        return AutoregressiveRewardModel.from_sentence(text, self.model, tokenizer=self.tokenizer)
+
+    def title(self, name: str) -> str:
+        """Returns the label of an adapter: the objective that it records, or else its name."""
+        return self.reward_model(name).info.objective or Path(name).name
+
     def _load(self, name: str) -> AutoregressiveRewardModel:
         return AutoregressiveRewardModel.from_pretrained(name, self.model, base_tokenizer=self.tokenizer)
 
@@ -127,13 +138,3 @@ class Models:
                 f"The prompt has {length} tokens, but at most {MAX_PROMPT_TOKENS} are allowed. Shorten it."
             )
         return inputs.to(device_of(self.model))
-
-
-def chat_of(prompt: str) -> list[dict[str, str]]:
-    """Returns a question as the messages that a chat template takes."""
-    return [{"role": "user", "content": prompt}]
-
-
-def title_of(name: str, arm: AutoregressiveRewardModel) -> str:
-    """Returns the label of a slider: the objective that the reward model records, or else its name."""
-    return arm.info.objective or Path(name).name

@@ -1,20 +1,22 @@
-"""The guided answer of the playground as a script of a dozen lines that runs without the playground."""
+"""The guided answer of the playground as a short script that runs without the playground."""
 
 from ..demo import DEMO_MODEL_ID
+from ..hub.compatibility import chat_of
 from .answers import Answer
 from .models import Models
 
 _SCRIPT = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 {imports}
 tokenizer = AutoTokenizer.from_pretrained({base})
 model = AutoModelForCausalLM.from_pretrained({base}, dtype={dtype!r}, device_map={device!r})
-inputs = tokenizer.apply_chat_template({chat!r}, add_generation_prompt=True, return_dict=True, return_tensors="pt")\
-.to(model.device)
-processor = GenARMLogitsProcessor.from_pretrained({names!r}, base_model=model{options})
+rewards = [
+{rewards}]
+processor = GenARMLogitsProcessor(rewards, base_model=model, tokenizer=tokenizer{options})
 processor.alpha = {alpha}
+inputs = processor.encode([{chat!r}])
 torch.manual_seed({seed})
 output = model.generate(**inputs, logits_processor=[processor], do_sample=True, top_k=0, temperature={temperature!r}, \
 max_new_tokens={max_new_tokens})
@@ -24,7 +26,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def script_of(models: Models, answer: Answer) -> str:
     """
-    Writes the script of an answer.
+    Writes the script of an answer, with the sentences and adapters that were on.
 
     Args:
         models ([`Models`]):
@@ -33,18 +35,20 @@ def script_of(models: Models, answer: Answer) -> str:
             The answer, complete.
     """
     settings, is_demo_model = answer.settings, models.base == DEMO_MODEL_ID
-    options = f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""
-    # Always given, since the reward model may recommend another one.
-    options += ', reference="base"' if settings.reference == "base" else ", reference=None"
+    rewards = [f"AutoregressiveRewardModel.from_sentence({x!r}, model, tokenizer=tokenizer)" for x in answer.sentences]
+    rewards += [f"AutoregressiveRewardModel.from_pretrained({x!r}, model)" for x in answer.adapters]
+    all_strengths = [strengths for _, strengths in answer.strengths_at]
+    on = [index for index in range(len(rewards)) if any(strengths[index] for strengths in all_strengths)] or [0]
     script = _SCRIPT.format(
         base="demo_model()" if is_demo_model else repr(models.base),
         imports="from hf_genarm.demo import demo_model\n" if is_demo_model else "",
         dtype=str(models.model.dtype).removeprefix("torch."),
         device="auto" if len({x.device for x in models.model.parameters()}) > 1 else str(models.model.device),
-        chat=[{"role": "user", "content": answer.prompt}],
-        names=answer.names,
-        options=options,
-        alpha=_schedule(answer.strengths_at),
+        rewards="".join(f"    {rewards[index]},\n" for index in on),
+        options=(', reference="base"' if settings.reference == "base" else "")
+        + (f", target_kl={answer.first_target_kl!r}" if answer.first_target_kl else ""),
+        alpha=_schedule([(step, [strengths[index] for index in on]) for step, strengths in answer.strengths_at]),
+        chat=chat_of(answer.prompt),
         seed=settings.seed,
         temperature=answer.first_temperature,
         max_new_tokens=settings.max_new_tokens,

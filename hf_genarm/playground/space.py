@@ -7,23 +7,26 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
+from ..demo import DEMO_MODEL_ID
 from ..files import make_output_dir
 from ..hub.base_model import named_base
+from ..hub.card import requirement
 
 _APP = """\
 from hf_genarm.scripts.demo import serve
 
-serve({base!r}, {arms!r}, host="0.0.0.0")
+serve({base!r}, {arms!r}, {sentences!r}, host="0.0.0.0")
 """
 _ABOUT = """\
 # {title}
 
-The same model answers twice, by the same random numbers: as it is, and guided by autoregressive reward models
-([GenARM](https://huggingface.co/papers/2410.08193)). Sliders that are moved while it writes act from the next token on.
+The same model answers twice, by the same random numbers: unguided, and guided by sentences and by autoregressive reward
+models ([GenARM](https://huggingface.co/papers/2410.08193)). A slider that is moved while it writes acts from the next
+token on.
 """
 
 
-def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
+def write_space(folder: str, base: str | None, arms: Sequence[str], sentences: Sequence[str] = ()) -> None:
     """
     Writes `app.py`, `requirements.txt` and `README.md`, and copies adapters that are folders.
 
@@ -31,9 +34,11 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
         folder (`str`):
             A new or an empty folder.
         base (`str`, *optional*):
-            Hub id of a chat model. Defaults to the base that the reward models name.
+            Hub id of a chat model. Defaults to the base that the reward models name, or else to that of the examples.
         arms (list of `str`):
             Hub ids or folders of reward models.
+        sentences (list of `str`, *optional*):
+            Sentences that are on the page at the beginning.
 
     Raises:
         ValueError: if the folder has files in it, the base is a folder, or two adapters have one name.
@@ -41,7 +46,7 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`{folder}` is not empty. Name a new folder for the Space.")
-    loaded = base or named_base(arms)[0]
+    loaded = base or (named_base(arms)[0] if arms else DEMO_MODEL_ID)
     if Path(loaded).is_dir():
         raise ValueError(
             f"The base `{loaded}` is a folder, but a Space loads its base from the Hub. Give the id of a model: "
@@ -54,9 +59,9 @@ def write_space(folder: str, base: str | None, arms: Sequence[str]) -> None:
     for arm, copy in copied.items():
         shutil.copytree(arm, target / copy)
     (target / "app.py").write_text(
-        _APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms]), encoding="utf-8"
+        _APP.format(base=base, arms=[copied.get(arm, arm) for arm in arms], sentences=list(sentences)), encoding="utf-8"
     )
-    (target / "requirements.txt").write_text(f"hf_genarm[demo]>={version('hf_genarm')}\n", encoding="utf-8")
+    (target / "requirements.txt").write_text(f"{requirement('demo')}\n", encoding="utf-8")
     title = "Steer while it writes"
     data = SpaceCardData(
         title=title,

@@ -1,70 +1,56 @@
 """
 Opens a page to try guidance out: two answers, with guidance and without, that stream side by side.
 
+    hf-genarm demo --base Qwen/Qwen2.5-0.5B-Instruct --sentence "Answer like a pirate."
     hf-genarm demo --arm user/my-arm --arm model_cards/arm-smollm2-135m-brevity
 
-Without `--arm`, it shows the reward models in the folder `model_cards`. It is served to this machine only, unless
-`--host` or `--share` is given. `--export FOLDER` writes a Hugging Face Space instead.
+Without `--sentence` and `--arm` it begins with a sentence and, if the base is the model of the examples, with the
+adapters in the folder `model_cards`. It is served to this machine only, unless `--host` or `--share` is given.
+`--export FOLDER` writes a Hugging Face Space instead.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
-from .guided_model import BaseArguments
+from ..demo import DEMO_MODEL_ID
+from ..hub.card import requirement
+from .arguments import LOOPBACK, DemoArguments
+from .shared_arguments import BaseArguments
 
-LOOPBACK = "127.0.0.1"
-
-
-@dataclass
-class DemoArguments(BaseArguments):
-    """Chooses the reward models to show, and the address of the page."""
-
-    arm: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder of a reward model, an adapter on the base. Repeatable.",
-            "action": "extend",
-        },
-    )
-    host: str = field(default=LOOPBACK, metadata={"help": "Address to serve on. '0.0.0.0' serves the whole network."})
-    port: int | None = field(default=None, metadata={"help": "Port to serve on. Defaults to a free one from 7860 on."})
-    share: bool = field(default=False, metadata={"help": "Whether to open a public link through gradio.live."})
-    export: str | None = field(default=None, metadata={"help": "Writes a Hugging Face Space into this folder instead."})
-
-    def __post_init__(self) -> None:
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ValueError(f"`port` is {self.port}, but must be from 1 to 65535. Leave it out for a free one.")
-
-
-ARGUMENTS = (DemoArguments,)
+# What the page begins with, unless other sentences or adapters are given
+SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
 
 
 def main(args: DemoArguments) -> None:
-    shipped = (str(path.parent) for path in Path("model_cards").glob("*/adapter_config.json"))
-    # First the one with the most visible effect
-    arms = args.arm or sorted(shipped, key=lambda name: ("sentiment" not in name, name))
-    if not arms:
-        raise ValueError(
-            "No reward model is given, and there is no folder `model_cards` here. Name one with `--arm`: a Hub id or a "
-            "folder."
-        )
+    sentences, arms = args.sentence or [], args.arm or []
+    if not sentences and not arms:
+        sentences, arms = [SENTENCE], _shipped() if args.base in (None, DEMO_MODEL_ID) else []
+        if not arms:
+            print("The page begins without an adapter. Name one with `--arm`, or load it on the page.")
     if not all(name.strip() for name in arms):
         raise ValueError(f"`arm` is {arms}, of which one is empty. Give Hub ids or folders: `--arm`.")
     if args.export is not None:
         _check_gradio()
         from ..playground.space import write_space
 
-        write_space(args.export, args.base, arms)
+        write_space(args.export, args.base, arms, sentences)
         print(f"The Space is in {args.export}. This publishes it:")
         print("hf repos create USER/NAME --type space --sdk gradio")
         print(f"hf upload USER/NAME {args.export} . --type space")
         return
-    serve(args.base, arms, args.host, args.port, args.share, arguments=args)
+    serve(args.base, arms, sentences, args.host, args.port, args.share, arguments=args)
+
+
+def _shipped() -> list[str]:
+    """Returns the adapters of a clone of the repository, first the one with the most visible effect."""
+    folders = (str(path.parent) for path in Path("model_cards").glob("*/adapter_config.json"))
+    return sorted(folders, key=lambda name: ("sentiment" not in name, name))
 
 
 def serve(
     base: str | None,
     arms: list[str],
+    sentences: Sequence[str] = (),
     host: str = LOOPBACK,
     port: int | None = None,
     share: bool = False,
@@ -74,7 +60,7 @@ def serve(
     Loads the models, and serves the page until it is interrupted.
 
     Args:
-        base, arms, host, port, share:
+        base, arms, sentences, host, port, share:
             As for the command.
         arguments ([`BaseArguments`], *optional*):
             How to load the base. Defaults to the defaults of the command.
@@ -95,11 +81,13 @@ def serve(
     models = Models(loaded, arms, takes_folders=is_private)
     # A font of the system, so that a page on this machine loads nothing from elsewhere
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    build_page(models).launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
+    theme.set(block_info_text_color="*neutral_500")  # legible
+    page = build_page(models, sentences)
+    page.launch(server_name=host, server_port=port, share=share, css=CSS, theme=theme, footer_links=[])
 
 
 def _check_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ImportError("The playground needs gradio: `pip install hf_genarm[demo]`.") from error
+        raise ImportError(f"The playground needs gradio: `pip install '{requirement('demo')}'`.") from error

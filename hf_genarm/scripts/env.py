@@ -11,38 +11,26 @@ import logging
 import os
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 import hf_genarm
 
-from .guided_model import BaseArguments, GuidanceArguments, load_guided
+from .arguments import EnvArguments
+from .guided_model import load_guided
+from .shared_arguments import BaseArguments, GuidanceArguments
 
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "huggingface_hub")
 OPTIONAL = ("vllm", "lm_eval", "gradio")
 
 
-@dataclass
-class EnvArguments(BaseArguments):
-    """Chooses models to load, to report how they are run; none by default."""
-
-    arm: list[str] | None = field(
-        default=None, metadata={"help": "Hub id or folder of a reward model. Repeatable.", "action": "extend"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.base is not None and self.arm is None:
-            raise ValueError(f"`base` is {self.base}, but there is no reward model to run with it. Name one: `--arm`.")
-
-
-ARGUMENTS = (EnvArguments,)
-
-
-def main(args: EnvArguments) -> None:
-    facts = {
+def main(args: EnvArguments) -> dict[str, Any]:
+    """Returns what is printed, by name; what is logged about the reward models is a list, `models`."""
+    facts: dict[str, Any] = {
         "hf_genarm": hf_genarm.__version__,
         "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -56,8 +44,10 @@ def main(args: EnvArguments) -> None:
     for name, value in facts.items():
         print(f"- {name}: {value}")
     if args.arm is not None:
-        for line in _engines(args):
+        facts["models"] = _engines(args)
+        for line in facts["models"]:
             print(f"- {line}")
+    return facts
 
 
 def _version(package: str) -> str:
@@ -88,7 +78,8 @@ def _engines(args: EnvArguments) -> list[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        base, _ = load_guided(GuidanceArguments(**vars(args)), announce=False)
+        given = {x.name: getattr(args, x.name) for x in fields(BaseArguments)}
+        base, _ = load_guided(GuidanceArguments(arm=args.arm or [], **given), announce=False)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

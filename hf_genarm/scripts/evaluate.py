@@ -1,14 +1,14 @@
 """
 Reports how well a reward model distinguishes chosen from rejected responses, next to a rule that only counts tokens.
 
-    hf-genarm evaluate --model user/my-arm --dataset pairs.jsonl --output_dir evaluation
+    hf-genarm evaluate --arm user/my-arm --dataset pairs.jsonl --output_dir evaluation
 
-Writes `evaluation.json` and `evaluation.png`, and prints a table.
+Writes `evaluation.json` and `evaluation.png`, and prints a table, or with `--json` the content of the file.
 """
 
 import json
 import os
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,43 +16,20 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import EvalPrediction
 
-from ..files import make_output_dir
+from ..files import make_output_dir, write_whole
 from ..hub.base_model import usable_device, where_and_how
 from ..hub.info import package_versions
 from ..hub.loading import base_of, info_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..training.metrics import preference_metrics
-from .guided_model import BaseArguments
-from .pairs import PairArguments, hold_out, load_pairs
+from .arguments import EvaluateArguments
+from .pairs import hold_out, load_pairs
 from .plots import plot_evaluation
+from .shared_arguments import PairArguments
 
 
-@dataclass
-class EvaluateArguments(BaseArguments):
-    """
-    Chooses the reward model to evaluate, and the folder of the report.
-
-    The base is that of an adapter, or the model that the training of all weights with `reference="base"` started from;
-    another full model has none.
-    """
-
-    model: str = field(metadata={"help": "Hub id or folder of a reward model."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the reward model."})
-    output_dir: str = field(default="evaluation", metadata={"help": "Folder of the report."})
-    batch_size: int = field(default=8, metadata={"help": "Texts in a forward pass."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first pairs only."})
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_pairs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
-
-
-ARGUMENTS = (PairArguments, EvaluateArguments)
-
-
-def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
+def main(pair_args: PairArguments, args: EvaluateArguments) -> dict[str, Any]:
+    """Returns what `evaluation.json` holds."""
     make_output_dir(args.output_dir)
     pairs = load_pairs(pair_args, pair_args.dataset_test_split or pair_args.dataset_train_split)
     ignored = {"tools", "chat_template_kwargs"} & set(pairs.column_names)
@@ -69,19 +46,20 @@ def main(pair_args: PairArguments, args: EvaluateArguments) -> None:
         arm = load(args)
     except OSError as error:
         raise ValueError(
-            f"`{args.model}` can't be loaded. Name the Hub id or folder of a reward model: `--model`. {error}"
+            f"`{args.model}` can't be loaded. Name the Hub id or folder of a reward model: `--arm`. {error}"
         ) from error
 
     prediction: Any = predict(arm, pairs, args.batch_size)
     metrics = preference_metrics(prediction)
     report = {"model": args.model, "dataset": pair_args.dataset, "beta": arm.info.beta or 1.0, "metrics": metrics}
-    with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
-        json.dump({**report, "versions": package_versions()}, file, indent=2)
+    report["versions"] = package_versions()
+    write_whole(Path(args.output_dir, "evaluation.json"), json.dumps(report, indent=2))
     rewards, lengths = prediction.predictions, prediction.label_ids[0]
     margin, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
     plot_evaluation(margin, longer, os.path.join(args.output_dir, "evaluation.png"))
     print(table(args.model, metrics))
     print(f"The report is in {args.output_dir}.")
+    return report
 
 
 def load(args: EvaluateArguments) -> AutoregressiveRewardModel:

@@ -12,7 +12,8 @@ from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import frozen_twin
 from ..training.config import AutoregressiveRewardConfig
 from ..training.trainer import AutoregressiveRewardTrainer
-from .pairs import PairArguments, hold_out, load_pairs
+from .pairs import hold_out, load_pairs
+from .shared_arguments import PairArguments
 
 HELD_OUT = 0.1
 

@@ -5,10 +5,12 @@ Scores a guided model on the tasks of the Language Model Evaluation Harness.
 
 This is the harness's own command with one more model. `--model_args` takes the arguments of `hf`, where `pretrained`
 defaults to the base that the reward model names, and `arm`, `alpha` and `reference`; several reward models are a list,
-`arm=["a","b"],alpha=[1,0.5]`.
+`arm=["a","b"],alpha=[1,0.5]`. `sentence` steers by a sentence, before the text of each request.
 """
 
 import sys
+
+from ..hub.card import requirement
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +27,9 @@ def main(arguments: list[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise ImportError("This needs the Language Model Evaluation Harness: `pip install hf_genarm[eval]`.") from error
+        raise ImportError(
+            f"This needs the Language Model Evaluation Harness: `pip install '{requirement('eval')}'`."
+        ) from error
     from .. import lm_eval  # noqa: F401  registers the model
 
     sys.argv = ["lm-eval", *arguments]  # the harness reads them nowhere else

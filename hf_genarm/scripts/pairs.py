@@ -1,11 +1,9 @@
 """Preference pairs from files or the Hub, read from any columns as `prompt`, `chosen` and `rejected`."""
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,80 +13,12 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from trl.data_utils import maybe_extract_prompt
 
+from .shared_arguments import PairArguments
+
 _FILES = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _COLUMNS_OF_THE_TRAINER = ("margin", "tools", "chat_template_kwargs")  # in addition to the pairs
-
-
-@dataclass
-class PairArguments:
-    """
-    Chooses the source of preference pairs, and the meaning of its columns.
-
-    Parameters:
-        dataset (`str`):
-            Hub id or folder of a dataset, or a JSON, JSONL, CSV, TSV or Parquet file, which may be compressed.
-        dataset_config, dataset_data_dir (`str`, *optional*):
-            Name and `data_dir` as for `datasets.load_dataset`.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            The split to train on. A file has this one only.
-        dataset_test_split (`str`, *optional*):
-            The split to evaluate on. Without one, pairs are held out.
-        test_size (`float`, *optional*):
-            Share of the pairs, or if it is 1 or more their number, that is held out; no prompt is in both parts.
-        prompt_column, chosen_column, rejected_column (`str`, *optional*):
-            Names of the columns, if they are not `prompt`, `chosen` and `rejected`.
-        prompt_template (`str`, *optional*):
-            The text that prompts are inserted into, in place of `{prompt}`, if they are text.
-        response_columns (list of `str`, *optional*):
-            Names of two columns of responses; `preferred_column` holds which one is preferred.
-        preferred_column (`str`, *optional*):
-            Name of a column that is 0 if the first of `response_columns` is preferred, and 1 if it is the second.
-    """
-
-    dataset: str = field(metadata={"help": "Hub id or folder of a dataset, or a file of pairs."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Name of its configuration."})
-    dataset_data_dir: str | None = field(default=None, metadata={"help": "`data_dir` as for `load_dataset`."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Without one, pairs are held out."}
-    )
-    test_size: float | None = field(
-        default=None,
-        metadata={"help": "Share (below 1) or number of the pairs to hold out; no prompt is in both parts."},
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts, if there is one."})
-    chosen_column: str = field(default="chosen", metadata={"help": "Column of the chosen responses."})
-    rejected_column: str = field(default="rejected", metadata={"help": "Column of the rejected responses."})
-    prompt_template: str = field(
-        default="{prompt}", metadata={"help": "Text that prompts are inserted into, in place of `{prompt}`."}
-    )
-    response_columns: list[str] | None = field(
-        default=None, metadata={"help": "Two columns of responses, instead of chosen and rejected."}
-    )
-    preferred_column: str | None = field(
-        default=None, metadata={"help": "Column with the number of the preferred one, 0 or 1."}
-    )
-
-    def __post_init__(self) -> None:
-        if (self.response_columns is None) != (self.preferred_column is None) or (
-            self.response_columns is not None and len(self.response_columns) != 2
-        ):
-            raise ValueError(
-                f"`response_columns` is {self.response_columns} and `preferred_column` is {self.preferred_column!r}, "
-                "but they go together: two columns of responses, and the column with the number of the preferred one."
-            )
-        if "{prompt}" not in self.prompt_template:
-            raise ValueError(
-                f"`prompt_template` is {self.prompt_template!r}, in which prompts have no place. Write `{{prompt}}` "
-                "where they go."
-            )
-        size = self.test_size
-        if size is not None and not (0 <= size < 1 or (math.isfinite(size) and size >= 1 and size == int(size))):
-            raise ValueError(
-                f"`test_size` is {size}, but must be a share of the pairs (0 to below 1) or their number (1, 2, …)."
-            )
 
 
 def load_pairs(args: PairArguments, split: str) -> Dataset:

@@ -13,35 +13,43 @@ BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "0.5"
 COLORS = [BLUE, ORANGE, "#1b9e77", "#7570b3"]
 
 
-def plot_training(log_history: list[dict[str, Any]], path: str) -> None:
+def plot_training(log_history: list[dict[str, Any]], path: str, is_contrast: bool = False) -> None:
     """
-    Draws loss and pair accuracy over the steps, in training and on held-out pairs.
+    Draws loss and accuracy over the steps, in training and on held-out pairs.
+
+    The accuracy on held-out pairs is that of what was learned, where there is a base to compare with. In training it is
+    that of the reward.
 
     Args:
         log_history (list of `dict`):
             `trainer.state.log_history`.
         path (`str`):
             Where to write the picture.
+        is_contrast (`bool`, *optional*, defaults to `False`):
+            Whether the reward is a contrast with the base, so that its accuracy is that of what was learned.
     """
     figure, axes = _figure(path, "training")
     if figure is None:
         return
     training = [logs for logs in log_history if "loss" in logs and "accuracy" in logs]
     held_out = [logs for logs in log_history if "eval_pair_accuracy" in logs]
-    for axis, name, measure in ((axes[0], "loss", "loss"), (axes[1], "pair accuracy", "accuracy")):
-        axis.plot([x["step"] for x in training], [x[measure] for x in training], color=BLUE, label="training")
-        axis.set(xlabel="step", ylabel=name)
+    accuracy = "contrast_accuracy" if any("eval_contrast_accuracy" in x for x in held_out) else "pair_accuracy"
+    is_learned = is_contrast or accuracy == "contrast_accuracy"
+    label = "training" if is_contrast or not is_learned else "training, of the reward"
+    for axis, measure in ((axes[0], "loss"), (axes[1], "accuracy")):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        # With marks, since a short run has few points
+        axis.plot([x["step"] for x in training], [x[measure] for x in training], ".-", color=BLUE, label=label)
+    axes[0].set(xlabel="step", ylabel="loss")
+    axes[1].set(xlabel="step", ylabel="learned accuracy" if is_learned else "pair accuracy", ylim=(-0.02, 1.02))
+    axes[1].axhline(0.5, color=GREY, linestyle=":", label="chance")
     if held_out:
         steps = [x["step"] for x in held_out]
         axes[0].plot(steps, [x["eval_loss"] for x in held_out], "o-", color=ORANGE, label="held out")
-        accuracy, low, high = (
-            np.array([x[f"eval_pair_accuracy{end}"] for x in held_out]) for end in ("", "_low", "_high")
-        )
-        axes[1].errorbar(
-            steps, accuracy, [accuracy - low, high - accuracy], fmt="o-", color=ORANGE, capsize=4, label="held out"
-        )
+        share, low, high = (np.array([x[f"eval_{accuracy}{end}"] for x in held_out]) for end in ("", "_low", "_high"))
+        axes[1].errorbar(steps, share, [share - low, high - share], fmt="o-", color=ORANGE, capsize=4, label="held out")
         shorter = held_out[-1]["eval_shorter_accuracy"]
-        axes[1].axhline(max(shorter, 1 - shorter), color=GREY, linestyle=":", label="by length alone")
+        axes[1].axhline(max(shorter, 1 - shorter), color=GREY, linestyle="--", label="by length alone")
     _save(figure, axes, path)
 
 

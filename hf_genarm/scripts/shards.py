@@ -72,10 +72,14 @@ class Shards:
     def add(self, answers: dict[int, Any]) -> None:
         """Saves answers by the numbers of their prompts; they are on disk when this returns."""
         lines = (json.dumps({"row": row, "completion": x}, ensure_ascii=False) for row, x in answers.items())
-        with open(self._own, "a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._own, "a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(self._own)  # there is none where the disk is full
+            raise
 
     def merge(self, rows: list[dict[str, Any]]) -> None:
         """

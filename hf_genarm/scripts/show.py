@@ -3,51 +3,32 @@ Prints an answer without guidance next to one with it, each token coloured by wh
 
     hf-genarm show --arm model_cards/arm-smollm2-135m-sentiment --prompt "What did you think of the hotel?" --alpha 1.5
 
-Both answers are on one scale: blue tokens are likelier under the reward model than under the base, orange ones less
-likely. The score of an answer is the sum over its tokens. `--alpha` takes one strength for all reward models, or one
-for each.
+Both answers are drawn by the same random numbers, so that they differ only where guidance makes a difference. Their
+tokens are on one scale, the same for every reward model: blue tokens are likelier under the reward model than under the
+base, orange ones less likely. From 0.5 nats on (1.6 times as likely) letters are coloured, from 1.5 nats on (4.5 times)
+what is behind them. The score of an answer is the sum over its tokens. `--alpha` takes one strength for all reward
+models, or one for each. `--sentence "You are kind."` steers by a sentence, with or without reward models. There are no
+colours in files and pipes, nor if `NO_COLOR` is set in the environment.
 """
 
 import math
-from dataclasses import dataclass, field
+import os
+import sys
 from typing import Any
 
 import torch
-from transformers import set_seed
 
-from ..arguments import refuse_no_seed
+from ..decoding.recommended import recommended_temperature
+from ..hub.compatibility import as_trained
+from ..hub.loading import info_of
 from ..hub.placement import device_of
-from .guided_model import GuidanceArguments, load_guided
-from .prompts import left_padded, token_ids
+from ..playground.answers import SameDraw, Settings
+from .arguments import ShowArguments
+from .guided_model import load_guided
+from .shared_arguments import GuidanceArguments
 
 _LEARNED = "{} minus base, nats"
-
-
-@dataclass
-class ShowArguments:
-    """Chooses the question, and how it is answered."""
-
-    prompt: str = field(metadata={"help": "A question, or if the base has no chat template, the beginning of a text."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both answers; 0 takes the likeliest token."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the random numbers."})
-    width: int | None = field(default=None, metadata={"help": "Width in columns. Defaults to that of the terminal."})
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
-        refuse_no_seed(self.seed)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"`temperature` is {self.temperature}, but must be 0 or a positive number.")
-        if not self.prompt.strip():
-            raise ValueError("`prompt` is empty. Write a question.")
-
-
-ARGUMENTS = (GuidanceArguments, ShowArguments)
+_SCALE = 3.0  # nats; the colours of the terminal begin at a sixth and at a half of it
 
 
 def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
@@ -55,23 +36,22 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
         raise ValueError(f"`alpha` is {guidance_args.alpha}, at which nothing is guided. Give a strength other than 0.")
     base, processor = load_guided(guidance_args)
     model, tokenizer = base.model, base.tokenizer
+    infos = [info_of(name) for name in guidance_args.arm]
+    recommended = recommended_temperature(infos)
+    temperature = (recommended or 1.0) if args.temperature is None else args.temperature
+    print(f"Temperature: {temperature:g}{', as recommended' if temperature == recommended else ''}")
     strengths: Any = processor.alpha  # one for each
-    is_chat = tokenizer.chat_template is not None
-    ids = token_ids(tokenizer, [{"role": "user", "content": args.prompt}] if is_chat else args.prompt)
-    rows = left_padded(tokenizer, [ids] * 2, device_of(model))
+    prompt = as_trained(args.prompt, tokenizer, infos)
+    rows = processor.encode([prompt] * 2).to(device_of(model))
     processor.alpha = torch.tensor([[0.0] * len(strengths), strengths])  # a row for each request
     processor.keeps_statistics = True
-    set_seed(args.seed)
-    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
+    draws = [SameDraw(Settings(temperature=temperature, seed=args.seed), device_of(model))] if temperature else []
     output = model.generate(
-        **rows,
-        **sampling,
-        logits_processor=[processor],
-        do_sample=args.temperature > 0,
-        max_new_tokens=args.max_new_tokens,
+        **rows, logits_processor=[processor, *draws], do_sample=False, max_new_tokens=args.max_new_tokens
     )
+    has_colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     table: Any = processor.statistics(output)
-    for index, (name, strength) in enumerate(zip(guidance_args.arm, strengths, strict=True)):
+    for index, (name, strength) in enumerate(zip(guidance_args.names, strengths, strict=True)):
         if strength == 0:
             continue  # it was not run
         learned = table[f"reward_log_prob_{index}"]
@@ -83,4 +63,4 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
         for (sequence, _), token in table.tokens(measure).items():
             scores[sequence] += 0.0 if math.isnan(token.value) else token.value  # a token that it doesn't know
         titles = [f"unguided: {scores[0]:+.1f}", f"guided, alpha {strength:g}: {scores[1]:+.1f}"]
-        print(table.by(measure).beside(titles=titles).to_ansi(args.width))
+        print(table.by(measure).beside(titles=titles).to_ansi(args.width, _SCALE, has_colors))

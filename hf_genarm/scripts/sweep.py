@@ -139,7 +139,8 @@ class Sweep:
         # As a processor, unlike as an argument of `generate`, it is part of what the meter measures.
         if setting.temperature != 1:
             processors.append(TemperatureLogitsWarper(setting.temperature))
-        batch = sample_answers(self._model, self._tokenizer, prompts, processors, self._max_new_tokens)
+        inputs = None if processor is None else processor.encode(prompts)  # which also gives it to sentences
+        batch = sample_answers(self._model, self._tokenizer, prompts, processors, self._max_new_tokens, inputs)
         answers.texts += batch.texts
         answers.n_tokens += batch.n_tokens
         answers.kl += batch.kl
@@ -152,9 +153,12 @@ def sample_answers(
     prompts: Sequence[str | list[dict[str, str]]],
     processors: Sequence[LogitsProcessor],
     max_new_tokens: int,
+    inputs: Any = None,
 ) -> Answers:
-    """Samples one answer to each prompt, in one batch, from what the processors make of the base."""
-    inputs = left_padded(tokenizer, [token_ids(tokenizer, prompt) for prompt in prompts], device_of(model))
+    """Samples one answer to each prompt, which `inputs` may have as tokens, from what processors make of the base."""
+    if inputs is None:
+        inputs = left_padded(tokenizer, [token_ids(tokenizer, prompt) for prompt in prompts], device_of(model))
+    inputs = {name: x.to(device_of(model)) for name, x in inputs.items()}
     meter = Meter()
     output = model.generate(
         **inputs,

@@ -4,24 +4,33 @@ Trains an autoregressive reward model on preference pairs.
     hf-genarm train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.jsonl --output_dir my-arm
 
 Any argument of `AutoregressiveRewardConfig` and of TRL's `ModelConfig` can be given, here or in a file: `--config
-recipe.yaml`. An adapter is trained unless `--no_use_peft` is given. Some pairs are held out, to measure what the reward
-model has learned for its card.
+recipe.yaml`. An adapter is trained unless `--no_use_peft` is given, and its reward is its log-probability minus that of
+the base unless `--reference none` is given. Some pairs are held out, to measure what the reward model has learned; the
+last lines report it, with the command that comes next.
 """
 
 import os
+import shlex
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..files import make_output_dir
+from ..demo import loadable_name
+from ..files import make_output_dir, refuse_overwriting
+from ..hub.info import INFO_NAME, GuidanceWarning, RewardInfo
+from ..hub.loading import ADAPTER_CONFIG
 from ..training.config import AutoregressiveRewardConfig
+from ..training.learned import learned
 from ..training.trainer import AutoregressiveRewardTrainer
-from .pairs import PairArguments, hold_out, load_pairs, public_name
+from .pairs import hold_out, load_pairs, public_name
 from .plots import plot_training
 from .samples import SampleArguments, SamplesCallback, sample_prompts
+from .shared_arguments import PairArguments
 
 logger = logging.get_logger(__name__)
 
@@ -37,12 +46,40 @@ class ModelArguments(ModelConfig):
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The task type of the adapter."})
 
 
-ARGUMENTS = (PairArguments, AutoregressiveRewardConfig, ModelArguments, SampleArguments)
+@dataclass
+class TrainArguments(AutoregressiveRewardConfig):
+    """Changes the defaults of the trainer to those of the command: an adapter is contrasted with its base."""
+
+    reference: str | None = field(
+        default="auto",
+        metadata={
+            "help": "'base' makes the reward a contrast with the base: the loss of DPO. 'none' is Eq. 5 of the paper. "
+            "'auto' is 'base' for an adapter, and 'none' if all weights are trained.",
+            "choices": ("auto", "base", "none"),
+        },
+    )
+    logging_steps: float = field(
+        default=0.02,
+        metadata={"help": "Log every X steps, or if it is below 1, as often as this share of all steps."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a reward model in `output_dir` may be overwritten."}
+    )
+
+    def __post_init__(self) -> None:
+        #: Whether `reference` depends on what is trained, which other arguments say
+        self.is_reference_open = self.reference == "auto"
+        if self.reference in ("auto", "none"):
+            self.reference = None
+        super().__post_init__()
+
+
+ARGUMENTS = (PairArguments, TrainArguments, ModelArguments, SampleArguments)
 
 
 def main(
     pair_args: PairArguments,
-    training_args: AutoregressiveRewardConfig,
+    training_args: TrainArguments,
     model_args: ModelArguments,
     sample_args: SampleArguments,
 ) -> None:
@@ -51,13 +88,18 @@ def main(
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is not None and not os.path.isdir(checkpoint):
         raise ValueError(f"`resume_from_checkpoint` is {checkpoint!r}, but there is no such folder.")
+    if checkpoint is None and not training_args.overwrite_output_dir:
+        refuse_overwriting(output_dir, (INFO_NAME, ADAPTER_CONFIG, "model.safetensors"))
     train_pairs = load_pairs(pair_args, pair_args.dataset_train_split)
     test_pairs = None
     if pair_args.dataset_test_split is not None:
         test_pairs = load_pairs(pair_args, pair_args.dataset_test_split)
     elif pair_args.test_size != 0:
         train_pairs, test_pairs = hold_out(train_pairs, pair_args.test_size or HELD_OUT)
+    model_args.model_name_or_path = loadable_name(model_args.model_name_or_path)
     check_model(model_args, training_args.trust_remote_code)
+    if training_args.is_reference_open and model_args.use_peft:
+        training_args.reference = "base"
 
     given: Any = training_args.model_init_kwargs or {}  # `RewardConfig` has made it a dict
     training_args.model_init_kwargs = {
@@ -77,6 +119,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    warn_of_plain_text(trainer, model_args.model_name_or_path)
     if sample_args.log_samples:
         prompts = sample_prompts(test_pairs, sample_args.log_samples)
         trainer.add_callback(SamplesCallback(trainer, prompts, sample_args.samples_max_new_tokens))
@@ -88,11 +131,45 @@ def main(
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        plot_training(trainer.state.log_history, os.path.join(output_dir, "training.png"))
+        picture = os.path.join(output_dir, "training.png")
+        plot_training(trainer.state.log_history, picture, is_contrast=training_args.reference == "base")
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.print(f"The reward model is in {output_dir}.")
+    trainer.accelerator.print(report(trainer.reward_info, output_dir, pair_args))
     trainer.accelerator.end_training()
+
+
+def warn_of_plain_text(trainer: AutoregressiveRewardTrainer, model: str) -> None:
+    """Warns if a chat model is trained on texts that are not chats: questions to it are, in most programs."""
+    if trainer.processing_class.chat_template is not None and not trainer.reward_info.is_for_chats:
+        warnings.warn(
+            f"The pairs are plain text, and `{model}` is a chat model. The reward model will be one for plain text, "
+            "and other commands will use it so. If it is for chats, write `prompt`, `chosen` and `rejected` as "
+            'messages: `[{"role": "user", "content": …}]`.',
+            GuidanceWarning,
+            stacklevel=2,
+        )
+
+
+def report(info: RewardInfo, folder: str, pair_args: PairArguments) -> str:
+    """Returns what was learned, and the command that comes next, in one line each."""
+    what = learned(info)
+    if what is None:
+        lines = ["What it has learned was not measured: there are no held-out pairs, or no base to compare with."]
+    else:
+        unit = "nats per token" if info.loss.get("length_normalized") else "nats"
+        n_right = f"{what.share * what.n_pairs:g} of {what.n_pairs}"
+        lines = [
+            f"What it has learned prefers the chosen answer in {n_right} held-out pairs: {what.share:.2f} "
+            f"[{what.low:.2f}, {what.high:.2f}], a 95 % interval; chance is 0.50.",
+            f"It moves the two answers of a pair {what.nats:.2g} {unit} apart (root mean square).",
+        ]
+    prompts = ["--prompts", pair_args.dataset if pair_args.prompt_column == "prompt" else "prompts.jsonl"]
+    if pair_args.dataset_test_split is not None:
+        prompts += ["--prompts_split", pair_args.dataset_test_split]
+    command = ["hf-genarm", "tune", "--arm", folder, *prompts, "--scorer", "my_scorer:reward"]
+    return "\n".join([*lines, f"Next, find the strength, with your own function as the scorer: {shlex.join(command)}"])
 
 
 def check_model(args: ModelArguments, trust_remote_code: bool) -> None:
@@ -102,6 +179,8 @@ def check_model(args: ModelArguments, trust_remote_code: bool) -> None:
     Raises:
         ValueError: if there is none.
     """
+    if Path(args.model_name_or_path).is_file():  # of which transformers would make a config
+        raise ValueError(f"`--model` is `{args.model_name_or_path}`, a file, but must be a Hub id or a folder.")
     try:
         AutoConfig.from_pretrained(
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code

@@ -3,16 +3,19 @@ Finds the strength, reference and temperature to steer with, on held-out prompts
 
     hf-genarm tune --arm my-arm --prompts prompts.jsonl --scorer my_scorer:reward --max_kl 20
 
-Samples one answer to each prompt at each setting, measures reward, divergence from the base and perplexity under the
-base, and recommends the setting with the highest mean reward whose mean divergence is at most `--max_kl` nats per
-answer, if that is above the reward of the base alone. The setting and what was measured are written into
-`genarm_config.json` and the card of `--arm`, if that is a folder, or else into `--output_dir`. Sampled answers are kept
-there, and are not sampled again.
+Samples one answer to each prompt at each setting, and measures reward, divergence from the base and perplexity under
+the base. Of the settings that are fluent, those whose perplexity is at most `--max_perplexity` times that of unguided
+text at temperature 1, and near the base, whose mean divergence is at most `--max_kl` nats per answer, it recommends the
+one with the highest mean reward, if that is above the reward of the base alone at the same temperature.
+
+The setting and what was measured are written into `genarm_config.json` and the card of `--arm`, if that is a folder, or
+else into `--output_dir`; `--sentence "You are kind."` tunes a sentence, of which `--output_dir` becomes the folder.
+Sampled answers are kept there, and are not sampled again. `--json` prints what was measured.
 """
 
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,13 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from tqdm import tqdm
 
-from ..arguments import refuse_no_seed
 from ..bootstrap import interval, mean_with_interval, resampled_means
 from ..decoding.assembly import assemble
 from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.recommended import base_reference
 from ..files import make_output_dir
 from ..hub.card import reward_model_card
-from ..hub.info import INFO_NAME, RewardInfo
+from ..hub.info import INFO_NAME
 from ..hub.loading import download
 from ..hub.recommendation import (
     MEASURES,
@@ -39,7 +41,8 @@ from ..hub.recommendation import (
     with_recommendation,
 )
 from ..hub.reward_model import AutoregressiveRewardModel
-from .guided_model import BaseArguments
+from ..hub.sentence import sentence_card
+from .arguments import TuneArguments
 from .judge import Judge
 from .pairs import load_prompts, public_name
 from .plots import plot_settings
@@ -47,79 +50,14 @@ from .prompts import last_text
 from .scorer import load_scorer, scores_of
 from .sweep import Answers, Setting, Sweep, base_id, fingerprint
 
-
-@dataclass
-class TuneArguments(BaseArguments):
-    """Chooses what to tune, on which prompts, and within which limits."""
-
-    arm: str = field(metadata={"help": "Hub id or folder of a reward model."})
-    prompts: str = field(
-        metadata={"help": "Hub id, folder or file (JSONL, CSV, …) with a column `prompt` of texts or messages."}
-    )
-    scorer: str | None = field(
-        default=None,
-        metadata={
-            "help": "`module:function`, a reward function as TRL's GRPOTrainer takes it: of `prompts` and "
-            "`completions`, one number for each."
-        },
-    )
-    pairs: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of a scorer, preference pairs that the reward model has not seen: a judge is trained on "
-            "them. A reward model can't be its own judge."
-        },
-    )
-    prompts_split: str = field(default="train", metadata={"help": "Split of the prompts. A file has this one only."})
-    max_kl: float = field(
-        default=20.0, metadata={"help": "Largest mean divergence from the base that is recommended, nats per answer."}
-    )
-    alpha: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0], metadata={"help": "Strengths to try."}
-    )
-    reference: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "References to try: 'none' (Eq. 7) and 'base'. Defaults to both for an adapter.",
-            "choices": ["none", "base"],
-        },
-    )
-    temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Temperatures to try."})
-    max_prompts: int = field(default=64, metadata={"help": "Take the first different prompts only."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
-    n_examples: int = field(
-        default=0, metadata={"help": "Answers at the recommended setting that the card shows, evenly from all prompts."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Answers that are written at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of the answers and of the intervals."})
-    output_dir: str = field(default="tuning", metadata={"help": "Folder of the answers and of the report."})
-
-    def __post_init__(self) -> None:
-        if (self.scorer is None) == (self.pairs is None):
-            raise ValueError(
-                f"`scorer` is {self.scorer!r} and `pairs` is {self.pairs!r}, but one of them defines what a good "
-                "answer is: a function, or pairs that the reward model has not seen. Give one."
-            )
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("n_examples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
-        refuse_no_seed(self.seed)
-        if self.max_prompts < 2:
-            raise ValueError(f"`max_prompts` is {self.max_prompts}, but intervals need at least 2 prompts.")
-        for name in ("alpha", "temperature"):
-            if not all(0 < value < float("inf") for value in getattr(self, name)):
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive numbers.")
-        if not self.max_kl > 0:
-            raise ValueError(f"`max_kl` is {self.max_kl}, but a divergence is positive.")
-
-
-ARGUMENTS = (TuneArguments,)
 N_RESAMPLES = 2_000
 
 
-def main(args: TuneArguments) -> None:
+def main(args: TuneArguments) -> dict[str, Any]:
+    """Returns what was measured, and what is `recommended`, which is `None` if nothing is better than the base."""
     make_output_dir(args.output_dir)
-    target = Path(args.arm if Path(args.arm).is_dir() else args.output_dir)
+    is_folder = args.arm is not None and Path(args.arm).is_dir()
+    target = Path(str(args.arm) if is_folder else args.output_dir)
     if not os.access(target, os.W_OK):
         raise ValueError(
             f"`{target}` can't be written to, but the setting goes there. Copy the folder, and tune the copy."
@@ -129,13 +67,12 @@ def main(args: TuneArguments) -> None:
     prompts = load_prompts(args.prompts, args.prompts_split)[: args.max_prompts]
     if len(prompts) < 2:
         raise ValueError(f"`{args.prompts}` has {len(prompts)} prompt, but intervals need at least 2.")
-    base = args.load([args.arm])
+    base = args.load([] if args.arm is None else [args.arm])
     model, tokenizer = base.model, base.tokenizer
     if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
         raise ValueError(f"The prompts are messages, but `{base.name}` has no chat template. Give texts.")
-    arm = AutoregressiveRewardModel.from_pretrained(
-        args.arm, model, base_tokenizer=tokenizer, trust_remote_code=args.trust_remote_code
-    )
+    name = args.arm or str(args.sentence)
+    arm = load(args, model, tokenizer)
 
     scored_by = f"`{args.scorer}`"
     if judge is not None:
@@ -143,19 +80,21 @@ def main(args: TuneArguments) -> None:
         scorer, scored_by = judging.as_reward_func(args.batch_size), judge.described(judging)
     assert scorer is not None
 
-    references = args.reference or (["base", "none"] if isinstance(arm.model, PeftModel) else ["none"])
-    processors = {x: make_processor(args.arm, arm, model, tokenizer, x) for x in references}
+    # On the base, Eq. 7 is the reference "base" at other strengths and temperatures.
+    is_on_base = isinstance(arm.model, PeftModel) or args.sentence is not None
+    references = args.reference or (["base"] if is_on_base else ["none"])
+    processors = {x: make_processor(name, arm, model, tokenizer, x) for x in references}
     temperatures = sorted(set(args.temperature) | {1.0}, reverse=True)
     settings = [Setting(0.0, None, x) for x in temperatures]
     settings += [
         Setting(alpha, None if reference == "none" else reference, temperature)
         for reference in references
         for temperature in args.temperature
-        for alpha in sorted(set(args.alpha))
+        for alpha in sorted(set(args.alpha or []))
     ]
     folder = Path(args.output_dir, "answers")
     sweep = Sweep(model, tokenizer, prompts, folder, args.max_new_tokens, args.batch_size, args.seed)
-    arm_id, measured = fingerprint(arm.model), []
+    arm_id, measured = args.sentence or fingerprint(arm.model), []
     with tqdm(total=sweep.n_batches * len(settings), desc="Answering") as progress:
         for setting in settings:
             processor = processors[setting.reference or "none"] if setting.alpha else None
@@ -169,16 +108,21 @@ def main(args: TuneArguments) -> None:
     picture = Path(args.output_dir, PICTURE)
     plot_settings(rows, args.max_kl, "reward", str(picture))
     print(table(rows))
-    index = choose(rows, args.max_kl)
-    gain = interval_of_mean(measured[index][1] - measured[0][1], args.seed)
-    print(f"\n{described(rows[index])}: the highest reward at a KL of at most {args.max_kl:g} nats per answer.")
-    print("Its reward minus that of the base, paired: {:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
+    index = choose(rows, args.max_kl, args.max_perplexity)
+    unguided = settings.index(Setting(0.0, None, settings[index].temperature))
+    gain = interval_of_mean(measured[index][1] - measured[unguided][1], args.seed)
+    print(
+        f"\n{described(rows[index])}: the highest reward at a KL of at most {args.max_kl:g} nats per answer and a "
+        f"perplexity of at most {args.max_perplexity:g} times that of unguided text at temperature 1."
+    )
+    print("Its reward minus that of the base at the same temperature, paired: {:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
+    result = {"recommended": None, "gain": gain, "settings": rows}
     if gain[1] <= 0:
         print(
-            "Nothing is recommended, because the gain over the base alone is not clearly above zero. Raise `--max_kl`, "
-            "take more prompts, or train on more pairs."
+            "Nothing is recommended, because the gain over the base alone is not clearly above zero. Raise `--max_kl` "
+            "or `--max_perplexity`, take more prompts, or train on more pairs."
         )
-        return
+        return result
     n_examples = min(args.n_examples, len(prompts))
     shown = np.linspace(0, len(prompts), n_examples, endpoint=False, dtype=int)
     arm.info.recommended = asdict(settings[index]) | {
@@ -188,19 +132,32 @@ def main(args: TuneArguments) -> None:
             "n_prompts": len(prompts),
             "max_new_tokens": args.max_new_tokens,
             "max_kl": args.max_kl,
+            "max_perplexity": args.max_perplexity,
             "seed": args.seed,
             "settings": rows,
             "examples": [{"prompt": last_text(prompts[i]), "answer": measured[index][0].texts[i]} for i in shown],
         }
     }
-    write(arm.info, args.arm, target, isinstance(arm.model, PeftModel))
+    write(arm, args.arm, target)
     if picture.exists() and target != picture.parent:
         shutil.copy(picture, target)
     files = f"`{INFO_NAME}`, `README.md` and `{PICTURE}` in {target}"
-    if Path(args.arm).is_dir():
-        print(f"`from_pretrained({args.arm!r})` uses this setting from now on: it is written into {files}.")
+    if is_folder or args.arm is None:
+        print(f"`from_pretrained({str(target)!r})` uses strength and reference from now on: they are in {files}.")
     else:
-        print(f"Upload {files} to `{args.arm}`, and `from_pretrained` uses this setting.")
+        print(f"Upload {files} to `{args.arm}`, and `from_pretrained` uses strength and reference.")
+    temperature = settings[index].temperature
+    print(f"The temperature is an argument of `generate`: `do_sample=True, top_k=0, temperature={temperature:g}`.")
+    return result | {"recommended": asdict(settings[index])}
+
+
+def load(args: TuneArguments, model: Any, tokenizer: Any) -> AutoregressiveRewardModel:
+    """Loads what is tuned, a reward model or a sentence."""
+    if args.arm is None:
+        return AutoregressiveRewardModel.from_sentence(str(args.sentence), model, tokenizer)
+    return AutoregressiveRewardModel.from_pretrained(
+        args.arm, model, base_tokenizer=tokenizer, trust_remote_code=args.trust_remote_code
+    )
 
 
 def make_processor(
@@ -229,22 +186,39 @@ def interval_of_mean(values: np.ndarray, seed: int) -> list[float]:
     return list(mean_with_interval(values, N_RESAMPLES, seed))
 
 
-def choose(rows: list[dict[str, Any]], max_kl: float) -> int:
+def choose(rows: list[dict[str, Any]], max_kl: float, max_perplexity: float) -> int:
     """
-    Returns the index of the guided setting with the highest mean reward whose mean divergence is at most `max_kl`.
+    Returns the index of the guided setting with the highest mean reward of those that are near the base and fluent.
+
+    Args:
+        rows (list of `dict`):
+            The settings, with the means of `reward`, `kl` and `perplexity`, each the first of a list.
+        max_kl (`float`):
+            The largest divergence.
+        max_perplexity (`float`):
+            The largest perplexity, as a multiple of that of unguided text at temperature 1.
 
     Raises:
         ValueError: if there is none.
     """
-    guided = [index for index, row in enumerate(rows) if row["alpha"]]
-    within = [index for index in guided if rows[index]["kl"][0] <= max_kl]
-    if not within:
-        least = min(rows[index]["kl"][0] for index in guided)
+    guided = {index: row for index, row in enumerate(rows) if row["alpha"]}
+    (unguided,) = (row["perplexity"][0] for row in rows if not row["alpha"] and row["temperature"] == 1)
+    near = {index: row for index, row in guided.items() if row["kl"][0] <= max_kl}
+    if not near:
         raise ValueError(
-            f"No setting is within `max_kl` {max_kl:g}: the least divergence is {least:.1f} nats per answer. Try "
-            "smaller strengths (`--alpha`), or raise `--max_kl`."
+            f"No setting is within `max_kl` {max_kl:g}: the least divergence is "
+            f"{min(row['kl'][0] for row in guided.values()):.1f} nats per answer. Try smaller strengths (`--alpha`), "
+            "or raise `--max_kl`."
         )
-    return max(within, key=lambda index: rows[index]["reward"][0])
+    fluent = {index: row for index, row in near.items() if row["perplexity"][0] <= max_perplexity * unguided}
+    if not fluent:
+        raise ValueError(
+            f"No setting within `max_kl` {max_kl:g} is within `max_perplexity` {max_perplexity:g}: the least "
+            f"perplexity is {min(row['perplexity'][0] for row in near.values()) / unguided:.2f} times that of unguided "
+            "text. Try smaller strengths (`--alpha`) or lower temperatures (`--temperature`), or raise "
+            "`--max_perplexity`."
+        )
+    return max(fluent, key=lambda index: fluent[index]["reward"][0])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -261,17 +235,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(info: RewardInfo, arm: str, folder: Path, is_adapter: bool) -> None:
-    """Updates `genarm_config.json` and the card of a folder; for a reward model on the Hub, writes copies of them."""
-    info.save(folder)
-    card = download(arm) / "README.md"
+def write(arm: AutoregressiveRewardModel, name: str | None, folder: Path) -> None:
+    """
+    Updates `genarm_config.json` and the card of a folder; of a reward model on the Hub, writes copies of them, and of a
+    sentence, which has no name, a folder that can be loaded.
+    """
+    arm.info.save(folder)
+    card = (folder if name is None else download(name)) / "README.md"
     if card.exists():
-        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(info))
-        widget = shown_on_the_hub(info)
+        text = with_recommendation(card.read_text(encoding="utf-8"), recommendation(arm.info))
+        widget = shown_on_the_hub(arm.info)
         if widget or text.startswith("---\n"):  # a card without metadata stays without, if there is nothing to add
             changed = ModelCard(text)
             changed.data["widget"] = widget
             text = str(changed)
         (folder / "README.md").write_text(text, encoding="utf-8")
+    elif name is None:
+        sentence_card(arm.info, folder.name).save(folder / "README.md")
     else:
-        reward_model_card(info, Path(arm).name, arm, is_adapter).save(folder / "README.md")
+        is_adapter = isinstance(arm.model, PeftModel)
+        reward_model_card(arm.info, Path(name).name, name, is_adapter).save(folder / "README.md")

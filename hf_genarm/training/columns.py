@@ -9,8 +9,10 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 
+from ..hub.compatibility import generation_prompt
 from ..hub.info import GuidanceWarning
 
 SIDES = ("chosen_ids", "rejected_ids")
@@ -76,6 +78,16 @@ def check_pairs(dataset: Any, name: str, vocab_size: int) -> tuple[Dataset | Ite
         _warn_of_unread(dataset, name)
         dataset = dataset.remove_columns([column for column in _OF_OTHER_KINDS if column in columns])
     return dataset, is_chat, is_tokenized
+
+
+def is_in_template(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, is_tokenized: bool) -> bool:
+    """Returns whether the first pair, of texts or tokens, was written in the chat template before."""
+    added, pair = generation_prompt(tokenizer), next(iter(dataset))
+    if added is None:
+        return False
+    if is_tokenized:
+        return added in str(tokenizer.decode(pair["chosen_ids" if "chosen_ids" in pair else "chosen_input_ids"]))
+    return any(added in str(pair.get(column)) for column in ("prompt", "chosen"))
 
 
 def _warn_of_unread(dataset: Dataset | IterableDataset, name: str) -> None:

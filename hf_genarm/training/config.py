@@ -15,6 +15,7 @@ _NUMBERS = {
     "target_margin": (lambda value: True, "must be a finite number. The default is 0"),
     "sft_coefficient": (lambda value: value >= 0, "must not be negative, as the weight of a loss. The default is 0"),
 }
+FULL_LEARNING_RATE = 1e-4  # if all weights are trained, as in TRL's `RewardConfig`
 _FLAGS = ("length_normalized", "custom_generate")
 _TEXTS = ("objective", "description", "dataset_name")
 _LOSS = ("loss_type", "label_smoothing", "target_margin", "length_normalized", "sft_coefficient", "reference")
@@ -74,8 +75,10 @@ class AutoregressiveRewardConfig(RewardConfig):
             `model.generate(custom_generate="user/my-arm", trust_remote_code=True)`.
 
     > [!NOTE]
-    > One default differs from that of [`~trl.RewardConfig`]: `bf16` is `True` only on an accelerator that supports it,
-    > so that training on a CPU just works.
+    > Two defaults differ from those of [`~trl.RewardConfig`]:
+    > - `bf16` is `True` only on an accelerator that supports it, so that training on a CPU just works.
+    > - `learning_rate` is that of [`adapter_learning_rate`] for an adapter, which depends on the number of steps. If
+    >   all weights are trained, it is `1e-4`, as in [`~trl.RewardConfig`].
 
     Raises:
         ValueError: if a value is of the wrong type or outside of its range, or if `center_rewards_coefficient` is set.
@@ -132,6 +135,15 @@ class AutoregressiveRewardConfig(RewardConfig):
         },
     )
 
+    # Set by the trainer, which knows the model and the number of pairs
+    learning_rate: float | None = field(  # type: ignore[assignment]  # as for `bf16`
+        default=None,
+        metadata={
+            "help": "The initial learning rate for AdamW. Defaults to 4e-3 divided by the fourth root of the number of "
+            "steps for an adapter (2e-3 for 16 steps, 1e-3 for 256), and to 1e-4 if all weights are trained."
+        },
+    )
+
     @property
     def changed_loss(self) -> dict[str, Any]:
         """Returns the arguments of the loss, except `beta`, that differ from their defaults."""
@@ -141,7 +153,11 @@ class AutoregressiveRewardConfig(RewardConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()
+        learning_rate = self.learning_rate
+        if learning_rate is None:  # DeepSpeed takes a number for its own optimizer now
+            self.learning_rate = FULL_LEARNING_RATE
         super().__post_init__()
+        self.learning_rate = learning_rate
         for name, (is_allowed, rule) in _NUMBERS.items():
             number = _finite_number(getattr(self, name))
             if number is None or not is_allowed(number):
@@ -176,6 +192,29 @@ class AutoregressiveRewardConfig(RewardConfig):
                 "autoregressive reward model is a sum of log-probabilities, which is never centred at 0. Leave it at "
                 "`None`."
             )
+
+
+def n_steps(args: AutoregressiveRewardConfig, n_pairs: int) -> int:
+    """Returns the number of steps of a training on some pairs."""
+    if args.max_steps > 0:
+        return args.max_steps
+    n_batches = math.ceil(n_pairs / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(n_batches / args.gradient_accumulation_steps))
+
+
+def adapter_learning_rate(n: int) -> float:
+    r"""
+    Returns the default learning rate for an adapter, $0.004 / \sqrt[4]{n}$.
+
+    A step of Adam moves each weight by about the learning rate, so that few steps need a higher one to get anywhere:
+    2e-3 for 16 steps, 1e-3 for 256, and 5e-4, that of the [paper](https://hf.co/papers/2410.08193), for 4,096. Measured
+    by `examples/benchmarks/training_defaults.py`.
+
+    Args:
+        n (`int`):
+            Number of steps of the whole training.
+    """
+    return 4e-3 / max(n, 1) ** 0.25
 
 
 def _finite_number(value: Any) -> float | None:

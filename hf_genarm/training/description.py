@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
+from ..demo import hub_id
 from ..hub.card import METRICS, OPTIONAL_METRICS, reward_model_card, write_custom_generate
 from ..hub.info import (
     INFO_NAME,
@@ -21,6 +22,7 @@ from ..hub.info import (
     tokenizer_fingerprint,
 )
 from ..hub.kv_cache import network_of
+from .learned import learned
 
 if TYPE_CHECKING:
     from .trainer import AutoregressiveRewardTrainer
@@ -38,7 +40,7 @@ class Description(TrainerCallback):
         base_weights (`str`, *optional*):
             Fingerprint of the weights that an adapter is trained on, or that rewards are contrasted with.
         is_chat (`bool`):
-            Whether the training data consist of messages.
+            Whether the training data consist of messages, or of texts in the chat template.
     """
 
     def __init__(self, trainer: "AutoregressiveRewardTrainer", base_weights: str | None, is_chat: bool):
@@ -52,8 +54,8 @@ class Description(TrainerCallback):
         self._measured = {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         self._measured_at = self._trainer.state.global_step
 
-    def warn_if_outdated(self) -> None:
-        """Warns if there was an evaluation, but of other weights than the current ones."""
+    def warn_of_metrics(self) -> None:
+        """Warns if the last evaluation was of other weights than the current ones, or found too little to be seen."""
         step = self._trainer.state.global_step
         if self._measured and step != self._measured_at:
             warnings.warn(
@@ -62,6 +64,8 @@ class Description(TrainerCallback):
                 GuidanceWarning,
                 stacklevel=3,
             )
+        elif step > 0 and (what := learned(self.info)) is not None:
+            what.warn_if_too_little(self._trainer.args.learning_rate, step)
 
     @property
     def info(self) -> RewardInfo:
@@ -78,7 +82,7 @@ class Description(TrainerCallback):
             reward_scale=scale if 0 < scale < math.inf else None,  # not after a training that failed
             objective=args.objective,
             description=args.description,
-            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
+            base_model=hub_id(base_model),
             base_model_revision=getattr(config, "_commit_hash", None),  # only of what came from the Hub
             base_weights=self._base_weights,
             tokenizer=tokenizer_fingerprint(tokenizer),

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..functional import selected_log_probs, shared_prefix_length
 from ..hub.kv_cache import network_of
+from .chunked_head import ChunkedHead
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class PairLogProbs:
         self._tolerance = 1e-3 if is_precise else 0.1
         self._multiple = pad_to_multiple_of or 1
         self._may_share: bool | None = None
+        self._head: ChunkedHead | None = None
 
     def __call__(self, model: Module, pairs: PairBatch, scored: Tensor) -> Tensor:
         """
@@ -109,17 +111,25 @@ class PairLogProbs:
         if self._may_share is None:
             objection = self._why_not_shared(model, pairs.input_ids.device)
             if objection is not None:
-                logger.info("What the texts of a pair begin with is forwarded twice, because %s.", objection)
+                # What the user chose is worth a line; what the model is, isn't.
+                level = logging.INFO if self._takes_a_mask else logging.WARNING
+                logger.log(level, "What the texts of a pair begin with is forwarded twice, because %s.", objection)
             self._may_share = objection is None
+            self._head = self._chunked_head(model, pairs.input_ids.device)
         column = _joint_columns(pairs, self._multiple)
         width = int(column.max()) + 1
         is_shorter = width <= _WORTH_IT * 2 * pairs.input_ids.shape[1]
         is_within = self._window is None or width <= self._window
         shares = self._may_share and is_shorter and is_within
-        return self._forward(model, pairs, scored, column if shares else None)
+        return self._forward(model, pairs, scored, column if shares else None, self._head)
 
-    def _forward(self, model: Module, pairs: PairBatch, scored: Tensor, column: Tensor | None) -> Tensor:
-        """Runs the model on joint rows with the given columns, or on two rows for each pair."""
+    def _forward(
+        self, model: Module, pairs: PairBatch, scored: Tensor, column: Tensor | None, head: ChunkedHead | None = None
+    ) -> Tensor:
+        """
+        Runs the model on joint rows with the given columns, or on two rows for each pair; with a head, this one is run
+        outside of the model if the logits are large.
+        """
         n_texts, length = pairs.input_ids.shape
         row = torch.arange(n_texts, device=scored.device)
         inputs = {"input_ids": pairs.input_ids, "attention_mask": pairs.attention_mask}
@@ -137,10 +147,12 @@ class PairLogProbs:
         first = int(predictor.min()) // self._multiple * self._multiple if keeps_logits else 0
         kept = {"logits_to_keep": width - first} if keeps_logits else {}
         # Prompt tuning adds virtual tokens before the text.
-        logits = model(**inputs, use_cache=False, **kept).logits[:, first - width :]
-        at = row[text] * (width - first) + predictor - first
-        log_probs = selected_log_probs(logits.flatten(0, 1), at, pairs.input_ids[text, token])
-        return torch.zeros(n_texts, length, device=logits.device).index_put((text, token), log_probs)
+        at, tokens = row[text] * (width - first) + predictor - first, pairs.input_ids[text, token]
+        head = head if head is not None and head.is_worth_it(len(tokens)) else None
+        with nullcontext() if head is None else head.left_out():
+            rows = model(**inputs, use_cache=False, **kept).logits[:, first - width :].flatten(0, 1)
+        log_probs = selected_log_probs(rows, at, tokens) if head is None else head.log_probs(rows[at], tokens)
+        return torch.zeros(n_texts, length, device=rows.device).index_put((text, token), log_probs)
 
     def _joint_inputs(self, pairs: PairBatch, column: Tensor) -> dict[str, Tensor]:
         """Returns token ids, positions, and a mask in which the two responses of a pair do not see each other."""
@@ -165,21 +177,16 @@ class PairLogProbs:
     @torch.no_grad()
     def _why_not_shared(self, model: Module, device: torch.device) -> str | None:
         """Returns why a pair needs two rows, or None if one is enough."""
-        attention = self._network.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            return f"the attention `{attention}` takes no mask with rows and columns"
+        if not self._takes_a_mask:
+            attention = self._network.config._attn_implementation
+            return f"the attention `{attention}` takes no mask with rows and columns, as `sdpa` does"
         if "position_ids" not in self._arguments:
             return "the model takes no positions"
         if isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning:
             return "prompt tuning changes the mask"
         # A model may use more than mask and positions, as recurrent states and ALiBi do. This shows in a pair with long
         # responses: the second one changes where it follows the first.
-        ids = (
-            torch.arange(2 * _PROBE_LENGTH, device=device).view(2, -1)
-            % self._network.config.get_text_config().vocab_size
-        )
-        ids[:, :3] = ids[:1, :3]
-        pairs = PairBatch(ids, torch.ones_like(ids))
+        pairs = self._probe(device)
         try:
             with evaluating(model):  # dropout would make two passes differ
                 joint = self._forward(model, pairs, pairs.is_response, _joint_columns(pairs))
@@ -188,6 +195,32 @@ class PairLogProbs:
             return f"the model refused it: {error}"
         difference = float((joint - separate).abs().max())
         return None if difference <= self._tolerance else f"the log-probabilities would differ, by {difference:.1g}"
+
+    @torch.no_grad()
+    def _chunked_head(self, model: Module, device: torch.device) -> ChunkedHead | None:
+        """Returns the head of the model, if it can be run outside: nothing but a linear layer makes the logits."""
+        if not ChunkedHead.is_usable(self._network):
+            return None
+        pairs = self._probe(device)
+        try:
+            with evaluating(model):
+                expected = self._forward(model, pairs, pairs.is_response, None)
+                found = self._forward(model, pairs, pairs.is_response, None, ChunkedHead(self._network, 0))
+        except (RuntimeError, TypeError, ValueError):  # what stands where logits were has another shape
+            return None
+        is_same = float((found - expected).abs().max()) <= self._tolerance
+        return ChunkedHead(self._network) if is_same else None
+
+    def _probe(self, device: torch.device) -> PairBatch:
+        """Returns a pair with long responses."""
+        vocab_size = self._network.config.get_text_config().vocab_size
+        ids = torch.arange(2 * _PROBE_LENGTH, device=device).view(2, -1) % vocab_size
+        ids[:, :3] = ids[:1, :3]
+        return PairBatch(ids, torch.ones_like(ids))
+
+    @property
+    def _takes_a_mask(self) -> bool:
+        return self._network.config._attn_implementation in ("sdpa", "eager")
 
 
 @contextmanager

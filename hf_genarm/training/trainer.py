@@ -22,8 +22,8 @@ from ..hub.card import TAGS
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of
 from ..hub.scoring import end_token_ids
-from .columns import PROMPT_LENGTH, SIDES, check_pairs
-from .config import AutoregressiveRewardConfig
+from .columns import PROMPT_LENGTH, SIDES, check_pairs, is_in_template
+from .config import FULL_LEARNING_RATE, AutoregressiveRewardConfig, adapter_learning_rate, n_steps
 from .description import Description
 from .metrics import PreferenceMetrics
 from .model_to_train import (
@@ -109,6 +109,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         if not isinstance(model, str):
             check_causal_lm(model)
         args = as_config(args, model)
+        chooses_learning_rate = args.learning_rate is None
+        if chooses_learning_rate:
+            args = copy.copy(args)  # the choice is for this model and these pairs
         init_kwargs: Any = args.model_init_kwargs  # `RewardConfig` has made it a dict
         if isinstance(model, str):
             if processing_class is None:
@@ -148,6 +151,10 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             config.id2label, config.label2id = labels
             args.model_init_kwargs = init_kwargs
         check_adapter(self.model, args)
+        if chooses_learning_rate:
+            # The length of a stream is not known, but its number of steps is given.
+            n = n_steps(args, len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0)
+            args.learning_rate = adapter_learning_rate(n) if is_peft_model(self.model) else FULL_LEARNING_RATE
 
         multiple: Any = args.pad_to_multiple_of
         if kwargs.get("data_collator") is None:  # the pad token is known now
@@ -236,7 +243,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
     ) -> Dataset | IterableDataset:
         dataset, is_chat, is_tokenized = check_pairs(dataset, dataset_name, self._vocab_size)
         if dataset_name == "train":
-            self._is_chat = is_chat
+            self._is_chat = is_chat or is_in_template(dataset, processing_class, is_tokenized)
         # RewardTrainer would drop what is too long without counting it.
         any_length = copy.copy(args)
         any_length.max_length = None
@@ -299,7 +306,7 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             if not _internal_call:
-                self._description.warn_if_outdated()
+                self._description.warn_of_metrics()
             self._description.write(output_dir or str(self.args.output_dir))
 
 

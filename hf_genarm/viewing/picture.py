@@ -24,15 +24,20 @@ class Drawing:
     def _repr_html_(self) -> str:
         return self.to_html()
 
-    def to_ansi(self, width: int | None = None) -> str:
+    def to_ansi(self, width: int | None = None, limit: float | None = None, has_colors: bool = True) -> str:
         """
         Returns the picture for a terminal: `print(x.to_ansi())`.
 
         Args:
             width (`int`, *optional*):
                 Columns of the terminal. Defaults to those that it reports.
+            limit (`float`, *optional*):
+                The value at which colours are full, for pictures that are to be compared. Defaults to what suits these
+                texts.
+            has_colors (`bool`, *optional*, defaults to `True`):
+                Whether to write the escape codes of colours, which a file or a pipe should not get.
         """
-        return to_ansi(self.token_texts(), width)
+        return to_ansi(self.token_texts(), width, limit, has_colors)
 
     def plot(self, ax: Any = None) -> Any:
         """

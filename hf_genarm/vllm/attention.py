@@ -1,38 +1,44 @@
-"""Attention of many texts at once, each at its own length, over keys and values that stay where they are."""
+"""Attention of many texts at once, each at its own length, over keys and values in pages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-NAME = "genarm_slots"
+from .text_pages import EMPTY_PAGE, HeldText
+
+NAME = "genarm_pages"
 
 
 class Part(NamedTuple):
-    """Holds tokens of one text that are read together: text[start:end], into a slot."""
+    """Holds tokens of one text that are read together: those at the positions from `start` to `end`."""
 
-    slot: int
+    text: HeldText
     start: int
     end: int
 
 
-class SlotKeysAndValues:
+class PagedKeysAndValues:
     """
-    Keys and values of each layer, `(n_slots, n_heads, length, head_size)`, allocated when a layer is first run.
+    Keys and values of each layer, `(n_pages, page_size, n_heads, head_size)`, allocated when a layer is first run.
 
     Args:
-        n_slots (`int`):
-            Number of texts.
-        length (`int`):
-            Number of tokens that a text can have.
+        n_pages (`int`):
+            Number of pages, in addition to one that stays empty.
+        page_size (`int`):
+            Number of tokens in a page.
     """
 
-    def __init__(self, n_slots: int, length: int):
-        self.n_slots, self.length = n_slots, length
+    def __init__(self, n_pages: int, page_size: int):
+        self.n_pages, self.page_size = n_pages, page_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Size of the keys and values of one token, in all layers."""
+        return sum(x[0, 0].numel() * x.element_size() for layer in self._layers.values() for x in layer)
 
     @property
     def n_bytes(self) -> int:
@@ -50,61 +56,104 @@ class SlotKeysAndValues:
                 Some of that layer, for their shapes and data type.
         """
         if index not in self._layers:
-            # Zeros, since what is masked is still multiplied, and by 0.
-            self._layers[index] = (
-                keys.new_zeros(self.n_slots, keys.shape[1], self.length, keys.shape[3]),
-                values.new_zeros(self.n_slots, values.shape[1], self.length, values.shape[3]),
-            )
+            self._layers[index] = self._new(keys[0, :, 0]), self._new(values[0, :, 0])
         return self._layers[index]
 
-    def erase(self, slot: int) -> None:
-        """Sets the keys and values of a slot to 0."""
+    def resized(self, n_pages: int, page_size: int) -> "PagedKeysAndValues":
+        """Allocates pages of another size and number, for the layers that were run."""
+        other = PagedKeysAndValues(n_pages, page_size)
+        other._layers = {i: (other._new(x[0, 0]), other._new(y[0, 0])) for i, (x, y) in self._layers.items()}
+        return other
+
+    def erase(self, pages: list[int]) -> None:
+        """Sets the keys and values of pages to 0."""
         for keys, values in self._layers.values():
-            keys[slot] = values[slot] = 0.0
+            keys[pages] = values[pages] = 0.0
+
+    def _new(self, of_a_token: Tensor) -> Tensor:
+        # Zeros, since what is masked is still multiplied, and by 0.
+        return of_a_token.new_zeros(1 + self.n_pages, self.page_size, *of_a_token.shape)
 
 
-@dataclass
+class _Group(NamedTuple):
+    """Holds parts with the same number of tokens, of texts with about the same number of pages."""
+
+    rows: slice  # of the tokens in the pass
+    n_texts: int
+    pages: Tensor | slice  # (n_texts, n_pages), or pages that follow one another and are read in place
+    distances: Tensor  # (n_texts, n_new, n_keys), how far each new token is behind each of its text
+
+
 class Packed:
     """
     Parts of some texts, one after the other in a single row: what a forward pass reads.
 
-    Parameters:
-        memory ([`SlotKeysAndValues`]):
+    Args:
+        memory ([`PagedKeysAndValues`]):
             Where keys and values are kept.
         parts (sequence of [`Part`]):
-            The parts, at most one of each slot; those of one token come first, in the order of their slots.
+            The parts, at most one of each text, whose pages have room for them.
         device (`torch.device`):
             Device of the network.
+
+    Attributes:
+        parts (list of [`Part`]):
+            The parts in the order in which they are read.
+        positions (`torch.LongTensor` of shape `(n_tokens,)`):
+            The position of each token in its text.
     """
 
-    memory: SlotKeysAndValues
-    parts: Sequence[Part]
-    device: torch.device
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        lengths = [part.end - part.start for part in self.parts]
-        self.n_singles = sum(length == 1 for length in lengths)
-        assert all(length == 1 for length in lengths[: self.n_singles])
+    def __init__(self, memory: PagedKeysAndValues, parts: Sequence[Part], device: torch.device):
+        self.memory, size = memory, memory.page_size
+        groups: dict[tuple[int, int], list[Part]] = {}
+        for part in parts:
+            # Texts of a group differ less than twofold in length, so that little of what is read is masked.
+            n_pages = -(-part.end // size)
+            groups.setdefault((part.end - part.start, (n_pages - 1).bit_length()), []).append(part)
+        self.parts = [part for group in groups.values() for part in group]
         positions = [position for part in self.parts for position in range(part.start, part.end)]
-        slots = [part.slot for part, length in zip(self.parts, lengths, strict=True) for _ in range(length)]
-        self.positions = torch.tensor(positions, device=self.device)
-        self.slots = torch.tensor(slots, device=self.device)
-        self.longest_single = max((part.end for part in self.parts[: self.n_singles]), default=0)
-        # Neighbouring slots are read in place, others are gathered.
-        of_singles = slots[: self.n_singles]
-        self.slots_of_singles: Any = self.slots[: self.n_singles]
-        if of_singles and of_singles == list(range(of_singles[0], of_singles[0] + self.n_singles)):
-            self.slots_of_singles = slice(of_singles[0], of_singles[0] + self.n_singles)
+        pages = [part.text.pages[position // size] for part in self.parts for position in range(part.start, part.end)]
+        self.positions = torch.tensor(positions, device=device)
+        self.places = torch.tensor(pages, device=device) * size + self.positions % size
+        self.groups, first = [], 0
+        for (n_new, _), group in groups.items():
+            last = first + n_new * len(group)
+            own = self.positions[first:last].view(len(group), n_new)
+            self.groups.append(_group(group, slice(first, last), own, size))
+            first = last
+        self._masks: dict[tuple[int | None, int], list[Tensor]] = {}
 
-    def mask(self, positions: Tensor, length: int, window: int | None) -> Tensor:
-        """Returns which of `length` tokens each position sees, `(n_positions, length)`; layers of a kind share it."""
-        key = (positions.data_ptr(), len(positions), length, window)
-        if key not in self._masks:
-            distances = positions[:, None] - torch.arange(length, device=self.device)
-            seen = distances >= 0
-            self._masks[key] = seen if window is None else seen & (distances < window)
-        return self._masks[key]
+    def masks(self, window: int | None, n_shared: int) -> list[Tensor]:
+        """
+        Returns which tokens are seen, for each group; layers of a kind share it.
+
+        Args:
+            window (`int`, *optional*):
+                How far a token sees.
+            n_shared (`int`):
+                Number of heads that share keys, each with its own queries.
+
+        Returns:
+            list of `torch.BoolTensor` of shape `(n_texts, 1, n_shared * n_new, n_keys)`.
+        """
+        if (window, n_shared) not in self._masks:
+            seen = [group.distances >= 0 for group in self.groups]
+            if window is not None:
+                seen = [x & (group.distances < window) for x, group in zip(seen, self.groups, strict=True)]
+            self._masks[window, n_shared] = [x.repeat(1, n_shared, 1)[:, None] for x in seen]
+        return self._masks[window, n_shared]
+
+
+def _group(parts: list[Part], rows: slice, positions: Tensor, size: int) -> _Group:
+    """Returns the pages and distances of parts that are read together."""
+    n_pages = max(-(-part.end // size) for part in parts)
+    tables = [(part.text.pages[:n_pages] + [EMPTY_PAGE] * n_pages)[:n_pages] for part in parts]
+    flat = [page for table in tables for page in table]
+    pages: Tensor | slice = torch.tensor(flat, device=positions.device)
+    if flat == list(range(flat[0], flat[0] + len(flat))):
+        pages = slice(flat[0], flat[0] + len(flat))
+    distances = positions[:, :, None] - torch.arange(n_pages * size, device=positions.device)
+    return _Group(rows, len(parts), pages, distances)
 
 
 def attend(
@@ -121,7 +170,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
-    Reads and extends slots, as an attention function of transformers ([`~transformers.AttentionInterface`]).
+    Reads and extends pages, as an attention function of transformers ([`~transformers.AttentionInterface`]).
 
     Args:
         query (`torch.Tensor` of shape `(1, n_heads, n_tokens, head_size)`):
@@ -134,39 +183,30 @@ def attend(
     packed = genarm_packed
     index: Any = module.layer_idx
     keys, values = packed.memory.layer(index, key, value)
-    keys[packed.slots, :, packed.positions] = key[0].transpose(0, 1)
-    values[packed.slots, :, packed.positions] = value[0].transpose(0, 1)
-    n_tokens, n_heads, n_kv_heads = query.shape[2], query.shape[1], key.shape[1]
-    # Heads that share keys are further queries of these, so that nothing is repeated: (n_kv_heads, n_shared, n_tokens).
-    queries = query[0].unflatten(0, (n_kv_heads, n_heads // n_kv_heads))
-    output = query.new_empty(n_tokens, n_heads, values.shape[-1])
+    keys.flatten(0, 1)[packed.places] = key[0].transpose(0, 1)
+    values.flatten(0, 1)[packed.places] = value[0].transpose(0, 1)
+    n_kv_heads, n_shared = key.shape[1], query.shape[1] // key.shape[1]
+    outputs = []
+    for group, mask in zip(packed.groups, packed.masks(sliding_window, n_shared), strict=True):
+        # Heads that share keys are further queries of these, so that nothing is repeated.
+        own = query[0, :, group.rows].unflatten(0, (n_kv_heads, n_shared)).unflatten(2, (group.n_texts, -1))
+        attended = nn.functional.scaled_dot_product_attention(
+            own.permute(2, 0, 1, 3, 4).flatten(2, 3),
+            _of_texts(keys, group),
+            _of_texts(values, group),
+            attn_mask=mask,
+            scale=scaling,
+        )
+        # From (n_texts, n_kv_heads, n_shared * n_new, head_size) to (n_texts * n_new, n_heads, head_size)
+        attended = attended.unflatten(2, (n_shared, -1)).flatten(1, 2)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
-    n_singles, length = packed.n_singles, packed.longest_single
-    if n_singles:
-        slots = packed.slots_of_singles
-        mask = packed.mask(packed.positions[:n_singles], length, sliding_window)
-        attended = nn.functional.scaled_dot_product_attention(
-            queries[:, :, :n_singles].permute(2, 0, 1, 3),
-            keys[slots, :, :length],
-            values[slots, :, :length],
-            attn_mask=mask[:, None, None],
-            scale=scaling,
-        )
-        output[:n_singles] = attended.flatten(1, 2)
-    first = n_singles
-    for part in packed.parts[n_singles:]:
-        last = first + part.end - part.start
-        mask = packed.mask(packed.positions[first:last], part.end, sliding_window)
-        attended = nn.functional.scaled_dot_product_attention(
-            queries[:, :, first:last].flatten(1, 2)[None],
-            keys[part.slot, None, :, : part.end],
-            values[part.slot, None, :, : part.end],
-            attn_mask=mask.repeat(n_heads // n_kv_heads, 1),
-            scale=scaling,
-        )
-        output[first:last] = attended[0].view(n_heads, last - first, -1).transpose(0, 1)
-        first = last
-    return output[None], None
+
+def _of_texts(of_pages: Tensor, group: _Group) -> Tensor:
+    """Returns the keys or values of the texts of a group, `(n_texts, n_heads, n_keys, head_size)`."""
+    pages = of_pages[group.pages] if isinstance(group.pages, slice) else of_pages.index_select(0, group.pages)
+    return pages.view(group.n_texts, -1, *pages.shape[2:]).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attend)

@@ -39,6 +39,15 @@ class GuidedRequest:
     prompt_length: int
     rows: Sequence[int]
 
+    def strength(self, index: int) -> float:
+        """Returns the strength of a reward model, or of a sentence that the request or another one has added."""
+        return self.settings.alpha[index] if index < len(self.settings.alpha) else 0.0
+
+    def read_by(self, index: int) -> list[int]:
+        """Returns what a reward model reads: the text, or the answer after a prompt of its own."""
+        prompt = self.settings.prompts.get(index)
+        return self.text if prompt is None else [*prompt, *self.text[self.prompt_length :]]
+
 
 class BatchGuidance:
     """
@@ -49,26 +58,39 @@ class BatchGuidance:
 
     Args:
         reward_models (sequence of [`RewardLM`]):
-            The reward models.
+            The reward models; for a sentence, `reader`.
         reference (`"base"` or [`RewardLM`], *optional*):
             The model that they are contrasted with.
+        reader ([`RewardLM`], *optional*):
+            The served model once more, which reads sentences.
+
+    Attributes:
+        n_unguided (`int`):
+            Number of requests that were answered without guidance.
     """
 
     # Texts whose divergence so far is remembered, for requests that are interrupted.
     KEPT_TEXTS = 65536
 
-    def __init__(self, reward_models: Sequence[RewardLM], reference: Literal["base"] | RewardLM | None = None):
-        self._models, self._reference = reward_models, reference
+    def __init__(
+        self,
+        reward_models: Sequence[RewardLM],
+        reference: Literal["base"] | RewardLM | None = None,
+        reader: RewardLM | None = None,
+    ):
+        self._models, self._reference, self._reader = reward_models, reference, reader
         self._missing: OrderedDict[Hashable, float] = OrderedDict()
         self._reported: set[RequestSettings] = set()
-        no_tokens = [x.no_tokens for x in reward_models if x.no_tokens is not None]
+        self.n_unguided = 0
+        no_tokens = [x.no_tokens for x in (*reward_models, *([reader] if reader else [])) if x.no_tokens is not None]
         self._no_tokens = torch.stack(no_tokens).any(dim=0) if no_tokens else None
 
     def release(self, settings: RequestSettings) -> None:
         """Frees what is held for a request."""
         self._reported.discard(settings)
-        for model in self._all_models():
-            model.release(settings)
+        for model in self.all_models():
+            for owner in settings.owners:
+                model.release(owner)
 
     def __call__(self, logits: Tensor, requests: Sequence[GuidedRequest]) -> Tensor:
         """
@@ -91,11 +113,12 @@ class BatchGuidance:
         if self._no_tokens is not None:  # nothing is lost: a text never has them
             self._no_tokens = self._no_tokens.to(scores.device)
             scores = scores.masked_fill(self._no_tokens, float("-inf"))
+        n_rewards = max(len(x.settings.alpha) for x in requests)  # requests may have added sentences
         strengths = [
-            torch.tensor([[x.settings.alpha[index]] for x in requests for _ in x.rows], device=scores.device)
-            for index in range(len(self._models))
+            torch.tensor([[x.strength(index)] for x in requests for _ in x.rows], device=scores.device)
+            for index in range(n_rewards)
         ]
-        rewards = [self._rewards(index, requests, scores) for index in range(len(self._models))]
+        rewards = self._rewards(n_rewards, requests, scores)
         read = list(rewards)
         reference = None
         if self._reference == "base":
@@ -117,24 +140,43 @@ class BatchGuidance:
             self._report(requests, failed & has_choice, unread)
         return logits
 
-    def _all_models(self) -> list[RewardLM]:
-        """Returns the reward models, and the reference if it is a model."""
-        return [*self._models, *([self._reference] if isinstance(self._reference, RewardLM) else [])]
+    def all_models(self) -> list[RewardLM]:
+        """Returns the reward models, what reads sentences, and the reference if it is a model, each once."""
+        models = [*self._models, self._reader, self._reference]
+        return list(dict.fromkeys(x for x in models if isinstance(x, RewardLM)))
 
-    def _rewards(self, index: int, requests: Sequence[GuidedRequest], scores: Tensor) -> Tensor:
-        """Returns log-probabilities of a reward model for all rows; 0 where its strength is 0 and it isn't run."""
-        wanted = [x for x in requests if x.settings.alpha[index]]
-        if not wanted:
-            return torch.zeros_like(scores)
-        texts = {x.settings: x.text for x in wanted}
-        log_probs = self._models[index].log_probs(texts, [len(x.rows) for x in wanted]).to(scores.device)
-        if len(wanted) == len(requests):
-            return log_probs
-        is_wanted = torch.tensor([bool(x.settings.alpha[index]) for x in requests for _ in x.rows])
-        return torch.zeros_like(scores).masked_scatter(is_wanted[:, None].to(scores.device), log_probs)
+    def _rewards(self, n_rewards: int, requests: Sequence[GuidedRequest], scores: Tensor) -> list[Tensor]:
+        """
+        Returns log-probabilities of each reward model for all rows; 0 where its strength is 0 and it isn't run. All
+        sentences of all requests are read together.
+        """
+        of_models: dict[RewardLM, list[int]] = {}
+        for index in range(n_rewards):
+            if any(x.strength(index) for x in requests):
+                of_models.setdefault(self._model(index), []).append(index)
+        rewards = [torch.zeros_like(scores)] * n_rewards
+        for model, indices in of_models.items():
+            wanted = [(index, x) for index in indices for x in requests if x.strength(index)]
+            texts = {x.settings.owner(index): x.read_by(index) for index, x in wanted}
+            log_probs = model.log_probs(texts, [len(x.rows) for _, x in wanted]).to(scores.device)
+            n_rows = [sum(len(x.rows) for at, x in wanted if at == index) for index in indices]
+            for index, own in zip(indices, log_probs.split(n_rows), strict=True):
+                if len(own) == len(scores):
+                    rewards[index] = own
+                else:
+                    is_wanted = torch.tensor([bool(x.strength(index)) for x in requests for _ in x.rows])
+                    rewards[index] = rewards[index].masked_scatter(is_wanted[:, None].to(scores.device), own)
+        return rewards
+
+    def _model(self, index: int) -> RewardLM:
+        """Returns what computes a reward."""
+        if index < len(self._models):
+            return self._models[index]
+        assert self._reader is not None  # requests with sentences are refused without it
+        return self._reader
 
     def _report(self, requests: Sequence[GuidedRequest], failed: Tensor, unread: Tensor) -> None:
-        """Logs once for each request with failed rows why it is not guided, and clears slots that have NaN in them."""
+        """Logs once for each request with failed rows why it is not guided, and clears pages that have NaN in them."""
         first = 0
         for request in requests:
             rows, first = slice(first, first + len(request.rows)), first + len(request.rows)
@@ -142,14 +184,16 @@ class BatchGuidance:
                 continue
             settings, reason = request.settings, None
             if unread[rows].any():
-                objections = [model.objection(settings) for model in self._all_models()]
+                objections = [model.objection(x) for model in self.all_models() for x in settings.owners]
                 reason = next((x for x in objections if x is not None), None)
                 if reason is None:
                     reason = "a reward model returned NaN; load it with `dtype` `float32`, or check its training"
-                    for model in self._all_models():
-                        model.erase(settings)
+                    for model in self.all_models():
+                        for owner in settings.owners:
+                            model.erase(owner)
             if settings not in self._reported:
                 self._reported.add(settings)
+                self.n_unguided += 1
                 logger.error(
                     "A request is answered without guidance, because %s.",
                     reason or f"its strengths {list(settings.alpha)} leave no token to choose from",
@@ -191,4 +235,5 @@ class BatchGuidance:
 def _text_key(request: GuidedRequest, length: int) -> Hashable:
     """Returns a key of the first tokens of a text, which is the same when an interrupted request comes back."""
     settings = request.settings
-    return settings.alpha, settings.target_kl, request.prompt_length, hash(tuple(request.text[:length]))
+    prompts = hash(tuple(settings.prompts.items()))
+    return settings.alpha, settings.target_kl, prompts, request.prompt_length, hash(tuple(request.text[:length]))

@@ -3,8 +3,8 @@ How the processes that take requests find the defaults of their engine, to check
 
 vLLM checks requests in its front end, by a class method that is given the request alone, and runs processors in another
 process. So the engine leaves a file in a folder of the user for temporary files, and the front end looks for the files
-of its engines: of this process, of processes that it has started, or that were started together with it. Where the
-environment variable `HF_GENARM_VLLM` holds the configuration, no file is needed.
+of its engines: of this process, of processes that it has started, or that were started together with it. Where there
+are none, the configuration in the environment variable `HF_GENARM_VLLM` is enough.
 """
 
 import atexit
@@ -26,9 +26,9 @@ from weakref import WeakKeyDictionary
 
 import psutil
 
-from ..hub.loading import info_of
+from ..hub.info import RewardInfo
 from .request_settings import ServerDefaults
-from .server_config import ServerConfig
+from .server_config import ENVIRONMENT, ServerConfig
 
 logger = logging.getLogger("vllm.hf_genarm")
 
@@ -84,26 +84,29 @@ class Handshake:
             ValueError: if `HF_GENARM_VLLM` is set and wrong.
         """
         with self._lock:
-            given = self._from_environment()
-            if given is not None:
-                return [given]
             self._look()
             # One of several front ends is a child of what has started the engine, too.
             ours = {os.getpid(), *([os.getppid()] if multiprocessing.parent_process() else [])}
             notices = [x for x in self._found.values() if not ours.isdisjoint(x.processes)]
-            return list(dict.fromkeys([*self._own.values(), *(x for notice in notices for x in notice.engines)]))
+            found = list(dict.fromkeys([*self._own.values(), *(x for notice in notices for x in notice.engines)]))
+            given = None if found else self._from_environment()
+            return found if given is None else [given]
 
     def _from_environment(self) -> ServerDefaults | None:
         """Returns the defaults of the configuration in the environment, with what its reward models recommend."""
-        config = ServerConfig.from_environment()
-        if config is None:
+        text = os.environ.get(ENVIRONMENT)
+        if text is None:
             return None
-        text = repr(config)
         if self._environment is None or self._environment[0] != text:
-            is_open = config.alpha is None or config.reference == "auto"
-            infos = [info_of(x) for x in config.reward_models] if is_open else []
-            resolved = config.with_recommended(infos)
-            self._environment = text, resolved.server_defaults()
+            config = ServerConfig.from_environment()
+            assert config is not None
+            try:
+                infos = config.infos()
+            except (OSError, ValueError):  # what is on the machine of the engine alone
+                if config.alpha is None or config.reference == "auto":
+                    raise
+                infos = [RewardInfo()] * len(config.reward_models)
+            self._environment = text, config.with_recommended(infos).server_defaults()
         return self._environment[1]
 
     def _look(self) -> None:

@@ -8,7 +8,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from .handshake import handshake
-from .request_settings import ServerDefaults, genarm_keys, request_settings, shown
+from .metrics import GUIDED_REQUESTS, REFUSED_REQUESTS
+from .request_settings import ServerDefaults, genarm_keys, refuse_long, request_settings, shown
 from .server_config import ENVIRONMENT
 
 
@@ -23,6 +24,10 @@ class GenARM(V1LogitsProcessor, V2LogitsProcessor):
 
     - `genarm_alpha`: a number, or a list with one for each reward model; at 0, the request is not guided
     - `genarm_target_kl`: the mean divergence per token, in nats, that strengths are scaled to
+    - `genarm_preset`: the name of such settings in the configuration
+    - `genarm_prompts`: what sentences read in place of the prompt, a list of token ids for each; over HTTP the
+      front end makes it from `genarm_sentences`
+    - `genarm_sentence_alpha`: the strengths of those sentences that the request adds
 
     The constructor returns a `V1GenARM` or a `V2GenARM`, for the model runner that calls it.
     """
@@ -44,40 +49,59 @@ class GenARM(V1LogitsProcessor, V2LogitsProcessor):
         Raises:
             ValueError: if they can't be met; over HTTP this is status 400.
         """
-        keys = genarm_keys(sampling_params.extra_args)
-        engines = handshake.find()
-        if not engines and (keys or sampling_params.logit_bias):
-            what = min(keys) if keys else "logit_bias"
+        try:
+            is_guided = _check_all(sampling_params)
+        except ValueError:
+            REFUSED_REQUESTS.inc()
+            raise
+        GUIDED_REQUESTS.inc(is_guided)
+
+
+def _check_all(params: SamplingParams) -> bool:
+    """Raises if an engine of this front end can't meet the settings of a request; returns whether it is guided."""
+    keys = genarm_keys(params.extra_args)
+    engines = handshake.find()
+    if not engines and (keys or params.logit_bias):
+        what = min(keys) if keys else "logit_bias"
+        raise ValueError(
+            f"`{what}` can't be checked, because the engine is not on the machine of its front end, or has another "
+            f"`TMPDIR`. Start the front end with the environment variable `{ENVIRONMENT}` set to the object "
+            "`genarm` of `additional_config`, or leave the key out for the strengths of the server."
+        )
+    is_guided = False
+    for defaults in engines:
+        try:
+            is_guided |= _check(params, defaults)
+        except ValueError as error:
+            if len(engines) == 1:
+                raise
             raise ValueError(
-                f"`{what}` can't be checked, because the engine is not on the machine of its front end, or has another "
-                f"`TMPDIR`. Start the front end with the environment variable `{ENVIRONMENT}` set to the object "
-                "`genarm` of `additional_config`, or leave the key out for the strengths of the server."
-            )
-        for defaults in engines:
-            try:
-                _check(sampling_params, defaults)
-            except ValueError as error:
-                if len(engines) == 1:
-                    raise
-                raise ValueError(
-                    f"{error} This process has {len(engines)} engines with different guidance, and a request is "
-                    "checked against all of them. Run each engine in its own process."
-                ) from error
+                f"{error} This process has {len(engines)} engines with different guidance, and a request is "
+                "checked against all of them. Run each engine in its own process."
+            ) from error
+    return is_guided
 
 
-def _check(params: SamplingParams, defaults: ServerDefaults) -> None:
-    """Raises if an engine with these defaults can't meet the settings of a request."""
+def _check(params: SamplingParams, defaults: ServerDefaults) -> bool:
+    """Raises if an engine with these defaults can't meet the settings of a request; returns whether it is guided."""
     settings = request_settings(params.extra_args, defaults)
+    refuse_long(settings, params.max_tokens, defaults)
     if defaults.refuses_bias and settings.is_guided and params.logit_bias:
         raise ValueError(
             f"`logit_bias` is {shown(params.logit_bias)}, but the reward models of this server are contrasted with its "
             "base, of which the bias would become a part. Leave it out, or set `genarm_alpha` to 0."
         )
+    if defaults.refuses_seeds and params.seed is not None and params.temperature > 0:
+        raise ValueError(
+            f"`seed` is {params.seed}, but a seed ends the engine of vLLM's CPU build when a prompt is read in parts. "
+            "Leave it out, or start the server with `--no-enable-chunked-prefill`."
+        )
     # Only beam search of vLLM sets these parameters; a request over HTTP can't.
     is_beam = params.max_tokens == 1 and params.detokenize is False and params.watermarking is False
-    if defaults.refuses_beams and is_beam and params.logprobs:
+    if defaults.refuses_beams and settings.is_guided and is_beam and params.logprobs:
         raise ValueError(
             "Beam search can't be guided, because it chooses by log-probabilities of the base. Leave `use_beam_search` "
             "out, or start the server with `--logprobs-mode processed_logprobs`, which guides it by the strengths of "
             "the server."
         )
+    return settings.is_guided

@@ -16,9 +16,10 @@ from ..hub.base_weights import has_weights
 from ..hub.info import RewardInfo
 from ..hub.loading import ADAPTER_CONFIG, base_of, download, info_of
 from ..hub.reward_model import find_tokenizer
+from .memory import bytes_per_token, n_tokens_that_fit
+from .paged_lm import refuse_short
 from .reward_lms import is_on, refuse_lacking
 from .server_config import ServerConfig
-from .slots import refuse_short
 
 
 def check_reward_models(
@@ -48,19 +49,18 @@ def check_reward_models(
     Raises:
         ValueError: if the server could not be guided like this.
     """
-    own_reference = [config.reference] if config.reference not in ("auto", "base", None) else []
-    names = [*config.reward_models, *own_reference]
-    for name in names:
+    if not Path(served).exists() and ":" not in served:  # a GGUF file of a repository has a colon
+        _download(served, f"`--model` is `{served}`, which is no folder here, and can't be loaded from the Hub")
+    for name in _names(config):
         _check_files(name, served)
-    infos = [info_of(name) for name in config.reward_models]
-    resolved = config.with_recommended(infos)
+    resolved = config.with_recommended(config.infos())
+    names = _names(resolved)
     if config.reference == "auto" and resolved.reference == "base":
-        _refuse_other_bases(config.reward_models, infos, served, trust_remote_code)
+        _refuse_other_bases(resolved.models, [info_of(x) for x in resolved.models], served, trust_remote_code)
     tokenizer = find_tokenizer(tokenizer_name or served, trust_remote_code=trust_remote_code)
     length = max_model_len or _longest(served, trust_remote_code)
     for name in names:
-        base = base_of(name)
-        network = name if base is None else served if is_on(name, served) else base
+        network = _network(name, served)
         longest = _longest(network, trust_remote_code)
         if length < math.inf:  # or else it is left to the engine
             refuse_short(f"`{name}`", longest, length)
@@ -70,9 +70,58 @@ def check_reward_models(
     return resolved
 
 
+def check_memory(
+    config: ServerConfig,
+    served: str,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    dtype: str | None,
+    device: str,
+    trust_remote_code: bool = False,
+) -> None:
+    """
+    Checks by their configurations that the keys and values of reward models fit into memory, as far as can be known.
+
+    Args:
+        config, served, max_model_len, trust_remote_code:
+            As for [`check_reward_models`].
+        max_num_seqs (`int`, *optional*):
+            The largest number of texts at once, if known.
+        dtype (`str`, *optional*):
+            Data type of the engine, if known.
+        device (`str`):
+            The type of the device, such as `"cuda"`.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    n_bytes = 4 if (config.dtype or dtype) in ("float32", "float") else 2  # vLLM never chooses 4 itself
+    networks = [*(_network(name, served) for name in _names(config)), *[served] * config.n_sentences]
+    configs = [_config(x, trust_remote_code) for x in networks]
+    per_token = bytes_per_token(configs, n_bytes)
+    length = max_model_len or _longest(served, trust_remote_code)
+    if per_token is not None and length < math.inf:
+        n_tokens_that_fit(config, per_token, int(length), max_num_seqs, device)
+
+
+def _names(config: ServerConfig) -> list[str]:
+    """Returns the names of all models that are read next to the served one."""
+    own_reference = [config.reference] if config.reference not in ("auto", "base", None) else []
+    return [*config.models, *own_reference]
+
+
+def _network(name: str, served: str) -> str:
+    """Returns where the configuration of the network of a reward model is: its own, or that of what it adapts."""
+    base = base_of(name)
+    return name if base is None else served if is_on(name, served) else base
+
+
 def _check_files(name: str, served: str) -> None:
-    """Raises if a reward model is not there, is not whole, or belongs to a model that is not there."""
+    """Raises if a reward model is not there, is not whole, or belongs to a model that is not there; a sentence has
+    no weights."""
     folder = _download(name, f"`{name}` is no folder here, and can't be loaded from the Hub")
+    if info_of(name).sentence is not None:
+        return
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     if not is_adapter and not (folder / "config.json").exists():
         inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))

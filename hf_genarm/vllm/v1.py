@@ -12,6 +12,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from .batch_guidance import GuidedRequest
 from .engine import load_guidance, settings_in_engine
 from .handshake import handshake
+from .metrics import EngineMetrics
 from .request_settings import RequestSettings
 
 
@@ -33,6 +34,7 @@ class V1GenARM(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         self._guidance, self._defaults = load_guidance(vllm_config, device)
         self._rows: dict[int, _Row] = {}
+        self._metrics = EngineMetrics(self._guidance)
         handshake.post(self, self._defaults)
 
     def is_argmax_invariant(self) -> bool:
@@ -54,7 +56,9 @@ class V1GenARM(LogitsProcessor):
             GuidedRequest(row.settings, row.prompt + row.output, len(row.prompt), [index])
             for index, row in sorted(self._rows.items())
         ]
-        return self._guidance(logits, requests)
+        guided = self._guidance(logits, requests)
+        self._metrics.update()
+        return guided
 
     def _new_row(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Row | None:
         """Returns what a new row is guided by; `None` if it is not guided."""

@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from .batch_guidance import GuidedRequest
 from .engine import load_guidance, settings_in_engine
 from .handshake import handshake
+from .metrics import EngineMetrics
 from .request_settings import RequestSettings
 
 
@@ -22,6 +23,7 @@ class V2GenARM(LogitsProcessor):
         self._guidance, self._defaults = load_guidance(vllm_config, req_states.device)
         self._states = req_states
         self._settings: dict[int, RequestSettings] = {}  # by the slots of the engine
+        self._metrics = EngineMetrics(self._guidance)
         handshake.post(self, self._defaults)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -57,4 +59,6 @@ class V2GenARM(LogitsProcessor):
             )
             for (slot, of_slot), read in zip(rows.items(), known, strict=True)
         ]
-        return self._guidance(logits, requests)
+        guided = self._guidance(logits, requests)
+        self._metrics.update()
+        return guided

@@ -239,13 +239,23 @@ def test_a_reference_and_a_logit_bias(folders, prompts):
     answers(llm, prompts[:1], [{"genarm_alpha": 0}], logit_bias={5: 1.0})
 
 
+def test_fewer_texts_fit_than_are_read_at_once(folders, reference, prompts):
+    base, adapters = folders
+    llm = engine(base, {"reward_models": adapters, "alpha": [1, 0], "slots": 1})
+    settings = [None, {"genarm_alpha": 0.5}] * 6
+    expected = [
+        reference.texts([x], 0.5 if y else [1.0, 0.0], 16)[0][0] for x, y in zip(prompts, settings, strict=True)
+    ]
+    assert tokens(answers(llm, prompts, settings)) == expected
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
         (None, {"logits_processors": [NAME]}, "has no object `genarm`"),
         ({"reward_model": "x"}, {}, "has the key `reward_model`"),
         ({}, {"logits_processors": [NAME, NAME]}, "2 times, but it must be there once"),
-        ({"slots": 2}, {}, "`slots` .* is 2, but the engine runs up to 4 requests at once"),
+        ({"reward_memory": 1e4}, {}, r"is 10000, but .* one text of 128 tokens take [0-9,]+ bytes"),
         ({}, {"enable_prompt_embeds": True}, "can't be served with `--enable-prompt-embeds`"),
         ({}, {"max_model_len": 256, "hf_overrides": {"max_position_embeddings": 512}}, None),
     ],

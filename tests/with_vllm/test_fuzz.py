@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from tiny_server import AT_ONCE, LENGTH, Reference, check, save_tiny, server
+from tiny_server import AT_ONCE, LENGTH, Reference, check, guided_by, save_tiny, server
 
 pytestmark = pytest.mark.slow
 
 N_REQUESTS = int(os.environ.get("HF_GENARM_FUZZ", "100"))
 VOCAB_SIZE = 320
+PRESETS = {"kind": {"alpha": [2, 0]}, "brief": {"alpha": [0, 1]}}
 STRENGTHS = [0, 0.5, 1, -1, 3, -20, 1e6, -1e6, 1e-30, 1e7, "1", True, None, [], [1], [1, 0], [0.0, -2.0], [1, 2, 3]]
 
 
@@ -68,6 +69,8 @@ def some_request(generator):
     body = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
     if generator.random() < 1 / 3:
         strengths = [generator.choice([0, 0.5, 1, 2, -0.5]), generator.choice([0, 0, 1])]
+        if generator.random() < 0.2:
+            return True, body | {"model": f"m:{generator.choice(list(PRESETS))}"}
         return True, body | {"vllm_xargs": {"genarm_alpha": strengths}}
     if generator.random() < 0.1:  # the one that ended a server
         return False, body | {"min_tokens": 1, "allowed_token_ids": [2]}
@@ -77,6 +80,10 @@ def some_request(generator):
         xargs[name] = generator.choice(STRENGTHS)
     if generator.random() < 0.3:
         xargs["genarm_target_kl"] = generator.choice([0.1, 1, 1e-9, 1e9, 0, -1, "1"])
+    if generator.random() < 0.1:
+        xargs["genarm_preset"] = generator.choice(["kind", "brief", "none", "", 3, ["kind"]])
+    if generator.random() < 0.05:
+        body |= generator.choice([{"genarm_alpha": 1}, {"extra_args": {"genarm_alpha": 1}}, {"model": "m:none"}])
     for name in generator.sample(NAMES, generator.randrange(1, 6)):
         body[name] = some_value(generator, name)
     if xargs:
@@ -99,8 +106,9 @@ def test_odd_requests_end_no_server_and_change_no_text_of_others(tmp_path, capsy
     base, adapters = save_tiny(tmp_path, n_adapters=2, max_position_embeddings=LENGTH)
     generator = random.Random(int(os.environ.get("HF_GENARM_SEED", "0")))
     todo = [some_request(generator) for _ in range(N_REQUESTS)]
-    config = {"genarm": {"reward_models": adapters, "chunk": 64, "alpha": [1, 0]}}
-    guided = ["--logits-processors", "hf_genarm.vllm:GenARM", "--additional-config", json.dumps(config)]
+    # Fewer texts fit than are read at once.
+    config = {"reward_models": adapters, "chunk": 64, "alpha": [1, 0], "slots": 3, "presets": PRESETS}
+    guided = guided_by(config)
     log = tmp_path / "server.log"
     with server(base, log, *guided) as (process, url), ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda x: send(url, *x[1], x[0]), enumerate(todo)))
@@ -112,7 +120,8 @@ def test_odd_requests_end_no_server_and_change_no_text_of_others(tmp_path, capsy
             results[f"odd: {status}"] += 1
             continue
         assert status == 200, (body, answer)
-        alpha = [float(x) for x in body["vllm_xargs"]["genarm_alpha"]]
+        preset = PRESETS.get(body["model"].removeprefix("m:"), {}).get("alpha")
+        alpha = [float(x) for x in preset or body["vllm_xargs"]["genarm_alpha"]]
         (expected,) = reference.texts([body["prompt"]], alpha, body["max_tokens"])
         results[f"ordinary: {check(expected, answer['choices'][0]['token_ids'])}"] += 1
     with capsys.disabled():

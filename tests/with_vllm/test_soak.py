@@ -17,10 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import requests
-from tiny_server import AT_ONCE, LENGTH, Reference, check, save_tiny, server
+from tiny_server import AT_ONCE, LENGTH, Reference, check, guided_by, save_tiny, server
 
 pytestmark = pytest.mark.slow
 
+COUNTERS = (
+    "guided_requests",
+    "refused_requests",
+    "unguided_requests",
+    "reward_tokens",
+    "found_tokens",
+    "dropped_texts",
+)
 N_REQUESTS = int(os.environ.get("HF_GENARM_SOAK", "60"))
 
 BAD = [
@@ -31,6 +39,10 @@ BAD = [
     ({"vllm_xargs": {"alpha": 1}}, "`alpha` is 1, but there is no such key"),
     ({"vllm_xargs": {"gen_arm_alpha": 1}}, "`gen_arm_alpha` is 1, but there is no such key"),
     ({"use_beam_search": True, "n": 2, "vllm_xargs": None}, "Beam search can't be guided"),
+    ({"use_beam_search": True, "n": 2}, "`genarm_alpha` has no effect on beam search"),
+    ({"genarm_alpha": 1}, "`genarm_alpha` is 1 at the top level of the request, but must be in `vllm_xargs`"),
+    ({"extra_args": {"genarm_alpha": 1}}, "`genarm_alpha` is 1 in `extra_args`, but must be in `vllm_xargs`"),
+    ({"vllm_xargs": {"genarm_preset": "kind"}}, "`genarm_preset` is 'kind', but must be left out"),
     ({"vllm_xargs": {"genarm_target_kl": 0}}, "`genarm_target_kl` is 0, but must be a positive, finite number"),
     ({"vllm_xargs": {"genarm_alpha": {"a": 1}}}, ""),
     ({"vllm_xargs": 3}, ""),
@@ -86,15 +98,15 @@ def send(url, kind, body):
 
 def metric(url, name):
     text = requests.get(f"{url}/metrics", timeout=30).text
-    return sum(float(x) for x in re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.MULTILINE))
+    return sum(float(x) for x in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
 
 
-def test_soak(tmp_path, capsys):
+@pytest.mark.parametrize("slots", [None, 2], ids=["all texts fit", "two texts fit"])
+def test_soak(tmp_path, capsys, slots):
     base, adapters = save_tiny(tmp_path, n_adapters=2, max_position_embeddings=LENGTH)
     generator = random.Random(0)
     todo = [some_request(generator) for _ in range(N_REQUESTS)]
-    config = {"genarm": {"reward_models": adapters, "chunk": 64}}
-    guided = ["--logits-processors", "hf_genarm.vllm:GenARM", "--additional-config", json.dumps(config)]
+    guided = guided_by({"reward_models": adapters, "chunk": 64} | ({"slots": slots} if slots else {}))
     log = tmp_path / "server.log"
     with server(base, log, *guided) as (process, url), ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda x: send(url, *x[:2]), todo[: N_REQUESTS // 2]))  # allocators settle
@@ -107,6 +119,7 @@ def test_soak(tmp_path, capsys):
                 break
             time.sleep(0.5)
         assert metric(url, "vllm:num_requests_running") == 0
+        counters = {x: metric(url, f"genarm:{x}_total") for x in COUNTERS}
         preemptions, after = metric(url, "vllm:num_preemptions_total"), memory_mb(process)
         assert "Traceback" not in log.read_text(), log.read_text()[-5000:]  # vLLM leaves some when it is ended
         family = psutil.Process(process.pid).children(recursive=True)
@@ -150,6 +163,7 @@ def test_soak(tmp_path, capsys):
         "tokens": n_tokens,
         "seconds": round(seconds, 1),
         "preemptions": int(preemptions),
+        **{name: int(n) for name, n in counters.items()},
         "results": dict(sorted(results.items())),
         "guided texts that are not the unguided ones": changed,
         "memory before, MB": round(before),
@@ -162,5 +176,11 @@ def test_soak(tmp_path, capsys):
     assert sum(n for name, n in results.items() if "tie" in name) <= N_REQUESTS // 100
     assert changed > results["guided: same"] // 2
     assert preemptions > 0
+    assert counters["unguided_requests"] == 0
+    assert counters["guided_requests"] > N_REQUESTS // 2
+    assert counters["refused_requests"] > 0
+    assert counters["reward_tokens"] > n_tokens // 2
+    assert (counters["dropped_texts"] > N_REQUESTS) == (slots is not None)
+    assert (counters["found_tokens"] > 0) or slots is not None
     assert after < 1.02 * before + 20
     assert process.returncode == 0

@@ -1,5 +1,6 @@
 """A tiny model and adapters, a server with them, and what `generate` writes with them."""
 
+import json
 import os
 import signal
 import socket
@@ -72,28 +73,39 @@ def check(expected, ids):
     return "tie" if at < len(margins) and margins[at] < TIE else "wrong"
 
 
+def guided_by(config):
+    """The options of a guided server, for its own command."""
+    return ["--additional-config", json.dumps({"genarm": config})]
+
+
+def _is_up(url):
+    try:
+        return requests.get(f"{url}/health", timeout=30).ok
+    except requests.RequestException:
+        return False
+
+
 @contextmanager
 def server(base, log, *options):
-    """A server on loopback, its process and its address, until it is ended."""
+    """A server on loopback, its process and its address, until it is ended; guided if it has a configuration."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", "m"]
+    module = "hf_genarm.vllm" if "--additional-config" in options else "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", base, "--served-model-name", "m"]
     command += ["--host", "127.0.0.1", "--port", port, *OPTIONS, *options]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen([str(x) for x in command], env=environment, stdout=file, stderr=file)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 1800  # of a busy machine
+        while not _is_up(url):
             assert process.poll() is None, log.read_text()
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.5)
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
         yield process, url
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            process.wait(300)

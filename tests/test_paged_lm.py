@@ -1,4 +1,4 @@
-"""Texts in slots: what is read in parts, each at its position, against forward passes from scratch."""
+"""Texts in pages: what is read in parts, each at its position, against forward passes from scratch."""
 
 import random
 
@@ -7,7 +7,8 @@ import torch
 from tiny import VOCAB_SIZE, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from hf_genarm.vllm.slots import SlotLM, shared_length
+from hf_genarm.vllm.paged_lm import PagedLM
+from hf_genarm.vllm.text_pages import HeldText, TextPages, shared_length
 
 
 def from_scratch(network, text, n=1):
@@ -38,12 +39,12 @@ def gpt2():
     [tiny_llama, lambda: tiny_llama(num_attention_heads=4, num_key_value_heads=2), lambda: sliding(5), gpt2],
     ids=["llama", "grouped", "sliding", "gpt2"],
 )
-@pytest.mark.parametrize("chunk", [4, 64])
-def test_texts_that_come_go_and_are_cut_are_read_as_from_scratch(make, chunk):
-    """A random life of five texts in three slots: growth by one or many, drafts, cuts, release and return."""
+@pytest.mark.parametrize(("chunk", "n_tokens"), [(4, 320), (64, 320), (64, 112), (7, 112)])
+def test_texts_that_come_go_and_are_cut_are_read_as_from_scratch(make, chunk, n_tokens):
+    """A random life of five texts, three at a time: growth by one or many, drafts, cuts, release, return, and drops."""
     network, generator = make(), random.Random(0)
-    lm = SlotLM(make(), n_slots=3, length=100, chunk=chunk)
-    texts = {owner: a_text(generator, 1 + generator.randrange(30)) for owner in range(5)}
+    lm = PagedLM(make(), length=100, n_tokens=n_tokens, chunk=chunk)
+    texts = {owner: a_text(generator, 1 + generator.randrange(80)) for owner in range(5)}
     held = set()
     for _ in range(40):
         for owner in list(held):
@@ -59,16 +60,17 @@ def test_texts_that_come_go_and_are_cut_are_read_as_from_scratch(make, chunk):
             grown = texts[owner][: generator.randrange(len(texts[owner])) if cut else None]
             texts[owner] = (grown + a_text(generator, n))[-90:]
             if generator.random() < 0.1:
-                texts[owner] = a_text(generator, 20)
+                texts[owner] = a_text(generator, 60)
         logits = lm({owner: texts[owner] for owner in called}, n_last)
         expected = torch.cat([from_scratch(network, texts[x], n) for x, n in zip(called, n_last, strict=True)])
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (lm.pages.n_dropped > 0) == (n_tokens == 112)
 
 
 def test_all_texts_take_one_pass_and_only_new_tokens_are_read():
     network = tiny_llama()
     seen = []
-    lm = SlotLM(network, n_slots=4, length=64)
+    lm = PagedLM(network, length=64, n_tokens=256)
     network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     texts = {owner: a_text(random.Random(owner), 5 + owner) for owner in range(4)}
     lm(texts, [1] * 4)
@@ -81,7 +83,7 @@ def test_a_long_text_does_not_hold_up_the_others():
     """Those that grow by a token are in the first pass; the long one takes what room is left."""
     network, generator = tiny_llama(), random.Random(0)
     seen = []
-    lm = SlotLM(network, n_slots=3, length=64, chunk=8)
+    lm = PagedLM(network, length=64, n_tokens=192, chunk=8)
     long, short = a_text(generator, 30), a_text(generator, 4)
     lm({"short": short}, [1])
     network.register_forward_pre_hook(
@@ -98,7 +100,7 @@ def test_a_long_text_does_not_hold_up_the_others():
 
 def test_a_text_that_returns_finds_what_it_has_read():
     network = tiny_llama()
-    lm = SlotLM(network, n_slots=3, length=64)
+    lm = PagedLM(network, length=64, n_tokens=192)
     one, other = a_text(random.Random(0), 20), a_text(random.Random(1), 20)
     lm({"one": one, "other": other}, [1, 1])
     lm.release("one")
@@ -111,7 +113,7 @@ def test_a_text_that_returns_finds_what_it_has_read():
 
 def test_an_interrupted_pass_leaves_no_trace():
     network, fresh = tiny_llama(), tiny_llama()
-    lm = SlotLM(network, n_slots=2, length=64)
+    lm = PagedLM(network, length=64, n_tokens=128)
     text = a_text(random.Random(0), 12)
     lm({"a": text[:6]}, [1])
 
@@ -125,20 +127,22 @@ def test_an_interrupted_pass_leaves_no_trace():
     torch.testing.assert_close(lm({"a": text}, [1]), from_scratch(fresh, text), atol=1e-4, rtol=0)
 
 
-def test_the_cache_is_there_from_the_beginning_and_never_grows():
-    lm = SlotLM(tiny_llama(), n_slots=4, length=64)
+def test_the_pages_are_there_from_the_beginning_and_never_grow():
+    lm = PagedLM(tiny_llama(), length=64, n_tokens=256)
     size = lm.n_bytes
-    assert size == 2 * 2 * 4 * 64 * 8 * 4  # keys and values, layers, slots, tokens, one head of 8, float32
+    # Keys and values, layers, pages and an empty one, tokens, one head of 8, float32
+    assert size == 2 * 2 * 17 * 16 * 8 * 4
+    assert lm.bytes_per_token == 2 * 2 * 8 * 4
     lm({owner: a_text(random.Random(owner), 60) for owner in range(4)}, [1] * 4)
     assert lm.n_bytes == size
 
 
 def test_what_can_not_be_served_is_refused_at_the_start():
     with pytest.raises(ValueError, match="up to 256 tokens, but the server takes up to 300"):
-        SlotLM(tiny_llama(), n_slots=1, length=300)
+        PagedLM(tiny_llama(), length=300, n_tokens=300)
     dynamic = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     with pytest.raises(ValueError, match="up to 255 tokens"):
-        SlotLM(dynamic, n_slots=1, length=256)
+        PagedLM(dynamic, length=256, n_tokens=256)
 
     class Deaf(type(tiny_llama())):
         def forward(self, genarm_packed=None, **kwargs):
@@ -146,13 +150,85 @@ def test_what_can_not_be_served_is_refused_at_the_start():
             return super().forward(**kwargs)
 
     with pytest.raises(ValueError, match="can't be served, because"):
-        SlotLM(Deaf(tiny_llama().config).eval(), n_slots=2, length=32)
+        PagedLM(Deaf(tiny_llama().config).eval(), length=32, n_tokens=64)
+
+
+# --- more texts than fit ---
+
+
+def test_a_text_that_is_dropped_is_read_again_and_only_that_one(caplog):
+    lm, fresh = PagedLM(tiny_llama(), length=64, n_tokens=96), tiny_llama()
+    texts = {owner: a_text(random.Random(owner), 33) for owner in range(3)}  # three pages of 16 tokens each, of six
+    torch.testing.assert_close(
+        lm(texts, [1] * 3), torch.cat([from_scratch(fresh, x) for x in texts.values()]), atol=1e-4, rtol=0
+    )
+    assert (lm.n_read, lm.pages.n_dropped) == (99, 1)
+    assert [x.message for x in caplog.records if "don't fit into the memory" in x.message]
+    grown = {owner: [*text, 7] for owner, text in texts.items()}
+    torch.testing.assert_close(
+        lm(grown, [1] * 3), torch.cat([from_scratch(fresh, x) for x in grown.values()]), atol=1e-4, rtol=0
+    )
+    assert lm.n_read == 99 + 1 + 1 + 34  # two of them are still there
+    assert len([x.message for x in caplog.records if "don't fit into the memory" in x.message]) == 1
+
+
+def test_nan_does_not_reach_the_text_that_gets_the_pages():
+    broken, fresh = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[40] = torch.nan
+    lm = PagedLM(broken, length=64, n_tokens=64)
+    one, other = [5, 40] * 20, [5] * 35  # three pages each, of four, and the last of the other is not full
+    logits = lm({"other": other, "one": one}, [1, 1])
+    assert logits[1].isnan().all()
+    logits = lm({"one": [*one, 7], "other": [*other, 7, 8, 9]}, [1, 1])
+    assert logits[0].isnan().all()
+    torch.testing.assert_close(logits[1:], from_scratch(fresh, [*other, 7, 8, 9]), atol=1e-4, rtol=0)
+
+
+def test_the_least_recently_used_of_those_without_an_owner_go_first():
+    pages = TextPages(6, 4)
+
+    def read(owner, tokens):
+        text = pages.hold(owner, tokens)
+        assert pages.reserve(text, len(tokens), {})
+        text.tokens += tokens[len(text.tokens) :]
+        return text
+
+    old, new, held = read("old", [1] * 8), read("new", [2] * 8), read("held", [3] * 8)
+    pages.release("old")
+    pages.release("new")
+    read("more", [4] * 8)
+    assert (old.tokens, len(new.tokens), len(held.tokens), pages.n_dropped) == ([], 8, 8, 0)
+    read("again", [2] * 7)
+    assert pages.n_found == 7
+    assert pages.n_in_use == 6
+    assert not pages.reserve(pages.hold("none", [9]), 1, [held, *(pages.get(x) for x in ("more", "again"))])
+    assert held.tokens
+    read("none", [9])
+    assert (held.tokens, pages.n_dropped) == ([], 1)
+
+
+def test_few_words_in_common_are_not_worth_the_rest_of_a_text():
+    pages = TextPages(8, 4)
+    first = pages.hold("first", [1] * 12)
+    assert pages.reserve(first, 12, {})
+    first.tokens += [1] * 12
+    pages.release("first")
+    assert pages.hold("other", [1, 1, 5, 5, 5, 5]) is not first
+    assert pages.hold("next turn", [1] * 6 + [5]) is first
+    assert first.tokens == [1] * 6
+    assert isinstance(pages.get("other"), HeldText)
+
+
+def test_fewer_tokens_than_one_text_has_are_refused():
+    with pytest.raises(ValueError, match="48 tokens in pages of 16 hold no text of 64"):
+        PagedLM(tiny_llama(), length=64, n_tokens=48)
 
 
 def test_shared_length():
     generator = random.Random(0)
     for _ in range(300):
-        one = [generator.randrange(2) for _ in range(generator.randrange(12))]
-        other = [generator.randrange(2) for _ in range(generator.randrange(12))]
+        one = [int(generator.random() < 0.05) for _ in range(generator.randrange(100))]
+        other = [int(generator.random() < 0.05) for _ in range(generator.randrange(100))]
         same = [x == y for x, y in zip(one, other, strict=False)]
         assert shared_length(one, other) == (same.index(False) if False in same else len(same))
