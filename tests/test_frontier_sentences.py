@@ -50,11 +50,11 @@ def test_methods_have_as_many_settings_and_both_have_half_strengths(bench):
     assert strengths(Point(2.0), "Be kind.", PUBLISHED) == [1.0, PUBLISHED_STRENGTHS[2] / 2]
     assert strengths(Point(2.0), None, PUBLISHED) == strengths(Point(2.0), "Be kind.", None) == [2.0]
     of = task(SIZES["smoke"])
-    names = [step.about["method"] for step in steps(bench, of, has_adapter=True)]
+    names = [step.about["method"] for step in steps(bench, of, is_all=True)]
     assert {name: names.count(name) for name in names} == {"base": 1, SENTENCE: 2, ADAPTER: 1, BOTH: 2, BRIEF: 2}
-    work = [step.path.name for step in steps(bench, of, has_adapter=True)]
+    work = [step.path.name for step in steps(bench, of, is_all=True)]
     assert len(set(work)) == len(work)
-    assert {step.about["method"] for step in steps(bench, of, has_adapter=False)} == {"base", SENTENCE, BRIEF}
+    assert {step.about["method"] for step in steps(bench, of, is_all=False)} == {"base", SENTENCE}
 
 
 def answers_of(method, seed, strength, rewards, sentence=None):
@@ -71,7 +71,7 @@ def test_tables_by_strength_are_paired_and_have_a_row_for_each_sentence():
         rows += answers_of(SENTENCE, seed, 2.0, [0.2 + shift, 0.4 + shift], f"Sentence {seed}.")
     curves = Curves(pd.DataFrame(rows))
     _, _, base, one, two = by_strength(curves, SENTENCE, "reward", ".2f").splitlines()
-    assert base.startswith("| base | 0.10 [0.00, 0.20] |  | 0 | 7.4 ")
+    assert base.startswith("| base | 0.10 [0.00, 0.20] | -0.30 [-0.50, -0.10] | 0.0 [0.0, 0.0] | 7.4 ")
     assert one.startswith("| α = 1 | 0.40 [0.10, 0.70] |  | 1.0 ")
     assert "| +0.10 [+0.10, +0.10] |" in two  # the same for all prompts and sentences
     lines = by_sentence(curves, SENTENCE, "reward", ["Sentence 0.", "Sentence 1."], ".2f").splitlines()

@@ -184,6 +184,7 @@ def sentences(about: dict, rows: pd.DataFrame, folder: Path) -> str:
     positive, brief = Curves(rows[~of_brevity]), Curves(rows[of_brevity | (rows["method"] == "base")])
     figures, name, targets = folder / "figures", about["name"], TARGETS["sentences"]
     objectives = {SENTENCE: (positive, "reward", ".2f"), BRIEF: (brief, "words", ".1f")}
+    objectives = {method: x for method, x in objectives.items() if method in x[0].runs}
     strength(objectives, figures / f"{name}.png", about["title"])
     parts = [
         *header(about, positive.n_prompts, "sentences"),

@@ -92,19 +92,19 @@ def seeds(curves: Curves, target: float) -> list[str]:
 
 def by_strength(curves: Curves, name: str, what: str, form: str) -> str:
     """Returns the table of a measure at each strength of a method, and of how it differs from that at strength 1."""
-    values, others = curves.mean(name, what), {x: curves.mean(name, x) for x in ("kl", "perplexity", "words", "ended")}
-    rows, points = [], curves.runs[name].points
-    at_one = values[:, points.index((1.0, 1.0))]
-    for index, point in enumerate(points):
-        minus = "" if point[0] == 1 else shown(values[:, index] - at_one, f"+{form}")
-        cells = [shown(others[x][:, index], ".1f") for x in ("kl", "perplexity")]
-        cells += [f"{interval(others['words'][:, index])[0]:.1f}", f"{interval(others['ended'][:, index])[0]:.0%}"]
-        rows.append([setting(name, point), shown(values[:, index], form), minus, *cells])
-    base = [curves.mean("base", x) for x in (what, "perplexity", "words", "ended")]
-    cells = [shown(base[0][:, 0], form), "", "0", shown(base[1][:, 0], ".1f")]
-    cells += [f"{base[2][0, 0]:.1f}", f"{base[3][0, 0]:.0%}"]
-    head = ["", what, "minus prompting (α = 1)", "KL per answer, nats", "perplexity under the base", "words", "ended"]
-    return table(head, [["base", *cells], *rows])
+    points, rows = curves.runs[name].points, []
+    at_one = curves.mean(name, what)[:, points.index((1.0, 1.0))]
+    for method, point in [("base", (0.0, 1.0)), *((name, point) for point in points)]:
+        index = points.index(point) if method == name else 0
+        value, kl, perplexity, words, ended = (
+            curves.mean(method, x)[:, index] for x in (what, "kl", "perplexity", "words", "ended")
+        )
+        minus = "" if point[0] == 1 else shown(value - at_one, f"+{form}")
+        cells = [shown(value, form), minus, shown(kl, ".1f"), shown(perplexity, ".1f")]
+        cells += [f"{interval(words)[0]:.1f}"] * (what != "words") + [f"{interval(ended)[0]:.0%}"]
+        rows.append(["base" if method == "base" else setting(name, point), *cells])
+    head = ["", what, "minus prompting (α = 1)", "KL per answer, nats", "perplexity under the base"]
+    return table([*head, *["words"] * (what != "words"), "ended"], rows)
 
 
 def by_sentence(curves: Curves, name: str, what: str, sentences: list[str], form: str) -> str:
