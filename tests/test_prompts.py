@@ -129,7 +129,12 @@ def test_every_step_after_the_prompt_is_joint(base, adapters, options):
     assert [model.joint_passes for model in models] == [9, 9, 9]
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES, ids=lambda family: family.name)
+# One of each kind by default: rotary positions, learned ones, windows, a recurrent state
+QUICK = {"Llama", "GPT-2", "Gemma 3", "Mamba"}
+FAMILIES = [pytest.param(x, marks=() if x.name in QUICK else pytest.mark.slow, id=x.name) for x in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_architectures(family, tmp_path):
     """The base with another prompt, and an adapter with its own, next to padding, under windows, with any positions."""
     base = family.model()
