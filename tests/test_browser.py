@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from hf_genarm import demo
+from hf_genarm.hub.sentence import DEFAULT_STRENGTH
 from hf_genarm.scripts.demo import SENTENCE
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
-from hf_genarm.playground.page import MAX_SENTENCES, SENTENCE_STRENGTH  # noqa: E402
+from hf_genarm.playground.page import MAX_SENTENCES  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -252,7 +253,7 @@ def test_two_visitors_at_once(open_page):
     for page in pages:
         page.complete()
     strengths = [re.search(r"processor.alpha = (\[.*?\])", page.text("#code")).group(1) for page in pages]
-    assert strengths == [f"[{SENTENCE_STRENGTH}, -3.0]"] * 2
+    assert strengths == [f"[{DEFAULT_STRENGTH}, -3.0]"] * 2
     for page, name in zip(pages, ("arm-0", "arm-1"), strict=True):
         assert name in page.text("#code")
     assert pages[0].answers()[0] == pages[1].answers()[0]  # the same seed

@@ -343,7 +343,8 @@ def parts(page):
 
 @needs_gradio
 def test_the_page_is_built_for_any_reward_models(models, folders):
-    from hf_genarm.playground.page import MAX_SENTENCES, SENTENCE_STRENGTH, build_page
+    from hf_genarm.hub.sentence import DEFAULT_STRENGTH
+    from hf_genarm.playground.page import MAX_SENTENCES, build_page
 
     page = parts(build_page(models))
     assert [page[f"strength-{index}"]["label"] for index in (0, 1)] == ["arm-1", "arm-2"]
@@ -352,7 +353,7 @@ def test_the_page_is_built_for_any_reward_models(models, folders):
     assert f"`{folders[0]}` on cpu in float32" in page["intro"]["value"]
     page = parts(build_page(models, ["Be kind."]))
     assert page["sentence-0"]["value"] == "Be kind."
-    assert page["sentence-strength-0"]["value"] == SENTENCE_STRENGTH
+    assert page["sentence-strength-0"]["value"] == DEFAULT_STRENGTH
     assert page["strength-0"]["value"] == 0.0
     without = parts(build_page(Models(load_base(folders[0]), [])))
     assert "strength-0" not in without

@@ -9,6 +9,7 @@ import gradio as gr
 
 from ..decoding.recommended import recommended_alpha, recommended_temperature, wanted_reference
 from ..hub.info import RewardInfo
+from ..hub.sentence import DEFAULT_STRENGTH
 from ..viewing.tokens import visible
 from .answers import Answer, Settings, Visitor
 from .drawing import SIDES, answers, facts, panel, tokens
@@ -17,7 +18,6 @@ from .script import script_of
 
 MAX_NEW_TOKENS = 256
 MAX_SENTENCES = 4
-SENTENCE_STRENGTH = 2.0  # of a new sentence: 1 is what the same sentence in the prompt does
 VISIT = 3600  # seconds without activity after which a visitor's state is dropped
 DOCS = "https://hf-genarm.github.io/hf_genarm"
 
@@ -78,7 +78,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     first_strengths = [0.0] * (MAX_SENTENCES + len(arms))
     first_temperature, first_reference = 1.0, "base"
     if sentences:
-        first_strengths[0] = SENTENCE_STRENGTH
+        first_strengths[0] = DEFAULT_STRENGTH
     elif arms:
         (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
         first_temperature = recommended_temperature([arms[0].info]) or 1.0
@@ -166,7 +166,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             raise refusal(f"There is room for {MAX_SENTENCES} sentences. Remove one, or edit it.")
         if not text.strip():
             return [gr.skip()] * (1 + 3 * MAX_SENTENCES)
-        shown = [gr.Group(visible=True), text.strip(), SENTENCE_STRENGTH]
+        shown = [gr.Group(visible=True), text.strip(), DEFAULT_STRENGTH]
         return ["", *(x for slot in range(MAX_SENTENCES) for x in (shown if slot == free else [gr.skip()] * 3))]
 
     def load(visitor: Visitor, name: str) -> tuple[Any, str]:
