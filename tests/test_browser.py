@@ -236,7 +236,7 @@ def test_html_stays_text_and_limits_are_said(open_page):
     assert page.driver.title != "hit"
     page.driver.execute_script(
         "const field = document.querySelector('#prompt textarea'); field.value = 'train '.repeat(900);"
-        "field.dispatchEvent(new Event('input'))"
+        "field.dispatchEvent(new Event('input', {bubbles: true}))"
     )
     page.press("#run")
     wait_for(lambda: "at most 512 are allowed" in page.text("body"))

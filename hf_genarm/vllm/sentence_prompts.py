@@ -10,6 +10,9 @@ from .request_settings import PROMPTS, SENTENCES, ServerDefaults, genarm_keys, r
 # Sends a request to the endpoint of vLLM that renders its prompt; returns the status and the answer.
 Render = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
 
+# That of vLLM's `SamplingParams`, whose defaults are left out of what `/render` answers
+_DEFAULT_MAX_TOKENS = 16
+
 _CHAT, _TEXT = "/chat/completions", "/completions"
 
 
@@ -124,7 +127,7 @@ class _Renderer:
         rendered, *others = answer if isinstance(answer, list) else [answer]
         if others:
             raise ValueError(f"`prompt` has {1 + len(others)} prompts, but with `{PROMPTS}` there must be one alone.")
-        self._max_tokens.append(rendered["sampling_params"]["max_tokens"])
+        self._max_tokens.append(rendered["sampling_params"].get("max_tokens", _DEFAULT_MAX_TOKENS))
         return rendered["token_ids"]
 
 

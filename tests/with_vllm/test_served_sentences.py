@@ -3,7 +3,7 @@
 import pytest
 import requests
 import torch
-from tiny_server import check, guided_by, save_tiny, server
+from tiny_server import LENGTH, check, guided_by, save_tiny, server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
@@ -18,7 +18,9 @@ TEXT = "The sun and"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    base, adapters = save_tiny(tmp_path_factory.mktemp("sentences"), initializer_range=0.2)
+    base, adapters = save_tiny(
+        tmp_path_factory.mktemp("sentences"), initializer_range=0.2, max_position_embeddings=LENGTH
+    )
     return base, adapters[0]
 
 
