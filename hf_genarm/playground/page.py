@@ -258,7 +258,6 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             ask,
             [visitor, prompt, seed, n_tokens, reference, *texts, *live],
             [asked, *scored, measure],
-            queue=False,
             show_progress="hidden",
             trigger_mode="multiple",
             api_visibility="private",
@@ -289,7 +288,6 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
             add,
             [new, *texts],
             [new, *(part for slot in slots for part in (slot.group, slot.text, slot.strength))],
-            queue=False,
             show_progress="hidden",
             api_visibility="private",
         )
@@ -338,5 +336,5 @@ def _recommended(info: RewardInfo) -> str | None:
 
 
 def refusal(error: Exception | str) -> gr.Error:
-    """Returns an error as a message on the page, which stays until it is closed."""
+    """Returns an error as a message on the page, which stays until it is closed. Only queued events can show it."""
     return gr.Error(str(error), duration=None, print_exception=False)
