@@ -17,8 +17,8 @@ from datasets import Dataset
 from oracle import Recompute
 from packaging.version import Version
 from peft import PeftModel
-from support import ARM, BATCH
-from tiny import VOCAB_SIZE, left_padded, tiny_llama
+from support import ARM, BATCH, ONE
+from tiny import VOCAB_SIZE, left_padded, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from hf_genarm import cli
@@ -129,6 +129,23 @@ def row_of(inputs, index):
 def joint_passes(processor):
     """How many forward passes the reward models had together with the base."""
     return max(getattr(model, "joint_passes", 0) for model in processor._machine.rewards.models)
+
+
+def saved_with_adapter(family, folder):
+    """The base of a family, which is saved in a folder, and where an adapter on it is."""
+    base = family.model()
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    options = {"target_modules": family.targets, "fan_in_fan_out": family.name == "GPT-2"}
+    return base, save_adapter(folder / "base", folder / "arm", **options)
+
+
+def ways_to_read(base):
+    """Options of `generate` with prompts: padding, beams, and drafts, unless the base can't take them back."""
+    yield {}, left_padded([4, 12, 7])
+    yield {"num_beams": 3}, left_padded([9, 12])
+    if not base._is_stateful:
+        yield {"prompt_lookup_num_tokens": 3}, ONE
 
 
 def separate(base_folder, adapter):

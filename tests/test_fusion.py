@@ -17,7 +17,9 @@ from helpers import (
     joint_passes,
     needs_compile,
     raises,
+    saved_with_adapter,
     separate,
+    ways_to_read,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -108,20 +110,10 @@ def test_strengths_that_change_while_it_runs(base, adapters, models):
 
 @pytest.mark.parametrize("family", ARCHITECTURES, ids=lambda family: family.name)
 def test_architectures(family, tmp_path):
-    base = family.model()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
-    options = {"target_modules": family.targets, "fan_in_fan_out": family.name == "GPT-2"}
-    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", **options)
+    base, adapter = saved_with_adapter(family, tmp_path)
     model = separate(tmp_path / "base", adapter)
     fused = 0
-    for options, inputs in (
-        ({}, left_padded([4, 12, 7])),
-        ({"num_beams": 3}, left_padded([9, 12])),
-        ({"prompt_lookup_num_tokens": 3}, ONE),
-    ):
-        if base._is_stateful and "prompt_lookup_num_tokens" in options:
-            continue  # the base can't
+    for options, inputs in ways_to_read(base):
         mask = inputs["attention_mask"]
         processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base, attention_mask=mask)
         output = generate(base, [processor], inputs, max_new_tokens=12, **options)

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same, generate, joint_passes
+from helpers import assert_same, generate, joint_passes, saved_with_adapter, ways_to_read
 from oracle import next_token_log_probs
 from support import ARCHITECTURES, ARM, BASE, BATCH, EXACT, MODES, ONE, SAMPLING
 from test_vocab import permuted, renumbered
-from tiny import EOS, left_padded, save_adapter, tiny_llama
+from tiny import EOS, left_padded, tiny_llama
 from transformers import BatchEncoding, LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, smc_sample
@@ -137,20 +137,10 @@ FAMILIES = [pytest.param(x, marks=() if x.name in QUICK else pytest.mark.slow, i
 @pytest.mark.parametrize("family", FAMILIES)
 def test_architectures(family, tmp_path):
     """The base with another prompt, and an adapter with its own, next to padding, under windows, with any positions."""
-    base = family.model()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
-    options = {"target_modules": family.targets, "fan_in_fan_out": family.name == "GPT-2"}
-    adapter = save_adapter(tmp_path / "base", tmp_path / "arm", **options)
+    base, adapter = saved_with_adapter(family, tmp_path)
     arm = AutoregressiveRewardModel.from_pretrained(adapter, base).model
     alone, fused = copy.deepcopy(base), 0
-    for options, inputs in (
-        ({}, left_padded([4, 12, 7])),
-        ({"num_beams": 3}, left_padded([9, 12])),
-        ({"prompt_lookup_num_tokens": 3}, ONE),
-    ):
-        if base._is_stateful and "prompt_lookup_num_tokens" in options:
-            continue  # the base can't
+    for options, inputs in ways_to_read(base):
         for lengths in ([3, 17], [2, 4]):  # longer and shorter than the base's
             prompts = [own_prompts(inputs, 3, length) for length in lengths]
             processor = GenARMLogitsProcessor([arm, twin(base)], [1.0, 0.8], base_model=base)
