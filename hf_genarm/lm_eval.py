@@ -14,6 +14,7 @@ from .demo import DEMO_MODEL_ID, demo_model
 from .functional import guided_product
 from .hub.base_model import named_base, where_and_how
 from .hub.reward_model import AutoregressiveRewardModel
+from .hub.sentence import in_text
 
 
 @register_model("hf-genarm")
@@ -93,7 +94,7 @@ class GuidedHFLM(HFLM):
 
     def _prefix(self, sentence: str | None) -> Tensor:
         """Returns the tokens of a sentence and a blank line; none for a reward model that reads texts as they are."""
-        text = "" if sentence is None else f"{sentence}\n\n"
+        text = "" if sentence is None else in_text("", sentence)
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     @property

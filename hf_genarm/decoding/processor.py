@@ -239,8 +239,10 @@ class GenARMLogitsProcessor(GuidanceSettings):
             ValueError: if a sentence is empty, or there are none.
         """
         base_model, given = uncompiled(base_model), [sentences] if isinstance(sentences, str) else list(sentences)
-        arms = [AutoregressiveRewardModel.from_sentence(sentence, base_model, tokenizer) for sentence in given]
-        tokenizer = arms[0].tokenizer if arms else tokenizer
+        arms: list[AutoregressiveRewardModel] = []
+        for sentence in given:
+            arms.append(AutoregressiveRewardModel.from_sentence(sentence, base_model, tokenizer))
+            tokenizer = arms[0].tokenizer  # looked up once
         options: dict[str, Any] = {"base_model": base_model, "reference": "base", "tokenizer": tokenizer}
         return cls(arms, alpha, **options | kwargs)
 

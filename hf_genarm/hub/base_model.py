@@ -83,8 +83,8 @@ def load_base(
     """
     if base is not None and not base.strip():
         raise ValueError(f"`base` is {base!r}, but must be a Hub id or a folder. Leave it out for its default.")
-    if base is not None and Path(base).is_file():  # of which transformers would make a config
-        raise ValueError(f"`base` is {base!r}, which is a file, but must be a Hub id or the folder of a model.")
+    if base is not None:
+        refuse_file("base", base)
     if device is not None and device_map is not None:
         raise ValueError(
             f"`device` is {device!r} and `device_map` is {device_map!r}, but only one of them can place the base. "
@@ -153,6 +153,17 @@ def _named_by(reward_model: str, revision: str | None) -> tuple[str | None, str 
         if short_name(config.base_model_name_or_path):
             return config.base_model_name_or_path, recorded_revision(config, info)
     return info.base_model, info.base_model_revision
+
+
+def refuse_file(argument: str, name: str) -> None:
+    """
+    Refuses the name of a file as that of a model: transformers would read it as a configuration.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if Path(name).is_file():
+        raise ValueError(f"`{argument}` is {name!r}, which is a file, but must be a Hub id or the folder of a model.")
 
 
 def usable_device(device: str | None, name: str = "device") -> torch.device:

@@ -1,4 +1,4 @@
-"""The files of a published reward model that are made from templates: its model card, and its `custom_generate`."""
+"""The files of a published reward model that are made from templates: its card, and its `custom_generate`."""
 
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
@@ -144,7 +144,34 @@ def reward_model_card(
         notes=notes,
         command=command,
         recommendation=recommendation(info),
-        install=f"pip install '{requirement()}'",
+        install=_install(),
+    )
+
+
+def sentence_card(info: RewardInfo, name: str) -> ModelCard:
+    """
+    Writes the card of the folder of a sentence.
+
+    Args:
+        info ([`RewardInfo`]):
+            What is known about it.
+        name (`str`):
+            The title of the card, and the Hub id or folder for the quick start.
+    """
+    card_data = ModelCardData(
+        library_name="hf_genarm",
+        model_name=name,
+        pipeline_tag=None,
+        tags=["genarm", "autoregressive-reward-model", "sentence"],
+        widget=shown_on_the_hub(info),
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=(_TEMPLATES / "sentence_card.md").read_text(encoding="utf-8"),
+        info=info,
+        model_name=name,
+        recommendation=recommendation(info),
+        install=_install(),
     )
 
 
@@ -166,6 +193,11 @@ def write_custom_generate(folder: str | Path, model_id: str) -> None:
     (target / "generate.py").write_text(code, encoding="utf-8")
     # Transformers checks these lines by name and version, and knows no addresses.
     (target / "requirements.txt").write_text(f"hf_genarm>={version('hf_genarm')}\n", encoding="utf-8")
+
+
+def _install() -> str:
+    """Returns the command on a card that installs this package."""
+    return f"pip install '{requirement()}'"
 
 
 def requirement(extra: str | None = None) -> str:

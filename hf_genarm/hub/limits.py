@@ -78,7 +78,7 @@ def fixed_length(network: PreTrainedModel) -> float:
 
 def n_positions(model: PreTrainedModel | PeftModel) -> float:
     """
-    Returns the number of tokens that a model has positions for, less what an adapter puts before the text. Infinite if
+    Returns the number of tokens that a model has positions for, minus what an adapter puts before the text. Infinite if
     there is no table of positions, as where they are rotary.
     """
     network = network_of(model)

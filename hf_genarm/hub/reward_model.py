@@ -15,13 +15,13 @@ from transformers.utils import PushToHubMixin
 
 from ..arguments import refuse_no_tokenizer, shown
 from .base_weights import has_weights
-from .card import reward_model_card
+from .card import reward_model_card, sentence_card
 from .info import INFO_NAME, RewardInfo
 from .kv_cache import network_of
 from .loading import download, load_adapter, load_full_model
 from .placement import loaded_as_base, put_with_base, refuse_no_device_map, refuse_no_dtype
 from .scoring import ScoredTexts, Texts, listed, token_rewards
-from .sentence import check_sentence, sentence_card, with_sentence
+from .sentence import check_sentence, with_sentence
 from .sharing import twin, without_adapter
 
 logger = logging.getLogger(__name__)

@@ -1,17 +1,13 @@
-"""A sentence as a reward model: how prompts ask for it, and the card of its folder."""
+"""A sentence as a reward model: how prompts ask for what it says."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..arguments import shown
-from .info import RewardInfo
-from .recommendation import recommendation, shown_on_the_hub
 
 logger = logging.get_logger(__name__)
 
@@ -112,26 +108,3 @@ def _has_system_messages(tokenizer: PreTrainedTokenizerBase, chat_template: str 
         return "Be kind." in str(tokenizer.apply_chat_template(chat, chat_template=chat_template, tokenize=False))
     except (TemplateError, TypeError, ValueError, KeyError):
         return False
-
-
-def sentence_card(info: RewardInfo, name: str) -> ModelCard:
-    """
-    Writes the card of the folder of a sentence.
-
-    Args:
-        info ([`RewardInfo`]):
-            What is known about it.
-        name (`str`):
-            The title of the card, and the Hub id or folder for the quick start.
-    """
-    card_data = ModelCardData(
-        library_name="hf_genarm",
-        model_name=name,
-        pipeline_tag=None,
-        tags=["genarm", "autoregressive-reward-model", "sentence"],
-        widget=shown_on_the_hub(info),
-    )
-    template = (Path(__file__).parent / "templates" / "sentence_card.md").read_text(encoding="utf-8")
-    return ModelCard.from_template(
-        card_data, template_str=template, info=info, model_name=name, recommendation=recommendation(info)
-    )

@@ -13,7 +13,6 @@ import os
 import shlex
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -22,6 +21,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..demo import loadable_name
 from ..files import make_output_dir, refuse_overwriting
+from ..hub.base_model import refuse_file
 from ..hub.info import INFO_NAME, GuidanceWarning, RewardInfo
 from ..hub.loading import ADAPTER_CONFIG
 from ..training.config import AutoregressiveRewardConfig
@@ -179,8 +179,7 @@ def check_model(args: ModelArguments, trust_remote_code: bool) -> None:
     Raises:
         ValueError: if there is none.
     """
-    if Path(args.model_name_or_path).is_file():  # of which transformers would make a config
-        raise ValueError(f"`--model` is `{args.model_name_or_path}`, a file, but must be a Hub id or a folder.")
+    refuse_file("--model", args.model_name_or_path)
     try:
         AutoConfig.from_pretrained(
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code

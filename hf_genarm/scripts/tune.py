@@ -29,7 +29,7 @@ from ..decoding.assembly import assemble
 from ..decoding.processor import GenARMLogitsProcessor
 from ..decoding.recommended import base_reference
 from ..files import make_output_dir
-from ..hub.card import reward_model_card
+from ..hub.card import reward_model_card, sentence_card
 from ..hub.info import INFO_NAME
 from ..hub.loading import download
 from ..hub.recommendation import (
@@ -41,7 +41,6 @@ from ..hub.recommendation import (
     with_recommendation,
 )
 from ..hub.reward_model import AutoregressiveRewardModel
-from ..hub.sentence import sentence_card
 from .arguments import TuneArguments
 from .judge import Judge
 from .pairs import load_prompts, public_name
