@@ -28,6 +28,7 @@ TYPES = {
     "peft.PeftModel": f"{HUGGING_FACE}/peft/package_reference/peft_model",
     "torch.Tensor": "https://docs.pytorch.org/docs/stable/tensors.html",
     "torch.nn.Module": "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html",
+    "transformers.BatchEncoding": f"{HUGGING_FACE}/transformers/main_classes/tokenizer",
     "transformers.EvalPrediction": f"{HUGGING_FACE}/transformers/internal/trainer_utils",
     "transformers.LogitsProcessor": f"{HUGGING_FACE}/transformers/internal/generation_utils",
     "transformers.PreTrainedModel": f"{HUGGING_FACE}/transformers/main_classes/model",
