@@ -555,7 +555,7 @@ def test_what_is_remembered_is_bounded():
     outputs = [generate(BASE, [processor], left_padded([6, 4], seed), min_new_tokens=10) for seed in range(12)]
     gc.collect()
     runs = processor._machine.statistics._runs.values()
-    assert sum(len(run.of_text) for run in runs) <= 60
+    assert sum(run.n_texts for run in runs) <= 60
     assert len(processor._machine.kl_control._missing) <= len(runs) + BASE.prepare_inputs_for_generation.watch.KEPT_RUNS
     assert processor.statistics(outputs[-1].sequences)["kl"]
     with pytest.raises(ValueError, match="Nothing is kept about sequence 0"):
