@@ -11,6 +11,7 @@ from simulated import DEVICE, SimulatedDevice, counting, put
 from tiny import left_padded, random_prompts, tiny_llama, tiny_tokenizer
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.hub.causality import take_as_causal
 from hf_genarm.hub.sharing import frozen_twin
 
 TOKENIZER = tiny_tokenizer()
@@ -173,28 +174,20 @@ def test_the_text_is_that_of_the_cpu(name):
     assert output.tolist() == expected.tolist()
 
 
-def test_reads_for_each_cycle_of_drafts():
+@pytest.mark.parametrize("n_drafts", [2, 6])
+def test_reads_for_each_cycle_of_drafts(n_drafts):
     """Their number doesn't depend on that of the drafts."""
     base, make = prepared(engine="separate")
-    totals = []
-    for n_drafts in (2, 6):
-        processor = make()
-        with counting() as counts:
-            assistant = processor.assistant(n_drafts)
-            cycles, generate = [], assistant.generate
-            assistant.generate = lambda *args, **kwargs: cycles.append(None) or generate(*args, **kwargs)
-            prompt = random_prompts(1, 12).to(DEVICE)
-            base.generate(
-                prompt,
-                logits_processor=[processor],
-                assistant_model=assistant,
-                do_sample=False,
-                max_new_tokens=30,
-                pad_token_id=0,
-                eos_token_id=2,
-            )
-        totals.append(sum(counts.ours().values()) / len(cycles))
-        assert totals[-1] <= 4, (len(cycles), described(counts, len(cycles)))
+    processor = make()
+    assistant, cycles = processor.assistant(n_drafts), []
+    generate = assistant.generate
+    assistant.generate = lambda *args, **kwargs: cycles.append(None) or generate(*args, **kwargs)
+    options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": 2}
+    with counting() as counts:
+        prompt = random_prompts(1, 12).to(DEVICE)
+        base.generate(prompt, logits_processor=[processor], assistant_model=assistant, **options)
+    assert len(cycles) > 3
+    assert sum(counts.ours().values()) <= 3 * len(cycles) + 4, described(counts, len(cycles))
 
 
 @pytest.mark.parametrize("at", [12, 14, 17])
@@ -214,7 +207,7 @@ def test_nan_is_named_before_a_wrong_text_is_returned(at, do_sample):
         return output
 
     reward.model.forward = forward
-    with pytest.raises(ValueError, match="Reward model 0 .* returned NaN"):
+    with pytest.raises(ValueError, match=r"Reward model 0 .* returned NaN"):
         spent(base, processor, 6, do_sample=do_sample)
     assert lengths[-1] <= at + 1
     reward.model.forward = call
@@ -237,3 +230,31 @@ def test_a_row_without_tokens_is_named():
     reward.forward = forward
     with pytest.raises(ValueError, match="In row 0, guidance leaves no token"):
         spent(base, processor, 1)
+
+
+def slope(make_arms, n_layers=(2, 4)):
+    """The launches of one layer in a token, in bfloat16, unguided or with adapters as PEFT loads them."""
+    totals = []
+    for n in n_layers:
+        base = a_base(torch.bfloat16, num_hidden_layers=n)
+        arms = make_arms(base)
+        put(base, *arms)
+        for arm in arms:
+            take_as_causal(arm)  # the simulated device has no autocast, which the test of that uses
+        counts = per_token(base, lambda: GenARMLogitsProcessor(arms, base_model=base) if arms else None)
+        totals.append(counts.launches / 8)
+    return (totals[1] - totals[0]) / (n_layers[1] - n_layers[0]), totals[0]
+
+
+def test_launches():
+    """For each layer and token; those around the layers are at most 40 more than without guidance."""
+    unguided, of_two_layers = slope(lambda base: [])
+    few, total = slope(lambda base: [an_adapter(base)])
+    assert {x.dtype for x in an_adapter(a_base(torch.bfloat16)).parameters()} == {torch.bfloat16, torch.float32}
+    many, _ = slope(lambda base: [an_adapter(base, targets=ALL)])
+    several, _ = slope(lambda base: [an_adapter(base, seed, ALL) for seed in (1, 2, 3)])
+    print(unguided, of_two_layers, few, total, many, several)
+    assert few <= 1.15 * unguided
+    assert many <= 1.4 * unguided
+    assert several == many
+    assert total - of_two_layers - 2 * (few - unguided) <= 40

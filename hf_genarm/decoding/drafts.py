@@ -85,9 +85,10 @@ class Draft:
     def _is_verifying(self, input_ids: Tensor, text: Tensor) -> bool:
         """Returns whether a call is about this draft, and not about another text that begins with the same tokens."""
         step = self._watch.step_of(input_ids)
-        if self._step is None and step is not self._before and step is not None and step.input_ids.shape == text.shape:
-            if step.line is self.line or torch.equal(step.input_ids, text):
-                self._step = step
+        is_new = self._step is None and step is not None and step is not self._before
+        if is_new and step is not None and step.input_ids.shape == text.shape:
+            is_own = step.line is self.line or torch.equal(step.input_ids, text)
+            self._step = step if is_own else None
         if step is None or step is not self._step:
             return False
         return is_beginning(input_ids, text) or torch.equal(input_ids, text[:, : input_ids.shape[1]])

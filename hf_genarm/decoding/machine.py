@@ -1,5 +1,6 @@
 """The machine behind a processor: what its models have read, and the last guided distribution."""
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -19,6 +20,7 @@ from .prompts import OwnPrompt, OwnPrompts
 from .reference import Reference
 from .rewards import NextTokenRewards
 from .statistics import Statistics
+from .step import Run
 from .step_watch import StepWatch
 from .texts import Text, TextReader
 from .vocab import VocabMap
@@ -94,6 +96,11 @@ class GuidanceMachine:
             self.reference.release()
         self.checks.settle()
 
+    @property
+    def run(self) -> Run | None:
+        """The run of the last call."""
+        return self._reader.run
+
     def begin_with_drafts(self, input_ids: Tensor) -> None:
         """Begins a run whose first tokens are drafted before the base has read anything of it."""
         self._reader.begin_with_drafts(input_ids)
@@ -108,12 +115,19 @@ class GuidanceMachine:
         """Finds out what is known about the texts of a call; when a run begins, models forget the last one."""
         self.checks.settle()
         text = self._reader(input_ids, scores)
-        if self.watch is not None:
-            self.watch.call_when_over(self.finish)
+        if self.watch is not None and not self.watch.call_when_over(self.finish):
+            self._release_with_cache(text.run)
         if text.is_new:
             self.reset()
         self.product = _unguided(scores)
         return text
+
+    def _release_with_cache(self, run: Run) -> None:
+        """Gives back the memory of a custom loop once the cache of the base is deleted."""
+        cache = run.cache
+        if cache is not None and ("released", id(self)) not in run.agreed:
+            run.agreed["released", id(self)] = None
+            weakref.finalize(cache, _release_if_in, weakref.ref(self), weakref.ref(run)).atexit = False
 
     def check(self, text: Text) -> None:
         """Warns of likely mistakes, and refuses texts that the base has not read as they are."""
@@ -184,6 +198,13 @@ class GuidanceMachine:
             self.rewards.read_ahead(index, drafted, mask, line, n_drafts + 1, prompts[index])
         if self.reference is not None:
             self.reference.read_ahead(drafted, mask, line, n_drafts + 1, of_reference)
+
+
+def _release_if_in(machine: "weakref.ref[GuidanceMachine]", run: "weakref.ref[Run]") -> None:
+    """Ends a custom loop, unless the machine has gone on to another text."""
+    own = machine()
+    if own is not None and own.run is not None and own.run is run():
+        own.finish()
 
 
 def _unguided(scores: Tensor) -> GuidedProduct:

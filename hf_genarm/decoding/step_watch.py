@@ -161,10 +161,13 @@ class StepWatch:
             if not local.n_prompts:
                 self._finish(local)
 
-    def call_when_over(self, function: Callable[[], None]) -> None:
-        """Calls a function when the outermost `generate` call of this thread returns, if there is one."""
-        if self._local.n_prompts and function not in self._local.when_over:
+    def call_when_over(self, function: Callable[[], None]) -> bool:
+        """
+        Calls a function when the outermost `generate` call of this thread returns, and returns whether there is one.
+        """
+        if self.is_generating and function not in self._local.when_over:
             self._local.when_over.append(function)
+        return self.is_generating
 
     def _finish(self, local: _ThreadState) -> None:
         """Gives back what was only needed while `generate` ran."""
@@ -212,10 +215,10 @@ class StepWatch:
         last, draft = run.step, self._local.draft
         if draft is not None and draft.length == input_ids.shape[1] and is_beginning(input_ids, draft.input_ids):
             return draft
-        if self.is_generating and last is not None and last.is_continued_by(input_ids, cache):
-            if (mask is None) == (last.line.attention_mask is None):
-                last.line.extend(input_ids, mask)
-                return last.line
+        is_continued = self.is_generating and last is not None and last.is_continued_by(input_ids, cache)
+        if is_continued and last is not None and (mask is None) == (last.line.attention_mask is None):
+            last.line.extend(input_ids, mask)
+            return last.line
         line = Line(input_ids, mask, run.line)
         run.line = run.line or line
         return line

@@ -1,7 +1,6 @@
 """The texts that a processor is called with: which run they belong to, and what is remembered about them."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from ..arguments import shown
 from .line import Line
 from .step import Run, Step
 from .step_watch import StepWatch
-
 
 Key = tuple[int, int]
 

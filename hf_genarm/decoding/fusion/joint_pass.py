@@ -189,7 +189,7 @@ class Fusion:
 
     def hasten_next_pass(self) -> None:
         """Runs the next pass of the base in this thread as joint passes are run, where that is faster."""
-        self._local.is_hastened = slow_for_few_rows()
+        self._local.is_hastened = slow_for_few_rows(self.base.device)
 
     def _before_a_pass(self, step: Step, inputs: dict[str, Any]) -> None:
         """Decides whether the pass that was just prepared is joined."""
