@@ -339,7 +339,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         Forgets what reward models have read.
 
         It is needed only after a model was changed in the middle of a text, since each `generate` call begins anyway
-        with nothing read.
+        with nothing read. In a custom decoding loop, an earlier text and one more token is the middle of a text.
         """
         self._machine.reset()
 
