@@ -205,7 +205,7 @@ def test_odd_requests_end_no_server_and_change_no_text_of_others(tmp_path, capsy
         if alpha is None:
             results[f"odd: {status}"] += 1
             if status >= 500:
-                errors[answer] += 1
+                errors[f"{json.dumps(body)[:2000]}: {answer}"] += 1
             continue
         assert status == 200, (body, answer)
         prompt = body["messages"] if "messages" in body else body["prompt"]
