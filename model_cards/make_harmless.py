@@ -18,6 +18,7 @@ from examples.benchmarks.frontier.settings import MARGIN, OBJECTIVES, TRAINING
 from examples.pairs import DATA, HH_RLHF, harmless_dialogues, harmless_pairs, opening_turns
 from examples.scorers import refusal, text_of
 from examples.small import sized
+from hf_genarm.hub.compatibility import chat_of
 from hf_genarm.scripts.pairs import public_name
 
 from .publish import argument_parser, publish, recommend, train_adapter, work_of
@@ -77,7 +78,7 @@ def main() -> None:
     )
     questions = [*opening_turns(other)[: sized(N_TUNED, 2)], *everyday_questions()]
     path = work_of(NAME) / "prompts.jsonl"
-    Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]}).to_json(path)
+    Dataset.from_dict({"prompt": [chat_of(question) for question in questions]}).to_json(path)
     recommend(
         args.output / NAME,
         prompts=str(path),

@@ -178,7 +178,8 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         except (ValueError, OSError) as error:
             raise refusal(error) from error
         visitor.own = name
-        about = arm.info.description or arm.info.objective or "It does not record what it rewards."
+        info = arm.info
+        about = info.description or info.objective or info.sentence or "It does not record what it rewards."
         slider = gr.Slider(visible=True, label=models.title(name), value=0.0)
         return slider, f'<div class="answer"><b>{escape(visible(name))}</b>{escape(visible(about))}</div>'
 
@@ -246,7 +247,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         picture = gr.HTML(elem_id="picture")
         with gr.Accordion("Show me the code", open=False):
             code = gr.Code(language="python", label="the guided answer as a script", elem_id="code")
-        with gr.Accordion("Another adapter", open=False):
+        with gr.Accordion("Another adapter or sentence", open=False):
             name = gr.Textbox(label="Hub id" + (" or folder" if models.takes_folders else ""), elem_id="own")
             fetch = gr.Button("Load", elem_id="load")
             about = gr.HTML(elem_id="about")
