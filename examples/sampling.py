@@ -18,7 +18,6 @@ def sample(
     n_samples: int,
     max_new_tokens: int,
     batch_size: int,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, list[str]]:
     """
     Samples answers at temperature 1, without top-k or top-p.
@@ -32,10 +31,8 @@ def sample(
             Makes a text from the tokenizer and the new tokens `(max_new_tokens,)`, or `None` to leave an answer out.
         n_samples, max_new_tokens, batch_size (`int`):
             The number of answers to each prompt, their length, and the number of prompts in a batch.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            The dtype of the model.
     """
-    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     texts: dict[str, list[str]] = {prompt: [] for prompt in prompts}
     for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):

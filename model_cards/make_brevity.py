@@ -53,8 +53,6 @@ def main() -> None:
         args.output / NAME,
         scorer="examples.scorers:brevity",
         alpha=[0.05, 0.1, 0.15, 0.2],
-        reference=["base"],
-        max_kl=5.0,
     )
 
 

@@ -1,16 +1,19 @@
 """
 What the default learning rate of adapters is chosen by: what trainings of several lengths learn at several rates.
 
-    python -m examples.benchmarks.training_defaults --pairs 50 400 --output examples/benchmarks/training_defaults.json
-    python -m examples.benchmarks.training_defaults --pairs 4000 --epochs 1
+    python -m examples.benchmarks.training_defaults
+    python -m examples.benchmarks.training_defaults --pairs 3000 --epochs 1
+    python -m examples.benchmarks.training_defaults --data sentiment --pairs 50
 
 Each training has the defaults of `hf-genarm train` (three epochs, 8 pairs per step, LoRA of rank 16 on the modules that
-PEFT chooses). The pairs are made for it, in some minutes: SmolLM2-135M-Instruct continues beginnings such as "The hotel
-was so" by a few tokens, and the continuation that VADER finds more positive is the chosen one. They are short, so that
-thousands of pairs can be trained on without a GPU. Beginnings on 24 of the topics are held out. On their pairs it
-reports the share in which what was learned prefers the chosen answer, with a 95 % interval; how far it moves the two
-answers of a pair apart; and how much likelier it makes the chosen ones. On other texts, sampled at a strength of 1, it
-reports their sentiment and their divergence from the base.
+PEFT chooses). By default its pairs are short, so that thousands of them can be trained on without a GPU:
+"My word for the hotel:", and of two random words of VADER's lexicon the more positive one is chosen. Topics and words
+of the held-out pairs are in no training. With `--data sentiment`, pairs are those of the sentiment data with the
+shortest answers, as plain text.
+
+On held-out pairs it reports the share in which what was learned prefers the chosen answer, with a 95 % interval; how
+far it moves the two answers of a pair apart; and how much likelier it makes the chosen ones. On answers that are
+sampled at strengths of 0 and 1, it reports their sentiment and, at 1, their divergence from the base.
 """
 
 import argparse
@@ -24,12 +27,13 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, set_seed
 from trl import get_peft_config
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from examples.benchmarks.measuring import add_record
 from examples.data.make_sentiment_pairs import SPLITS, TOPICS
-from examples.sampling import sample
+from examples.pairs import DATA
 from examples.scorers import sentiment
-from examples.small import output_file, output_folder, sized
+from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor, RewardInfo
 from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.decoding.meter import Meter
@@ -39,43 +43,39 @@ from hf_genarm.scripts.train import ModelArguments
 from hf_genarm.training.config import adapter_learning_rate, n_steps
 from hf_genarm.training.learned import learned
 
-BEGINNINGS = ("{} was so", "{} made me feel", "Everyone said that {} was", "The truth about {} is that it was")
-N_TOKENS, N_SAMPLES, MIN_SCORE_GAP = 8, 40, 0.3  # the gap is in units of VADER's compound score, from -1 to 1
-N_GUIDED = 96
+N_TOKENS, N_GUIDED = 8, 64  # of the sampled answers
+MIN_GAP = 2.0  # between two words, whose values are from -4 to 4
 
 
-def make_pairs(folder: Path) -> None:
-    """Writes `train.jsonl` and `test.jsonl`, with the topics of the test split of the sentiment pairs in the latter."""
-    topics = TOPICS.copy()
-    random.Random(0).shuffle(topics)  # as for the sentiment pairs, so that their test topics are these, too
-    set_seed(0)
-    parts = {"test": topics[-SPLITS["test"] :], "train": topics[: -SPLITS["test"]]}
-    for name, chosen_topics in parts.items():
-        prompts = [x.format(topic) for topic in chosen_topics[: sized(len(topics), 2)] for x in BEGINNINGS]
-        prompts = [prompt[0].upper() + prompt[1:] for prompt in prompts]
-        texts = sample(
-            prompts,
-            lambda tokenizer, batch: tokenizer(batch, return_tensors="pt", padding=True),
-            lambda tokenizer, ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            sized(N_SAMPLES if name == "train" else N_SAMPLES // 4, 8),
-            N_TOKENS,
-            8,
-            torch.bfloat16,
-        )
-        pairs = [pair for prompt in prompts for pair in pairs_of(prompt, sorted(set(texts[prompt])))]
-        random.Random(0).shuffle(pairs)
-        Dataset.from_list(pairs).to_json(folder / f"{name}.jsonl")
-        print(f"{name}: {len(pairs)} pairs from {len(prompts)} beginnings", flush=True)
+def pairs_of_words(n_pairs: int, is_test: bool) -> Dataset:
+    """Words about a topic; of both, a part is in the test alone."""
+    draw = random.Random(int(is_test))
+    topics = TOPICS[-SPLITS["test"] :] if is_test else TOPICS[: -SPLITS["test"]]
+    lexicon = {word: value for word, value in SentimentIntensityAnalyzer().lexicon.items() if word.isalpha()}
+    words = [word for index, word in enumerate(sorted(lexicon)) if (index % 5 == 0) == is_test]
+    pairs = []
+    while len(pairs) < n_pairs:
+        low, high = sorted(draw.sample(words, 2), key=lambda word: lexicon[word])
+        if lexicon[high] - lexicon[low] >= MIN_GAP:
+            prompt = f"My word for {draw.choice(topics)}:"
+            pairs.append({"prompt": prompt, "chosen": f" {high}.", "rejected": f" {low}."})
+    return Dataset.from_list(pairs)
 
 
-def pairs_of(prompt: str, texts: list[str]) -> list[dict[str, str]]:
-    """Pairs the most with the least positive text, the second most with the second least, and so on."""
-    scored = sorted(zip(sentiment([], texts), texts, strict=True), reverse=True)
-    return [
-        {"prompt": prompt, "chosen": best, "rejected": worst}
-        for (high, best), (low, worst) in zip(scored[: len(scored) // 2], scored[::-1], strict=False)
-        if high - low >= sized(MIN_SCORE_GAP, 0.0)
+def pairs_of_sentiment(n_pairs: int, is_test: bool) -> Dataset:
+    """The pairs of the sentiment data with the shortest answers, as plain text."""
+    files = [str(DATA / f"{split}.jsonl") for split in (["test"] if is_test else ["train", "dev"])]
+    pairs = [
+        {name: pair[name][0]["content"] for name in ("prompt", "chosen", "rejected")}
+        for pair in load_dataset("json", data_files=files, split="train")
     ]
+    pairs.sort(key=lambda pair: max(len(pair["chosen"].split()), len(pair["rejected"].split())))
+    return Dataset.from_list(
+        [pair | {"chosen": f" {pair['chosen']}", "rejected": f" {pair['rejected']}"} for pair in pairs[:n_pairs]]
+    )
+
+
+PAIRS = {"words": pairs_of_words, "sentiment": pairs_of_sentiment}
 
 
 def train(args: argparse.Namespace, pairs: Dataset, held_out: Dataset, rate: str, seed: int) -> dict:
@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, pairs: Dataset, held_out: Dataset, rate: str
             reference="base",
             num_train_epochs=args.epochs,
             seed=seed,
-            max_length=64,
+            max_length=128,
             gradient_checkpointing=False,  # the same numbers in less time
             model_init_kwargs={"dtype": args.dtype},
             save_strategy="no",
@@ -111,6 +111,7 @@ def train(args: argparse.Namespace, pairs: Dataset, held_out: Dataset, rate: str
     what = learned(RewardInfo(beta=config.beta, loss=config.changed_loss, metrics=metrics))
     return {
         "model": Path(trainer.model.config.name_or_path).name,
+        "data": args.data,
         "pairs": len(pairs),
         "steps": trainer.state.global_step,
         "learning_rate": config.learning_rate,
@@ -149,20 +150,16 @@ def guided_texts(trainer: AutoregressiveRewardTrainer, prompts: list[str]) -> di
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         measured[f"sentiment_{name}"] = list(mean_with_interval(np.array(sentiment([], texts))))
     measured["kl_guided"] = list(mean_with_interval(kl.numpy()))
-    measured["examples"] = [prompt + text for prompt, text in zip(prompts, texts, strict=True)][::24]
     return measured
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict]:
-    if not (args.data / "test.jsonl").exists() or not (args.data / "train.jsonl").exists():
-        make_pairs(args.data)
-    files = {name: str(args.data / f"{name}.jsonl") for name in ("train", "test")}
-    pairs, held_out = (load_dataset("json", data_files=files, split=name) for name in files)
-    held_out = held_out.select(range(min(args.held_out, len(held_out))))
+    held_out = PAIRS[args.data](args.held_out, True)
     for n_pairs in args.pairs:
+        pairs = PAIRS[args.data](n_pairs, False)
         for seed in args.seeds:
             for rate in args.rates:
-                yield train(args, pairs.select(range(min(n_pairs, len(pairs)))), held_out, rate, seed)
+                yield train(args, pairs, held_out, rate, seed)
 
 
 def row_of_table(row: dict) -> str:
@@ -189,9 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=float, default=sized(3.0, 1.0))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--data", type=output_folder, default="outputs/training_defaults", help="folder of the pairs, made if need be"
-    )
+    parser.add_argument("--data", choices=PAIRS, default="words", help="what the pairs are")
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     args = parser.parse_args()
     args.model = args.model or demo_model()
