@@ -17,6 +17,7 @@ from .models import Models
 from .script import script_of
 
 MAX_NEW_TOKENS = 256
+TEMPERATURE = 0.7  # at the beginning, as in the quickstart: at 1, small models also write what they find unlikely
 MAX_SENTENCES = 4
 VISIT = 3600  # seconds without activity after which a visitor's state is dropped
 DOCS = "https://hf-genarm.github.io/hf_genarm"
@@ -76,12 +77,12 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     arms = [models.reward_model(name) for name in models.adapters]
     first_sentences = [*sentences, *[""] * (MAX_SENTENCES - len(sentences))]
     first_strengths = [0.0] * (MAX_SENTENCES + len(arms))
-    first_temperature, first_reference = 1.0, "base"
+    first_temperature, first_reference = TEMPERATURE, "base"
     if sentences:
         first_strengths[0] = DEFAULT_STRENGTH
     elif arms:
         (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
-        first_temperature = recommended_temperature([arms[0].info]) or 1.0
+        first_temperature = recommended_temperature([arms[0].info]) or TEMPERATURE
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
