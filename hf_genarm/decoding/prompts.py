@@ -1,8 +1,8 @@
 """Prompts that a model reads in place of the base's: its text is its own prompt, and then the common answer."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..arguments import as_tensor, shown
 from ..hub.scoring import listed
 from ..hub.sentence import with_sentence
+from .line import Line, Padding
 from .padding import pad_token_id_of
 from .texts import Text
-from .vocab import VocabMap
 
 _RULE = (
     "a dict with `input_ids` and `attention_mask` of shape (n_requests, length), as a tokenizer returns it with "
@@ -32,21 +32,27 @@ class OwnPrompt:
 
     Parameters:
         input_ids, attention_mask (`torch.LongTensor` of shape `(n_requests, length)`):
-            Its tokens, in ids of the model's own tokenizer, and which of them are not padding.
+            Its tokens, in ids of the model's own tokenizer, and which of them are not padding, on the host.
         answer_start (`int`):
             Where the answer begins in the texts of the base.
+        on_devices (`dict`):
+            Copies of both for each text, by device.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     answer_start: int = 0
+    on_devices: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def fits(self, input_ids: Tensor) -> bool:
         """Returns whether it can come before the answers in texts of the base `(batch_size, length)`."""
         return len(input_ids) % len(self.input_ids) == 0 and input_ids.shape[1] >= self.answer_start
 
     def text(
-        self, input_ids: Tensor, attention_mask: Tensor, vocab_map: VocabMap | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        translate: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Returns the texts of this model, and their mask.
@@ -54,17 +60,64 @@ class OwnPrompt:
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 Those of the base. The rows of a request, for beams or several returned sequences, follow each other.
-            vocab_map ([`VocabMap`], *optional*):
-                How the answer is written in ids of this model, if they are not those of the base.
+            translate (callable, *optional*):
+                Returns the answer, given with its mask, in ids of this model, if they are not those of the base.
         """
         answer, mask = input_ids[:, self.answer_start :], attention_mask[:, self.answer_start :]
-        if vocab_map is not None:
-            answer = vocab_map.reward_ids(answer, mask)
-        repeats = len(input_ids) // len(self.input_ids)
-        own_ids, own_mask = (
-            x.to(input_ids.device).repeat_interleave(repeats, dim=0) for x in (self.input_ids, self.attention_mask)
-        )
+        if translate is not None:
+            answer = translate(answer, mask)
+        own_ids, own_mask = self._on(input_ids.device, len(input_ids))
         return torch.cat([own_ids, answer], dim=1), torch.cat([own_mask, mask], dim=1)
+
+    def line(self, base: Line) -> Line:
+        """Returns what the texts of this model are known by, given those of the base."""
+        key = id(self.on_devices), self.answer_start
+        if key not in base.variants:
+            base.variants[key] = _OwnLine(base, self)
+        return base.variants[key]
+
+    def _on(self, device: torch.device, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Returns tokens and mask of each text on a device, where they are kept."""
+        key = device, n_rows
+        if key not in self.on_devices:
+            repeats = n_rows // len(self.input_ids)
+            ids, mask = (x.repeat_interleave(repeats, dim=0) for x in (self.input_ids, self.attention_mask))
+            self.on_devices.clear()
+            self.on_devices[key] = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        return self.on_devices[key]
+
+
+class _OwnLine(Line):
+    """Stands for texts that begin with other prompts than those of the base, and continue as these do."""
+
+    def __init__(self, base: Line, prompt: OwnPrompt):
+        super().__init__(base.input_ids)
+        self._base, self._prompt = base, prompt
+        self.is_continuation = base.is_continuation
+
+    @property
+    def length(self) -> int:
+        return self._base.length + self._n_more
+
+    @property
+    def padding(self) -> Padding:
+        is_padded = bool((self._prompt.attention_mask == 0).any()) or self._base.padding.is_present
+        return Padding(is_present=is_padded)
+
+    @property
+    def _n_more(self) -> int:
+        """How many columns they have more than the texts of the base."""
+        return self._prompt.input_ids.shape[1] - self._prompt.answer_start
+
+    def _on_host(self, length: int) -> tuple[Tensor, Tensor | None]:
+        of_base, start = length - self._n_more, self._prompt.answer_start
+        answers = self._base.ids(of_base)[:, start:], self._base.mask(of_base)[:, start:]
+        repeats = len(answers[0]) // len(self._prompt.input_ids)
+        own = self._prompt.input_ids, self._prompt.attention_mask
+        ids, mask = (
+            torch.cat([x.repeat_interleave(repeats, dim=0), y], dim=1) for x, y in zip(own, answers, strict=True)
+        )
+        return ids, mask
 
 
 class OwnPrompts:
@@ -184,20 +237,18 @@ class OwnPrompts:
                 "their own, all texts must have begun together. Give the processor one batch at a time."
             )
         start = text.answer_start
-        if any(rewards):
-            self._refuse_not_encoded(text.input_ids[:, :start])
+        key = ("encoded", start, len(text.input_ids))
+        if any(rewards) and self._encoded is not None and text.run.agreed.get(key) is not self._encoded:
+            self._refuse_not_encoded(text.line.ids(start), self._encoded)
+            if text.step is not None:
+                text.run.agreed[key] = self._encoded
         own = [x and replace(x, answer_start=start) for x in (*rewards, self._reference)]
         return own[:-1], own[-1]
 
-    def _refuse_not_encoded(self, prompts: Tensor) -> None:
+    def _refuse_not_encoded(self, prompts: Tensor, encoded: OwnPrompt) -> None:
         """Refuses prompts of the base that are not those that the other prompts were made from."""
-        if self._encoded is None:
-            return
-        repeats = len(prompts) // len(self._encoded.input_ids)
-        ids, mask = (
-            x.to(prompts.device).repeat_interleave(repeats, dim=0)
-            for x in (self._encoded.input_ids, self._encoded.attention_mask)
-        )
+        repeats = len(prompts) // len(encoded.input_ids)
+        ids, mask = (x.repeat_interleave(repeats, dim=0) for x in (encoded.input_ids, encoded.attention_mask))
         if ids.shape != prompts.shape or not torch.equal(ids * mask, prompts * mask):
             raise ValueError(
                 "The prompts of this `generate` call are not those that `processor.encode` was last called with, so "
@@ -264,7 +315,7 @@ def _checked(name: str, value: Any) -> OwnPrompt:
     parts = ("input_ids", "attention_mask")
     if not isinstance(value, Mapping) or not all(part in value for part in parts):
         raise TypeError(f"`{name}` is {shown(value)}, but must be {_RULE}.")
-    ids, mask = (as_tensor(f"{name}[{part!r}]", value[part], f"a tensor, in {_RULE}") for part in parts)
+    ids, mask = (as_tensor(f"{name}[{part!r}]", value[part], f"a tensor, in {_RULE}").cpu() for part in parts)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"`{name}['input_ids']` is of {ids.dtype}, but must be a tensor of integers, in {_RULE}.")
     if ids.ndim != 2 or ids.numel() == 0 or ids.shape != mask.shape:
