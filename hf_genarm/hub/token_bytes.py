@@ -62,7 +62,9 @@ def _compare_with_decode(tokenizer: PreTrainedTokenizerBase, known: Sequence[byt
     for start in range(0, len(indices), _AT_ONCE):
         part = indices[start : start + _AT_ONCE]
         if not _decodes_to(tokenizer, part, known, letter):
-            index = next(x for x in (*part, part[-1]) if x == part[-1] or not _decodes_to(tokenizer, [x], known, letter))
+            index = next(
+                x for x in (*part, part[-1]) if x == part[-1] or not _decodes_to(tokenizer, [x], known, letter)
+            )
             ids = [index] if letter is None else [letter, index]
             raise ValueError(
                 f"The bytes of the tokens of `{tokenizer.name_or_path}` are not known: `decode({ids})` is "
