@@ -25,6 +25,9 @@ from .machine import GuidanceMachine
 from .padding import pad_token_id_of
 from .settings import GuidanceSettings
 from .strength import Alpha, strengths_at
+from .strings.byte_map import ByteMap
+from .strings.prompt_reader import PromptReader
+from .strings.starting_model import starting_model
 from .vocab import vocab_maps
 
 RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
@@ -132,9 +135,15 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizers = [x.tokenizer if isinstance(x, AutoregressiveRewardModel) else None for x in given]
         own = next((x for x in self._tokenizers if x is not None), None)
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
-        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
+        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, self._models, base_model)
+        are_foreign = [isinstance(x, ByteMap) for x in self._vocab_maps]
+        self._starting_models = [
+            starting_model(x, self.reference, all(are_foreign)) if is_foreign else None
+            for x, is_foreign in zip(given, are_foreign, strict=True)
+        ]
+        readers = [PromptReader(x) if isinstance(x, ByteMap) else None for x in self._vocab_maps]
         self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
-        super().__init__(infos, alpha, target_kl, pad_token_id, attention_mask)
+        super().__init__(infos, readers, alpha, target_kl, pad_token_id, attention_mask)
         self._machine = self._new_machine()  # which refuses models that can't be guided by
         if pad_token_id is None:
             special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
@@ -146,6 +155,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         return GuidanceMachine(
             self._models,
             self._vocab_maps,
+            self._starting_models,
             self._base,
             self.reference,
             self._tokenizer,
@@ -370,19 +380,19 @@ class GenARMLogitsProcessor(GuidanceSettings):
             return scores
         machine.check(text)
         n_requests = max(n_requests, self._own_prompts.n_requests)
-        rewards, reference = machine.log_probs(text, self._prompt_mask(text), active, scores)
+        rewards, references = machine.log_probs(text, self._prompt_mask(text), active, scores)
         product = guided_product(
             scores,
             rewards,
             list(active.values()),
-            reference,
+            references,
             incomplete=[place for place, index in enumerate(active) if index in machine.rewards.incomplete],
             scale=None if target_kl is None else partial(machine.kl_control, text, n_requests, target_kl),
         )
         product.refuse_empty_rows()
         machine.keep(product, input_ids)
         if self._keeps_statistics:
-            machine.statistics.record(text, n_requests, product, list(active))
+            machine.statistics.record(text, n_requests, product, list(active), machine.rewards.of_strings(active))
         return product.log_probs
 
 

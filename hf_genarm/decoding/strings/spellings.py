@@ -30,6 +30,7 @@ class Pruning:
     least_piece: float = 1e-2
 
 
+PRUNING = Pruning()
 NO_PRUNING = Pruning(most=2**62, least_share=0.0, least_piece=0.0)
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ...hub.info import GuidanceWarning
 from ..prompts import OwnPrompt
 from .byte_map import ByteMap
-from .spellings import PrefixProbabilities, Pruning, Spellings
+from .spellings import PRUNING, PrefixProbabilities, Pruning, Spellings
+from .starting_model import StartingModel
 from .text_tree import TextTree
 
 
@@ -35,6 +36,11 @@ class Candidates:
     most: int = 64
 
 
+CANDIDATES = Candidates()
+# What statistics keep in addition, for each token
+OF_STRINGS = ("coverage", "pruned")
+
+
 class StringRewards:
     r"""
     Returns rewards for the tokens of a base from a reward model whose tokens are other strings.
@@ -49,12 +55,12 @@ class StringRewards:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The reward model.
-        reference ([`~transformers.PreTrainedModel`], *optional*):
-            The model with the same tokens that it is contrasted with.
-        is_off (`bool`):
-            Whether that is the reward model with its adapter off.
+        start ([`StartingModel`]):
+            The model with the same tokens that it is contrasted with, if there is one.
         byte_map ([`ByteMap`]):
             The bytes of the tokens of both.
+        candidates ([`Candidates`], *optional*), pruning ([`Pruning`], *optional*):
+            Which tokens get rewards, and which spellings are followed.
 
     Attributes:
         coverage (`torch.Tensor` of shape `(batch_size,)`):
@@ -70,14 +76,13 @@ class StringRewards:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        reference: PreTrainedModel | PeftModel | None,
-        is_off: bool,
+        start: StartingModel,
         byte_map: ByteMap,
-        candidates: Candidates = Candidates(),
-        pruning: Pruning = Pruning(),
+        candidates: Candidates = CANDIDATES,
+        pruning: Pruning = PRUNING,
     ):
         self.model, self._byte_map, self._candidates = model, byte_map, candidates
-        self.tree = TextTree(model, reference, is_off)
+        self.tree = TextTree(model, *start)
         self.probabilities = PrefixProbabilities(byte_map, self.tree, pruning)
         self.coverage = self.pruned = torch.ones(0)
         self._n_covered, self._warned = np.zeros(2), set[str]()
@@ -91,12 +96,28 @@ class StringRewards:
 
     release = reset
 
-    def log_probs(self, input_ids: Tensor, attention_mask: Tensor, scores: Tensor, prompt: OwnPrompt) -> Tensor:
+    @property
+    def why(self) -> str:
+        """The reason why the rewards are those of strings, what they are contrasted with, and what a token costs."""
+        contrasted = (
+            "without a contrast" if len(self.tree.models) == 1 else "minus those of the model it was trained from"
+        )
+        cost = (
+            "a pass or two over a few places"
+            if self.tree.why_rows is None
+            else (f"a pass over the whole text for each of several spellings, as {self.tree.why_rows}")
+        )
+        return (
+            f"its tokens are other strings than those of the base: rewards are those of strings, {contrasted}, for the "
+            f"{self._candidates.most} likeliest tokens at most, and each token of the base costs {cost}"
+        )
+
+    def log_probs(self, input_ids: Tensor, scores: Tensor, prompt: OwnPrompt) -> Tensor:
         """
         Returns the rewards of the next token.
 
         Args:
-            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
                 The texts so far, in ids of the base.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
                 The scores of the base, which candidates are chosen by.

@@ -219,7 +219,7 @@ class TextTree:
         """Drops the columns of what has been forgotten, if they are many."""
         if len(self._columns) < self._sorted_out_at:
             return
-        kept = []
+        kept: list[int] = []
         for column, weak in enumerate(self._columns):
             node = weak()
             if node is not None and node.column == column:
@@ -263,8 +263,8 @@ class _Pass:
 
     def keep(self, columns: list[int]) -> None:
         """Drops all other columns of keys and values."""
-        for layer in () if self._cache is None else self._cache.layers:
-            assert isinstance(layer, DynamicLayer)
+        layers: Any = [] if self._cache is None else self._cache.layers
+        for layer in layers:
             kept = torch.tensor(columns, device=layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
 
@@ -319,7 +319,7 @@ def _names_of_both(model: Any) -> list[str] | None:
     if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
         return None
     (name,) = model.active_adapters
-    config = model.peft_config[name]
+    config: Any = model.peft_config[name]
     is_plain = isinstance(config, LoraConfig) and not config.use_dora and config.bias == "none"
     if not is_plain or config.modules_to_save or config.trainable_token_indices or config.layer_replication:
         return None
