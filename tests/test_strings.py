@@ -46,7 +46,7 @@ def unpadded(inputs):
 def test_prefix_probabilities_are_sums_over_all_sequences_of_tokens(tokens):
     tokenizer = of_letters("ab", tokens)
     models = [tiny_llama(seed, vocab_size=len(tokenizer)).double() for seed in (1, 2)]
-    byte_map = ByteMap(of_letters("ab", ["ba", "abb"]), tokenizer, {EOS}, {EOS}, len(tokenizer))
+    byte_map = ByteMap(of_letters("ab", ["ba", "bb", "abb"]), tokenizer, {EOS}, {EOS}, len(tokenizer))
     tree = TextTree(*models)
     assert tree.why_rows is None
     probabilities, prompt, written = PrefixProbabilities(byte_map, tree, NO_PRUNING), (1, 4, 3), ""
@@ -82,7 +82,7 @@ def modes():
             yield pytest.param(mode, id=mode.name, marks=() if mode.name in DEFAULT else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("mode", modes())
+@pytest.mark.parametrize("mode", list(modes()))
 def test_guided_text_equals_enumeration(mode):
     options = mode.kwargs() | {"max_new_tokens": 4}
     processor = exact(guide(alpha=1.5))
@@ -104,10 +104,15 @@ def test_alpha_0_is_no_guidance():
 def test_one_instance_for_many_calls():
     """Prompts of any number and length, strengths for each request, copies: each text is what it would be alone."""
     processor = exact(guide())
-    for instance in (processor, exact(copy.deepcopy(processor)), exact(pickle.loads(pickle.dumps(guide())))):
+    for base, instance in (
+        (BASE, processor),
+        copy.deepcopy((BASE, processor)),
+        pickle.loads(pickle.dumps((BASE, guide()))),
+    ):
+        exact(instance)
         for inputs in (left_padded([5, 9]), left_padded([7], 4)):
             instance.alpha = torch.linspace(0.5, 2.0, len(inputs["input_ids"]))[:, None]
-            output = generate(BASE, [instance], inputs, max_new_tokens=3)
+            output = generate(base, [instance], inputs, max_new_tokens=3)
             for row, prompt in enumerate(unpadded(inputs)):
                 oracle = Enumerated(ARM, REFERENCE, float(instance.alpha[row, 0]), [prompt])
                 alone = generate(BASE, [oracle], {"input_ids": torch.tensor([prompt])}, max_new_tokens=3)

@@ -26,7 +26,9 @@ def of_letters(letters, longer):
 PAIRS = ["".join(pair) for pair in itertools.product(LETTERS, LETTERS)]
 # As many tokens as the tiny base has
 BASE_TOKENIZER = of_letters(LETTERS, [*PAIRS, "abc", "dab", "fed"])
-REWARD_TOKENIZER = of_letters(LETTERS, ["ab", "bc", "cd", "ef", "fa", "ce", "de", "ea", "bb", "dd", "abc", "cde", "bcd", "fab"])
+REWARD_TOKENIZER = of_letters(
+    LETTERS, ["ab", "bc", "cd", "ef", "fa", "ce", "de", "ea", "bb", "dd", "abc", "cde", "bcd", "fab"]
+)
 assert len(BASE_TOKENIZER) == VOCAB_SIZE
 
 
@@ -92,7 +94,7 @@ class Enumerated(LogitsProcessor):
     def rewards(self, prompt, answer):
         """The reward of each token of the base after an answer, in ids of the base; a dict."""
         *read, last = REWARD_TOKENIZER(BASE_TOKENIZER.decode(prompt))["input_ids"]
-        written = REWARD_TOKENIZER.decode([last]) + BASE_TOKENIZER.decode(answer)
+        written = REWARD_TOKENIZER.decode([last]) + BASE_TOKENIZER.decode(answer, skip_special_tokens=True)
         strings = {x: BASE_TOKENIZER.decode([x]) for x in range(EOS + 1, VOCAB_SIZE)}
         of_both = []
         for model in self._both:

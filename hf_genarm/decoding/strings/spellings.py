@@ -160,7 +160,8 @@ class PrefixProbabilities:
         log_probs, ends, skipped = [], [], []
         for text, of_text in zip(texts, strings, strict=True):
             found = [next(explored) for _ in of_text]
-            log_probs.append(_log(np.stack([self._sum(x.read) for x in found], axis=1)) if found else self._zero[:, :0])
+            sums = [self._sum(x.read) for x in found]
+            log_probs.append(_log(np.stack(sums, axis=1)) if sums else np.zeros((len(self._zero), 0)))
             complete = [x for x in text.list if not x.pending]
             ends.append(_log(sum((np.exp(x.weight) * self._end(x.node) for x in complete), start=self._zero)))
             all_skipped = {key: weight for x in found for key, weight in x.skipped.items()}
