@@ -89,9 +89,9 @@ class ByteMap:
         """Returns the tokens of the reward model that are these bytes, most often one or none."""
         return self._tokens.get(string, [])
 
-    def beginnings(self, string: bytes, shortest: int) -> list[tuple[int, bytes]]:
-        """Returns the tokens of at least some length that a string begins with, each with the rest of the string."""
-        lengths = range(shortest, min(len(string), self._longest) + 1)
+    def beginnings(self, string: bytes) -> list[tuple[int, bytes]]:
+        """Returns the tokens that a string begins with, shorter ones first, each with the rest of the string."""
+        lengths = range(1, min(len(string), self._longest) + 1)
         return [(token, string[n:]) for n in lengths for token in self.tokens_of(string[:n])]
 
     def _pieces(self, string: bytes) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class ByteMap:
             return tuple(ids)
         pieces = []
         while string:
-            longest = self.beginnings(string, 1)[-1:]
+            longest = self.beginnings(string)[-1:]
             if not longest:
                 return ()
             ((token, string),) = longest

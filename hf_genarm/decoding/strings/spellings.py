@@ -20,18 +20,18 @@ class Pruning:
             The number of spellings of a text that are kept.
         least_share (`float`):
             The share of the probability of a text that a spelling must have, or else it is dropped.
-        least_piece (`float`):
-            The share that a token must have inside of a candidate, where the tokenizer wouldn't write it, or else what
-            follows it isn't read.
+        as_written (`bool`):
+            Whether a new string is only cut where the tokenizer of the reward model would cut it. Models are trained on
+            such texts, and give hardly any probability to others. If so, one pass reads all that is needed.
     """
 
     most: int = 8
     least_share: float = 1e-3
-    least_piece: float = 1e-2
+    as_written: bool = True
 
 
 PRUNING = Pruning()
-NO_PRUNING = Pruning(most=2**62, least_share=0.0, least_piece=0.0)
+NO_PRUNING = Pruning(most=2**62, least_share=0.0, as_written=False)
 
 
 class Spelling(NamedTuple):
@@ -81,7 +81,6 @@ class _Found:
 
     read: list[Spelling] = field(default_factory=list)
     ends: list[tuple[Spelling, int]] = field(default_factory=list)  # spellings, and the token with which they end
-    skipped: dict[tuple[Node, int], float] = field(default_factory=dict)
 
 
 class PrefixProbabilities:
@@ -135,7 +134,7 @@ class PrefixProbabilities:
 
     def log_probs(
         self, texts: Sequence[Spellings], strings: Sequence[Sequence[bytes]]
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[float]]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         r"""
         Returns $\log F(c \cdot s) - \log F(c)$ of several strings $s$ after each text $c$.
 
@@ -146,8 +145,7 @@ class PrefixProbabilities:
                 The strings that may follow each of them.
 
         Returns:
-            For each text: the log-probabilities `(n_models, n_strings)`; those of its end `(n_models,)`; and the share
-            of $F(c)$ that spellings with tokens inside of the strings have at most, which were not followed.
+            For each text: the log-probabilities `(n_models, n_strings)`, and those of its end `(n_models,)`.
         """
         paths = [
             [node for string in of_text for node in self._written(text, string)]
@@ -157,42 +155,43 @@ class PrefixProbabilities:
         self._tree.read([*of_texts, *(node for path in paths for node in path)])
         jobs = [(text, string) for text, of_text in zip(texts, strings, strict=True) for string in of_text]
         explored = iter(self._explore(jobs))
-        log_probs, ends, skipped = [], [], []
+        log_probs, ends = [], []
         for text, of_text in zip(texts, strings, strict=True):
             found = [next(explored) for _ in of_text]
             sums = [self._sum(x.read) for x in found]
             log_probs.append(_log(np.stack(sums, axis=1)) if sums else np.zeros((len(self._zero), 0)))
             complete = [x for x in text.list if not x.pending]
             ends.append(_log(sum((np.exp(x.weight) * self._end(x.node) for x in complete), start=self._zero)))
-            all_skipped = {key: weight for x in found for key, weight in x.skipped.items()}
-            skipped.append(min(sum(all_skipped.values()), 1.0))
-        return log_probs, ends, skipped
+        return log_probs, ends
 
     def _explore(self, jobs: Sequence[tuple[Spellings, bytes]]) -> list[_Found]:
         """Follows the spellings of texts through one string each, and reads what follows the tokens inside of it."""
         found = [_Found() for _ in jobs]
-        written = [{(x.parent, x.token) for x in self._written(*job)} for job in jobs]
+        cuts = [{(x.parent, x.token) for x in self._written(*job)} for job in jobs]
+        listed = [{spelling.node for spelling in text.list} for text, _ in jobs]
         front = [
-            (index, Spelling(x.node, x.weight, x.pending + string), len(x.pending) + 1)
+            (index, Spelling(x.node, x.weight, x.pending + string), len(x.pending))
             for index, (text, string) in enumerate(jobs)
             for x in text.list
         ]
         while front:
             inside: list[tuple[int, Spelling, int]] = []
-            for index, spelling, shortest in front:
+            for index, spelling, n_known in front:
                 found[index].read.append(spelling)
                 node = spelling.node
                 assert node.following is not None
-                for token, rest in self._byte_map.beginnings(spelling.pending, shortest):
+                for token, rest in self._byte_map.beginnings(spelling.pending):
+                    is_cut = (node, token) in cuts[index]
+                    # What ends within the text is listed, unless it was dropped. Some of it turns out to be needed.
+                    is_new = len(rest) < len(spelling.pending) - n_known
+                    if not (is_new or is_cut) or (is_cut and node.child(token) in listed[index]):
+                        continue
                     if not rest:
                         found[index].ends.append((spelling, token))
-                        continue
-                    weight = spelling.weight + node.following[:, token]
-                    share = float(np.exp(weight.max()))
-                    if share > 0 and ((node, token) in written[index] or share >= self._pruning.least_piece):
-                        inside.append((index, Spelling(node.child(token), weight, rest), 1))
-                    else:
-                        found[index].skipped[node, token] = share
+                    elif is_cut or not self._pruning.as_written:
+                        weight = spelling.weight + node.following[:, token]
+                        if weight.max() > -np.inf:
+                            inside.append((index, Spelling(node.child(token), weight, rest), 0))
             self._tree.read(spelling.node for _, spelling, _ in inside)
             front = inside
         return found
@@ -219,8 +218,6 @@ class PrefixProbabilities:
             if pieces[:1] != (node.token,):
                 return []
             pieces = pieces[1:]
-        if len(pieces) < 2 or len(of_reward[pieces[0]] or b"") <= len(spelling.pending):
-            return []
         return [node := node.child(token) for token in pieces[:-1]]
 
     def _covers(self, string: bytes) -> bool:

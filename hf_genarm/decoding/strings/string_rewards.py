@@ -66,7 +66,7 @@ class StringRewards:
         coverage (`torch.Tensor` of shape `(batch_size,)`):
             For each text of the last call, the share of the base's probability that its candidates have.
         pruned (`torch.Tensor` of shape `(batch_size,)`):
-            The share of the reward model's probability that was left out at most.
+            The share of the reward model's probability of each text that was dropped in the last step.
     """
 
     has_cache = False  # of the kind that drafts are read into ahead
@@ -144,12 +144,12 @@ class StringRewards:
         probabilities = scores.double().softmax(dim=-1)
         top, tokens = (x.tolist() for x in probabilities.topk(min(self._candidates.most, scores.shape[-1])))
         chosen = [self._chosen(*row) for row in zip(texts, answers, tokens, top, strict=True)]
-        log_probs, ends, skipped = self.probabilities.log_probs(texts, [list(of_row.values()) for of_row, _ in chosen])
+        log_probs, ends = self.probabilities.log_probs(texts, [list(of_row.values()) for of_row, _ in chosen])
         rewards = np.full(scores.shape, np.nan)
         for row, (strings, end_tokens) in enumerate(chosen):
             rewards[row, list(strings)] = self._reward(log_probs[row])
             rewards[row, end_tokens] = self._reward(ends[row][:, None])
-        self.pruned = torch.tensor([min(x + text.dropped, 1.0) for x, text in zip(skipped, texts, strict=True)])
+        self.pruned = torch.tensor([text.dropped for text in texts])
         result = torch.from_numpy(rewards).float().to(scores.device)
         self.coverage = probabilities.masked_fill(result.isnan(), 0.0).sum(dim=-1).float()
         self._warn_of_low_coverage(texts)

@@ -8,14 +8,15 @@ from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ...hub.kv_cache import CACHE, network_of, new_cache
 from ...hub.limits import fixed_length, n_positions, refuse_too_long, refuse_unknown_ids, why_no_cache
-from ..fusion.joint_network import NotFusableError, refuse_hooks
+from ...hub.sharing import frozen_twin
+from ..fusion.joint_network import JointNetwork, NotFusableError, products_of
 from ..lockstep import LockstepLM
 
 # Entries of the largest mask of a pass: of more new places, there are several passes
@@ -120,10 +121,7 @@ class TextTree:
         rows = [LockstepLM(x, role) for x, role in zip(self.models, ("reward model", "reference"), strict=False)]
         self.why_rows = next((why for why in map(why_no_tree, self.models) if why is not None), None)
         self._rows = None if self.why_rows is None else rows
-        self._passes: list[_Pass] = []
-        if self._rows is None:
-            names = _names_of_both(model) if is_off else None
-            self._passes = [_Pass(x) for x in self.models] if names is None else [_Pass(model, names)]
+        self._is_off, self._model = is_off, rows[0]
         self.reset()
 
     def reset(self) -> None:
@@ -132,8 +130,7 @@ class TextTree:
         self._columns: list[ref[Node]] = []
         self._sorted_out_at = 1024
         self._known: OrderedDict[Node, None] = OrderedDict()
-        for part in self._passes:
-            part.reset()
+        self._passes: list[_Pass] = []  # made again at the first use, as the model may have changed
         for lockstep in self._rows or []:
             lockstep.reset()
 
@@ -175,6 +172,9 @@ class TextTree:
 
     def _in_tree(self, missing: list[Node]) -> Iterator[tuple[list[Node], Tensor]]:
         """Reads what is new in the texts of some places, and yields places with the logits after them."""
+        if not self._passes:
+            joint = _both_in_one(self._model) if self._is_off else None
+            self._passes = [_Pass(x) for x in self.models] if joint is None else [_Pass(self.models[0], joint)]
         self._sort_out()
         new: dict[Node, None] = {}
         for node in missing:
@@ -248,18 +248,15 @@ class _Pass:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model.
-        adapter_names (list of `str`, *optional*):
-            The adapter of each row, if it is to have several.
+        joint ([`JointNetwork`], *optional*):
+            What computes it in the second of two rows, of which the first is the model without its adapter.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, adapter_names: list[str] | None = None):
-        self._model, self._network, self._adapter_names = model, network_of(model), adapter_names
+    def __init__(self, model: PreTrainedModel | PeftModel, joint: JointNetwork | None = None):
+        self._model, self._network, self._joint = model, network_of(model), joint
         self._n_positions = n_positions(model)
         self._forward_args = set(inspect.signature(type(self._network).forward).parameters)
         self._cache: DynamicCache | None = None
-
-    def reset(self) -> None:
-        self._cache = None
 
     def keep(self, columns: list[int]) -> None:
         """Drops all other columns of keys and values."""
@@ -298,36 +295,34 @@ class _Pass:
             "position_ids": torch.tensor([[node.depth - 1 for node in nodes]], device=device),
             "attention_mask": torch.where(mask.to(device), torch.zeros_like(hidden), hidden)[None, None],
         }
-        if self._adapter_names is not None:
-            n_rows = len(self._adapter_names)
-            inputs = {name: x.expand(n_rows, *x.shape[1:]) for name, x in inputs.items()}
-            inputs["adapter_names"] = self._adapter_names
+        if self._joint is not None:
+            inputs = {name: x.expand(2, *x.shape[1:]) for name, x in inputs.items()}
         keeps = "logits_to_keep" in self._forward_args
         if keeps:
             inputs["logits_to_keep"] = torch.tensor(places, device=device)
-        output = self._model(**inputs, **{CACHE: self._cache, "use_cache": True})
+        inputs |= {CACHE: self._cache, "use_cache": True}
+        output = self._model(**inputs) if self._joint is None else self._joint(inputs, 1)
+        assert output is not None
         if self._cache.get_seq_length() != mask.shape[1]:
             raise RuntimeError(
                 f"`{type(self._model).__name__}` did not fill its key-value cache. A model in training mode with "
                 "gradient checkpointing turns the cache off: call `reward_model.eval()` first."
             )
-        return output.logits if keeps else output.logits[:, places]
+        logits = output.logits if keeps else output.logits[:, places]
+        return logits if self._joint is None else logits.flip(0)
 
 
-def _names_of_both(model: Any) -> list[str] | None:
-    """Returns the adapters of two rows of one pass, with and without the adapter; `None` if it can't be in one pass."""
-    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+def _both_in_one(model: LockstepLM) -> JointNetwork | None:
+    """Returns a network that computes a model with and without its adapter as two rows; `None` if that can't be."""
+    if not isinstance(model.model, PeftModel):
         return None
-    (name,) = model.active_adapters
-    config: Any = model.peft_config[name]
-    is_plain = isinstance(config, LoraConfig) and not config.use_dora and config.bias == "none"
-    if not is_plain or config.modules_to_save or config.trainable_token_indices or config.layer_replication:
-        return None
+    base: Any = frozen_twin(model.model)[0].unload()
     try:
-        refuse_hooks(model, "the reward model")
+        joint = JointNetwork(base, [products_of(model, base)])
     except NotFusableError:
         return None
-    return [name, "__base__"]
+    ids = torch.zeros(2, 2, dtype=torch.long, device=base.device)
+    return joint if joint({"input_ids": ids, "use_cache": False}, 1) is not None else None
 
 
 def why_no_tree(model: PreTrainedModel | PeftModel) -> str | None:
