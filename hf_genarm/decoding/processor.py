@@ -78,7 +78,9 @@ class GenARMLogitsProcessor(GuidanceSettings):
             The tokenizer of the base model, needed only if that of a reward model is another one.
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
             The tokenizer of each reward model. Tokens are then aligned by their strings; those that a reward model
-            can't score keep the probability that the base model gives them.
+            can't score keep the probability that the base model gives them. If its tokens are other strings, its
+            rewards are those of strings, for the likeliest tokens of the base. They are contrasted with the model that
+            it was trained from if `reference` is `"base"`.
 
     Raises:
         TypeError: if an argument is of another type, or a reward model is not a decoder-only causal LM.
@@ -259,7 +261,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
     def encode(self, prompts: Any, **template_kwargs: Any) -> BatchEncoding:
         """
         Tokenizes prompts for the base, and sets [`~GenARMLogitsProcessor.prompts`]: each reward model that is a
-        sentence reads the same prompts with its sentence in them. `generate(**processor.encode(chats),
+        sentence reads the same prompts with its sentence in them, and one with other tokens reads them in its own
+        tokens and chat template. `generate(**processor.encode(chats),
         logits_processor=[processor])` steers with them.
 
         In a chat the sentence is put at the end of the system message. If there is none, it becomes the system message,
@@ -287,7 +290,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
     def engine(self) -> str:
         """
         Returns how the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in separate
-        passes over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
+        passes over the weights of the base; `"separate"`, with weights of their own; `"strings"`, with weights and
+        tokens of their own, which gives rewards of strings. Several names, in the order of the
         reward models and separated by commas, if they differ. It makes no difference except in time and memory.
         """
         engines = [engine for engine, _ in self._machine.rewards.engines]
@@ -323,7 +327,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
         each reward model `reward_log_prob_0`, … (minus that of the reference, if there is one) and `alpha_0`, …, the
         strength in force; and for the distribution that the token was drawn from `kl`, the divergence from the base,
         `log_z`, the logarithm of the sum that normalises Eq. 7, `entropy`, `base_entropy` and `top_token_changed`. All
-        are in nats, before temperature and top-k.
+        are in nats, before temperature and top-k. Rewards of strings have `coverage_0`, the share of the base's
+        probability that has rewards, and `pruned_0`, the share of the text's probability that was dropped before it.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):

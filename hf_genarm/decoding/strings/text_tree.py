@@ -301,8 +301,7 @@ class _Pass:
         if keeps:
             inputs["logits_to_keep"] = torch.tensor(places, device=device)
         inputs |= {CACHE: self._cache, "use_cache": True}
-        output = self._model(**inputs) if self._joint is None else self._joint(inputs, 1)
-        assert output is not None
+        output: Any = self._model(**inputs) if self._joint is None else self._joint(inputs, 1)
         if self._cache.get_seq_length() != mask.shape[1]:
             raise RuntimeError(
                 f"`{type(self._model).__name__}` did not fill its key-value cache. A model in training mode with "
