@@ -5,13 +5,15 @@ import hashlib
 import json
 import threading
 import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub import constants, file_download, hf_api, repocard
 from huggingface_hub.utils import _http
 from transformers import dynamic_module_utils
 from transformers.utils import hub
@@ -222,6 +224,16 @@ def in_environment(
     return offline | where | ({"HF_TOKEN": token} if token else {})
 
 
+@dataclass
+class _Session:
+    """Sends what is for the Hub to a server: before its version 2, the client always validates cards at the Hub."""
+
+    url: str
+
+    def post(self, url: str, **kwargs: Any) -> Any:
+        return _http.get_session().post(url.replace("https://huggingface.co", self.url), **kwargs)
+
+
 def connect(
     patch: pytest.MonkeyPatch, server: HubServer, home: Path, token: str | None = TOKEN, is_offline: bool = False
 ) -> None:
@@ -241,6 +253,7 @@ def connect(
     }.items():
         patch.setattr(constants, name, value)
     patch.setattr(hf_api.api, "endpoint", server.url)
+    patch.setattr(repocard, "get_session", lambda: _Session(server.url))
     patch.setattr(hub, "_hf_api", None, raising=False)  # which is made once, by transformers from 5.24 on
     patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
     for module in (_http, file_download):

@@ -555,7 +555,7 @@ def test_what_is_remembered_is_bounded():
     outputs = [generate(BASE, [processor], left_padded([6, 4], seed), min_new_tokens=10) for seed in range(12)]
     gc.collect()
     runs = processor._machine.statistics._runs.values()
-    assert sum(len(run.of_text) for run in runs) <= 60
+    assert sum(run.n_texts for run in runs) <= 60
     assert len(processor._machine.kl_control._missing) <= len(runs) + BASE.prepare_inputs_for_generation.watch.KEPT_RUNS
     assert processor.statistics(outputs[-1].sequences)["kl"]
     with pytest.raises(ValueError, match="Nothing is kept about sequence 0"):
@@ -564,17 +564,18 @@ def test_what_is_remembered_is_bounded():
 
 def test_many_rows_are_matched_in_linear_memory():
     """Beams that permute: 256 rows of 1,024 tokens took 907 MB."""
+    from hf_genarm.decoding.line import Line
     from hf_genarm.decoding.lockstep import State, _longest_shared_prefix
 
     ids = torch.randint(3, 1000, (256, 1024))
-    state = State(ids, torch.ones_like(ids), DynamicCache())
+    state = State(DynamicCache(), Line(ids), length=1024)
     order = torch.randperm(256)
     wanted = torch.cat([ids[order], torch.full((256, 1), 7)], dim=1)
-    rows, shared = _longest_shared_prefix(state, wanted, torch.ones_like(wanted))
+    rows, shared = _longest_shared_prefix(state, Line(wanted), 1025)
     assert shared == 1024
     assert torch.equal(rows, order)
     wanted[3, 500] = 0
-    rows, shared = _longest_shared_prefix(state, wanted, torch.ones_like(wanted))
+    rows, shared = _longest_shared_prefix(state, Line(wanted), 1025)
     assert shared == 500
     assert torch.equal(ids[rows, :500], wanted[:, :500])
 

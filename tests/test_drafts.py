@@ -244,7 +244,7 @@ def test_each_token_is_read_once():
 def test_the_base_verifies_in_passes_for_a_few_tokens(monkeypatch):
     """Over other modules, unless something acts on its own; and over its weights as they are now."""
     for module in (joint_network, joint_pass):  # as on a processor where torch is slow for a few tokens
-        monkeypatch.setattr(module, "slow_for_few_rows", lambda: True)
+        monkeypatch.setattr(module, "slow_for_few_rows", lambda device: True)
     passes, call = [], JointNetwork.__call__
     monkeypatch.setattr(JointNetwork, "__call__", lambda self, *args: passes.append(1) or call(self, *args))
     base = copy.deepcopy(BASE)

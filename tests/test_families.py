@@ -12,7 +12,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 
 def test_the_page_has_every_family():
-    assert sorted(read()) == FAMILIES
+    """And families that older versions of transformers don't have yet."""
+    assert read().keys() >= {*FAMILIES}
     assert len(FAMILIES) > 150
     not_built = PAGE.read_text(encoding="utf-8").split("Not built tiny:")[1].split("\n\n")[0]
     scanned = {family.removesuffix(AS_DECODER) for family in FAMILIES}

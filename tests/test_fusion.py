@@ -80,7 +80,7 @@ def test_every_step_after_the_prompt_is_joint(base, adapters, options):
 @pytest.mark.parametrize("is_slow", [True, False])
 def test_joint_passes_equal_recomputation_in_both_orders_of_factors(base, adapters, models, is_slow, monkeypatch):
     for module in (joint_network, joint_pass):
-        monkeypatch.setattr(module, "slow_for_few_rows", lambda: is_slow)
+        monkeypatch.setattr(module, "slow_for_few_rows", lambda device: is_slow)
     calls, product = [], joint_network._linear
     monkeypatch.setattr(joint_network, "_linear", lambda *args: calls.append(None) or product(*args))
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base, alpha=[1.0, 0.5])

@@ -12,7 +12,7 @@ from tiny import VOCAB_SIZE, left_padded, tiny_llama
 from transformers import LogitsProcessor
 
 from hf_genarm import GenARMLogitsProcessor
-from hf_genarm.decoding.strength import by_reward, check_alpha
+from hf_genarm.decoding.strength import check_alpha, refuse_other_requests
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
@@ -198,7 +198,7 @@ def test_invalid_strengths():
         with pytest.raises(ValueError, match=message):
             check_alpha(alpha, 2)
     with pytest.raises(ValueError, match=r"`alpha` has 3 rows.*4 rows to generate"):
-        by_reward(torch.ones(3, 2), torch.zeros(4, 5, dtype=torch.long))
+        refuse_other_requests(torch.ones(3, 2), torch.zeros(4, 5, dtype=torch.long))
     processor = GenARMLogitsProcessor(ARM, lambda step: schedule)
     with pytest.raises(ValueError, match="returned a function for step 0"):
         processor(ONE["input_ids"], torch.zeros(1, VOCAB_SIZE))

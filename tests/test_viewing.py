@@ -19,6 +19,7 @@ from support import ARM, ASSISTANT, BASE, ONE
 from tiny import tiny_llama
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from hf_genarm.decoding.line import Line
 from hf_genarm.decoding.statistics import Statistics
 from hf_genarm.decoding.step import Run
 from hf_genarm.decoding.texts import Text
@@ -152,7 +153,7 @@ def test_what_generate_pads_with_is_not_drawn(tokenizer):
     uniform = torch.zeros(1, len(tokenizer)).log_softmax(-1)
     run = Run(ids[:, :2])
     for length in range(2, 7):
-        text = Text(ids[:, :length], run, [length - 2])
+        text = Text(ids[:, :length], run, [length - 2], Line(ids[:, :length]))
         table.record(text, 1, guided_product(uniform, [uniform], [1.0]), [0])
     drawn = table.read(ids)
     assert len(drawn["token"]) == 4

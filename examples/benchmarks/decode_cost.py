@@ -127,7 +127,7 @@ def measure_round(
         ratios["over_rows"] = seconds["fused"] / seconds["rows"]
     if "separate" in seconds:
         ratios["over_alone"] = seconds["separate"] / alone
-    if not joint_network.slow_for_few_rows():  # the products are the same anyway
+    if not joint_network.slow_for_few_rows(torch.device("cpu")):  # the products are the same anyway
         return ratios, {}
     with products_of_joint_passes(model):
         same = {"rows": time_per_token(model, [], n_rows, args), "unguided": unguided}
@@ -214,7 +214,7 @@ def profile(model: PreTrainedModel, names: list[str], args) -> None:
             "the prompt, read by the base": spent(GenerationMixin._prefill),
             "the processor, which reads the prompt with the reward model": spent(GenARMLogitsProcessor.__call__),
         }
-        if joint_network.slow_for_few_rows():  # else torch's own layers are called
+        if joint_network.slow_for_few_rows(torch.device("cpu")):  # else torch's own layers are called
             parts["joint passes: products with the weights of the base"] = spent(joint_network._linear)
         total = spent(GenerationMixin.generate)
         print(f"\nbatch {batch_size}, 1 adapter: share of the time of `generate`")

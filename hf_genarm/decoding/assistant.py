@@ -12,6 +12,7 @@ from ..hub.kv_cache import network_of
 from .draft_length import DraftLength
 from .drafts import Draft
 from .fusion.joint_pass import Fusion
+from .line import Line
 from .machine import GuidanceMachine
 
 
@@ -71,7 +72,8 @@ class DraftingAssistant:
         )
         self._stops: dict[tuple[str, ...], StopStringCriteria] = {}
         self._call: GenerationConfig | None = None
-        self._last: tuple[Tensor, int, int] | None = None  # text with drafts, length without, number of drafts
+        self._last: tuple[Line, int, int] | None = None  # text with drafts, length without, number of drafts
+        self._origin: Line | None = None  # the prompt
 
     @property
     def device(self) -> torch.device:
@@ -116,37 +118,46 @@ class DraftingAssistant:
             self._call, self._last, self.draft_length = generation_config, None, DraftLength()
             machine.begin_with_drafts(input_ids)
             self._fusion.forget()
-        self._count_accepted(input_ids)
+            self._origin = _line_of(input_ids, attention_mask, None)
+        line = _line_of(input_ids, attention_mask, self._origin)
+        self._count_accepted(line)
         ends, stops = _ends_of(generation_config), self._stops_of(generation_config)
         n_drafts = self.draft_length.n_drafts() if self._number is None else self._number
         n_drafts = min(max(n_drafts, 0 if ends else 1), max_new_tokens)
 
         draft = machine.draft = Draft(self._watch, self._index, self._exponent())
-        text, is_over = input_ids, False
+        is_over, waits_for_ends = False, bool(ends) and input_ids.device.type != "cpu"
         distributions: list[Tensor] = []
         try:
             while len(distributions) < n_drafts and not is_over:
-                distribution = self._log_probs(text, attention_mask)
+                distribution = self._log_probs(line)
                 for other in logits_processor:
-                    distribution = other(text, distribution)
+                    distribution = other(line.input_ids, distribution)
                 if stops is not None:
-                    distribution = _without_stops(distribution, text, stops)
+                    distribution = _without_stops(distribution, line.input_ids, stops)
                     if not distribution.isfinite().any():
                         break
                 token = _choose(distribution, generation_config.do_sample)
-                text, is_over = torch.cat([text, token], dim=1), int(token) in ends
+                line.extend(*_longer(line, token))
                 distributions.append(distribution)
+                is_over = bool(ends) and not waits_for_ends and int(token) in ends
         except BaseException:
             machine.draft = None  # or the next call would be about drafts, too
             raise
-        self._last = text, input_ids.shape[1], len(distributions)
+        if waits_for_ends:  # all of them are read at once, and what follows an end is left out
+            drafted = line.ids(line.length)[0, input_ids.shape[1] :].tolist()
+            n_until_end = next((n for n, token in enumerate(drafted, start=1) if token in ends), None)
+            if n_until_end is not None:
+                is_over, distributions = True, distributions[:n_until_end]
+                line = line.first(input_ids.shape[1] + n_until_end)
+        self._last = line, input_ids.shape[1], len(distributions)
         if not distributions:
-            text, distribution = self._draft_of_nothing(input_ids, ends, stops)
+            distribution = self._draft_of_nothing(line, ends, stops)
             distributions, is_over = [distribution], bool(ends)
-        draft.close(text, is_over, self._is_greedy(generation_config, logits_processor))
+        draft.close(line, is_over, self._is_greedy(generation_config, logits_processor))
         self._fusion.hasten_next_pass()
         # The fields are annotated with `LongTensor`, which no tensor is for mypy, and with a tuple of one.
-        return GenerateDecoderOnlyOutput(sequences=text, scores=tuple(distributions))  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(sequences=line.input_ids, scores=tuple(distributions))  # type: ignore[arg-type]
 
     def _is_greedy(self, generation_config: GenerationConfig, logits_processor: list[LogitsProcessor]) -> bool:
         """Returns whether a draft is rejected as soon as the processor prefers another token."""
@@ -159,39 +170,37 @@ class DraftingAssistant:
             return 1.0
         return max(1.0 + sum(float(alpha) for alpha in self._machine.product.strengths), 0.1)
 
-    def _log_probs(self, text: Tensor, prompt_mask: Tensor | None) -> Tensor:
+    def _log_probs(self, line: Line) -> Tensor:
         """Returns the next-token log-probabilities of the reward model, for the tokens of the base."""
-        mask = torch.ones_like(text)
-        if prompt_mask is not None:
-            mask[:, : prompt_mask.shape[1]] = prompt_mask
-        like = torch.empty(1, self.config.get_text_config().vocab_size, device=text.device)
-        log_probs = self._machine.log_probs_to_draft(self._index, text, mask, like)
+        like = torch.empty(1, self.config.get_text_config().vocab_size, device=line.input_ids.device)
+        log_probs = self._machine.log_probs_to_draft(self._index, line, like)
         return log_probs.masked_fill(log_probs.isnan(), -torch.inf)  # tokens that it doesn't know
 
-    def _draft_of_nothing(
-        self, text: Tensor, ends: list[int], stops: StopStringCriteria | None
-    ) -> tuple[Tensor, Tensor]:
+    def _draft_of_nothing(self, line: Line, ends: list[int], stops: StopStringCriteria | None) -> Tensor:
         """
-        Returns the text with one draft of probability 1, since `generate` needs a draft. It is verified like any other.
+        Adds one draft of probability 1, since `generate` needs a draft, and returns its distribution. It is verified
+        like any other.
 
         The draft is an end token, after which no reward is needed; if there is none, a token that completes no stop
         string.
         """
         vocab_size = self.config.get_text_config().vocab_size
         for token in ends or range(vocab_size):
-            longer = torch.cat([text, text.new_tensor([[token]])], dim=1)
-            if ends or stops is None or not stops(longer, None).any():
+            longer = _longer(line, torch.full_like(line.input_ids[:, :1], token))
+            if ends or stops is None or not stops(longer[0], None).any():
                 break
-        distribution = torch.full((1, vocab_size), -torch.inf, device=text.device)
+        line.extend(*longer)
+        distribution = torch.full((1, vocab_size), -torch.inf, device=line.input_ids.device)
         distribution[0, token] = 0.0
-        return longer, distribution
+        return distribution
 
-    def _count_accepted(self, input_ids: Tensor) -> None:
+    def _count_accepted(self, line: Line) -> None:
         """Counts which of the last drafts are in the text."""
         if self._last is None:
             return
-        text, length, n_drafts = self._last
-        drafted, taken = (ids[0, length : length + n_drafts] for ids in (text, input_ids))
+        last, length, n_drafts = self._last
+        columns = slice(length, length + n_drafts)
+        drafted, taken = (x.ids(min(x.length, columns.stop))[0, columns] for x in (last, line))
         n_accepted = int((drafted[: len(taken)] == taken).cumprod(dim=0).sum())
         self.draft_length.record(n_drafts, n_accepted)
 
@@ -208,6 +217,22 @@ class DraftingAssistant:
             )
         key = (strings,) if isinstance(strings, str) else tuple(strings)
         return self._stops.setdefault(key, StopStringCriteria(tokenizer, list(key)))
+
+
+def _line_of(input_ids: Tensor, prompt_mask: Tensor | None, origin: Line | None) -> Line:
+    """Returns the line of a text `(1, length)`, given the mask of its prompt, if that is padded."""
+    if prompt_mask is None:
+        return Line(input_ids, None, origin)
+    mask = torch.ones_like(input_ids)
+    mask[:, : prompt_mask.shape[1]] = prompt_mask
+    return Line(input_ids, mask, origin)
+
+
+def _longer(line: Line, token: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns a text with one more token `(1, 1)`, and its mask."""
+    mask = line.attention_mask
+    mask = None if mask is None else torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+    return torch.cat([line.input_ids, token], dim=1), mask
 
 
 def _smallest(machine: GuidanceMachine, base: Any) -> int:

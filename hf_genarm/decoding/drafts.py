@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .line import Line, is_beginning
 from .step import Step
 from .step_watch import StepWatch
 
@@ -22,6 +23,8 @@ class Draft:
     Attributes:
         text (`torch.LongTensor` of shape `(1, length)`, *optional*):
             All tokens, drafts included, once it is written.
+        line ([`Line`], *optional*):
+            What they are known by.
     """
 
     def __init__(self, watch: StepWatch, writer: int, exponent: float):
@@ -31,21 +34,23 @@ class Draft:
         self._step: Step | None = None
         self._is_read = False
         self.text: Tensor | None = None
+        self.line: Line | None = None
 
-    def close(self, text: Tensor, ends: bool, is_greedy: bool) -> None:
+    def close(self, line: Line, ends: bool, is_greedy: bool) -> None:
         """
         Ends the writing of the draft, which goes to the base next.
 
         Args:
-            text (`torch.LongTensor` of shape `(1, length)`):
-                All tokens, drafts included.
+            line ([`Line`]):
+                The text, drafts included.
             ends (`bool`):
                 Whether nothing can follow.
             is_greedy (`bool`):
                 Whether a token is accepted if and only if it is the likeliest that the processor returns.
         """
-        self.text, self._is_greedy = text, is_greedy
-        self._usable_length = text.shape[1] - ends
+        self.text, self.line, self._is_greedy = line.input_ids, line, is_greedy
+        self._usable_length = line.length - ends
+        self._watch.expect(line)
 
     def scores_without_product(self, input_ids: Tensor, scores: Tensor) -> Tensor | None:
         """
@@ -70,6 +75,8 @@ class Draft:
     def record(self, input_ids: Tensor, guided: Tensor) -> None:
         """Records what the processor returns for a text, which may reject a token of the draft."""
         text, length = self.text, input_ids.shape[1]
+        if guided.device.type != "cpu":  # the work that this saves takes less time than to wait for the token
+            return
         if text is None or not self._is_greedy or length >= text.shape[1] or not self._is_verifying(input_ids, text):
             return
         if guided.argmax() != text[0, length]:
@@ -78,6 +85,10 @@ class Draft:
     def _is_verifying(self, input_ids: Tensor, text: Tensor) -> bool:
         """Returns whether a call is about this draft, and not about another text that begins with the same tokens."""
         step = self._watch.step_of(input_ids)
-        if self._step is None and step is not self._before and step is not None and torch.equal(step.input_ids, text):
-            self._step = step
-        return step is not None and step is self._step and torch.equal(input_ids, text[:, : input_ids.shape[1]])
+        is_new = self._step is None and step is not None and step is not self._before
+        if is_new and step is not None and step.input_ids.shape == text.shape:
+            is_own = step.line is self.line or torch.equal(step.input_ids, text)
+            self._step = step if is_own else None
+        if step is None or step is not self._step:
+            return False
+        return is_beginning(input_ids, text) or torch.equal(input_ids, text[:, : input_ids.shape[1]])

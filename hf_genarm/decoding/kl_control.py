@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arguments import as_number
 from ..functional import kl_divergence, weighted
 from .step import Run
-from .texts import RecentTexts, Text, text_keys
+from .texts import RecentTexts, Text
 
 # Over how many tokens a text catches up with the target, and how many times as large a strength may become.
 _HORIZON, _LARGEST = 4, 16.0
@@ -59,14 +59,26 @@ class KLControl:
             `torch.Tensor` of shape `(batch_size, 1)`: the factors of the strengths.
         """
         of_run = self._missing.setdefault(text.run, RecentTexts())
-        before = text_keys(text.input_ids[:, :-1], n_requests)
-        missing = torch.tensor(
-            [of_run.find(key, 0.0) if n_new else 0.0 for key, n_new in zip(before, text.n_new, strict=True)],
-            device=scores.device,
-        )
+        length = text.input_ids.shape[1]
+        found = of_run.find(text.line, length - 1, n_requests) if any(text.n_new) else [None] * len(scores)
+        found = [known if n_new else None for known, n_new in zip(found, text.n_new, strict=True)]
+        missing = _gathered(found, scores.device)
         scale, missing = controlled_scale(scores, rewards, alphas, torch.full_like(missing, target), missing)
-        of_run.record(text_keys(text.input_ids, n_requests), missing.tolist())
+        of_run.record(text.line, length, missing, n_requests)
         return scale[:, None]
+
+
+def _gathered(found: Sequence[tuple[Tensor, int] | None], device: torch.device) -> Tensor:
+    """Returns one value for each row `(n_rows,)`, given which row of some tensor has it; 0 where none does."""
+    tensors = {id(known[0]): known[0] for known in found if known is not None}
+    values = torch.zeros(len(found), device=device)
+    for tensor in tensors.values():
+        pairs = [(row, known[1]) for row, known in enumerate(found) if known is not None and known[0] is tensor]
+        if len(pairs) == len(found) == len(tensor) and all(row == own for row, own in pairs):
+            return tensor
+        to, of = torch.tensor(pairs).to(device, non_blocking=True).unbind(1)
+        values = values.index_copy(0, to, tensor[of])
+    return values
 
 
 def check_target_kl(target: float) -> float:

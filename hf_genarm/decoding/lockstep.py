@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..hub.causality import refuse_not_causal
-from ..hub.kv_cache import CACHE, network_of, new_cache
+from ..hub.kv_cache import CACHE, n_embeddings, network_of, new_cache
 from ..hub.limits import fixed_length, n_positions, refuse_too_long, refuse_unknown_ids, why_no_cache
+from .line import Line
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class LockstepLM:
                 reason,
             )
         self._state: State | None = None
+        self._knows_its_logits = False  # whether there is an embedding for each token that it scores
 
     def reset(self) -> None:
         """Forgets what has been read."""
@@ -72,7 +74,14 @@ class LockstepLM:
         self._state = None
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, n_logits: int = 1) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        n_logits: int = 1,
+        line: Line | None = None,
+        is_translated: bool = False,
+    ) -> Tensor:
         """
         Returns the logits that follow some texts.
 
@@ -83,45 +92,58 @@ class LockstepLM:
                 1 for tokens, 0 for padding. The last column must be all ones.
             n_logits (`int`, *optional*, defaults to 1):
                 Number of last tokens whose logits are computed: several when a text is read together with its drafts.
+            line ([`Line`], *optional*):
+                What the texts are known by. Without it they are read on the host.
+            is_translated (`bool`, *optional*, defaults to `False`):
+                Whether they are written in other ids than those of the line.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, vocab_size)`: the logits of the next token, in the dtype and on the
             device of the model's output.
         """
-        first_token = int(attention_mask.any(dim=0).nonzero()[0])  # leading columns of padding alone are left out
+        line = Line(input_ids, attention_mask) if line is None else line
+        first_token = line.padding.n_columns  # leading columns of padding alone are left out
         # Offloaded weights are on no device until they are needed; hooks then fetch the inputs too.
         device = input_ids.device if self.model.device.type == "meta" else self.model.device
         input_ids = input_ids[:, first_token:].to(device, torch.long)
-        attention_mask = attention_mask[:, first_token:].to(device)
+        attention_mask = attention_mask[:, first_token:].to(device) if line.padding.is_present else None
         length = input_ids.shape[1]
         if length > self._n_positions:
-            refuse_too_long(self._network, int(attention_mask.sum(dim=1).max()), self._n_positions, self._role)
+            longest = length if attention_mask is None else int(attention_mask.sum(dim=1).max())
+            refuse_too_long(self._network, longest, self._n_positions, self._role)
+        own_ids = input_ids if is_translated else line
         if length > self._fixed_length:
+            self._refuse_unknown_ids(own_ids, line, length, length)
             return self._forward_from_scratch(input_ids, attention_mask)[:, -1]
 
         # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.
         state, self._state = self._state, None
         if state is None:
-            state = self._new_state(input_ids)
-        rows, shared = _longest_shared_prefix(state, input_ids, attention_mask)
+            state = self._new_state()
+        rows, shared = _longest_shared_prefix(state, line, length)
         if rows is not None:
             state.select_rows(rows)
+        if shared == length == state.length:
+            state.line, state.tokens = line, None
         wanted = range(length - n_logits + 1, length + 1)
         if shared < length or any(at not in state.logits for at in wanted):
             # The logits of the last tokens are wanted, so at least those are forwarded.
             kept = min(shared, length - n_logits)
             if kept == 0 and state.logits:  # it shares nothing with the text
-                state = self._new_state(input_ids)
+                state = self._new_state()
+            # What follows a prompt was drawn from the tokens of the base, which the model has been found to score.
+            if not (self._knows_its_logits and kept > 0 and (state.line is line or line.is_continuation)):
+                self._refuse_unknown_ids(own_ids, line, length, length - kept)
             state.crop(kept)
             if self.has_cache:
                 logits = self._forward(state, input_ids, attention_mask, n_logits)
             else:
                 logits = self._forward_from_scratch(input_ids, attention_mask)
-            state.extend(input_ids, attention_mask, logits)
+            state.extend(line, length, logits)
         self._state = state
         return state.logits[length]
 
-    def take(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> "State | None":
+    def take(self, line: Line, n_new: int) -> "State | None":
         """
         Takes the state out, so that another network can read the rest of a coming call.
 
@@ -129,42 +151,51 @@ class LockstepLM:
         with [`~LockstepLM.put_back`], or it is computed again.
 
         Args:
-            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, longer)`):
-                The tokens of the coming call and their mask.
-            length (`int`):
-                The number of columns that must have been read.
+            line ([`Line`]):
+                The texts of the coming call.
+            n_new (`int`):
+                The number of their last columns that must not have been read.
         """
-        state = self._state
+        state, length = self._state, line.length - line.padding.n_columns
         longest = min(self._fixed_length, self._n_positions)
-        if state is None or not self.has_cache or input_ids.shape[1] > longest:
+        if state is None or not self.has_cache or length > longest:
             return None
-        rows, shared = _longest_shared_prefix(state, input_ids.long(), attention_mask)
-        if shared != length:
+        rows, shared = _longest_shared_prefix(state, line, length)
+        if shared != length - n_new:
             return None
         self._state = None
         if rows is not None:
             state.select_rows(rows)
-        state.crop(length)
+        state.crop(shared)
         return state
 
     def put_back(self, state: "State") -> None:
         """Puts back the state that was taken, with or without more in it."""
         self._state = state
 
-    def _new_state(self, input_ids: Tensor) -> "State":
+    def _new_state(self) -> "State":
         """Returns a state that has read nothing."""
-        empty = input_ids[:, :0]
         cache = new_cache(self._network) if self.has_cache else None
-        return State(empty, empty, DynamicCache() if cache is None else cache)
+        return State(DynamicCache() if cache is None else cache)
 
-    def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor, n_logits: int) -> Tensor:
+    def _refuse_unknown_ids(self, ids: Tensor | Line, line: Line, length: int, n_new: int) -> None:
+        """Refuses ids without embeddings among the last columns of some texts."""
+        if isinstance(ids, Line):
+            ids = ids.ids(line.padding.n_columns + length)
+        refuse_unknown_ids(self._network, ids[:, -n_new:], self._role)
+
+    def _forward(self, state: "State", input_ids: Tensor, attention_mask: Tensor | None, n_logits: int) -> Tensor:
         """Reads what is not in the cache yet."""
-        cached = state.input_ids.shape[1]
+        if attention_mask is None:
+            positions = torch.arange(state.length, input_ids.shape[1], device=input_ids.device)
+            positions = positions.expand(len(input_ids), -1)
+        else:
+            positions = position_ids(attention_mask)[:, state.length :]
         logits = self._call(
             {
-                "input_ids": input_ids[:, cached:],
+                "input_ids": input_ids[:, state.length :],
                 "attention_mask": attention_mask,
-                "position_ids": position_ids(attention_mask)[:, cached:],
+                "position_ids": positions,
                 CACHE: state.cache,
                 "use_cache": True,
             },
@@ -177,9 +208,11 @@ class LockstepLM:
             )
         return logits
 
-    def _forward_from_scratch(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _forward_from_scratch(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Reads the whole texts without a cache, and row by row, since such a model may not support padding either."""
-        rows = [row[mask == 1][None] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        rows = input_ids.split(1)
+        if attention_mask is not None:
+            rows = tuple(row[mask == 1][None] for row, mask in zip(input_ids, attention_mask, strict=True))
         logits = []
         for row in rows:
             if self._fixed_length < row.shape[1]:
@@ -189,9 +222,10 @@ class LockstepLM:
 
     def _call(self, inputs: dict, n_logits: int = 1) -> Tensor:
         """Calls the model with the arguments that it has, and returns its last logits."""
-        refuse_unknown_ids(self._network, inputs["input_ids"], self._role)
         inputs["logits_to_keep"] = n_logits
         output = self.model(**{name: value for name, value in inputs.items() if name in self._forward_args})
+        if not self._knows_its_logits:
+            self._knows_its_logits = output.logits.shape[-1] <= n_embeddings(self._network)
         return output.logits[:, -n_logits:]
 
 
@@ -202,43 +236,67 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 @dataclass
 class State:
-    """Holds what has been read: the tokens, the cache that they left, and the logits that followed some lengths."""
+    """
+    Holds what has been read: how many columns of which texts, leading padding left out, the cache that they left, and
+    the logits that followed some lengths.
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    Parameters:
+        cache ([`~transformers.DynamicCache`]):
+            The cache.
+        line ([`Line`], *optional*):
+            What the texts are known by; `None` if there are none, or their rows were exchanged.
+        tokens (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+            What distinguishes texts without a line, on the host.
+        length (`int`):
+            The number of columns.
+        logits (`dict`):
+            By length, the logits that follow it.
+    """
+
     cache: DynamicCache
+    line: Line | None = None
+    tokens: Tensor | None = None
+    length: int = 0
     logits: dict[int, Tensor] = field(default_factory=dict)
 
+    def first_tokens(self, length: int) -> Tensor:
+        """Returns what distinguishes the texts in their first columns, on the host, `(batch_size, length)`."""
+        if self.line is not None:
+            return self.line.tokens(length)
+        return torch.empty(0, 0) if self.tokens is None else self.tokens[:, :length]
+
     def select_rows(self, rows: Tensor) -> None:
-        """Replaces the rows by some of them."""
+        """Replaces the rows by some of them, which are on the host."""
+        self.tokens, self.line = self.first_tokens(self.length)[rows], None
+        on_device = next((x.keys.device for x in self.cache.layers if getattr(x, "keys", None) is not None), None)
+        rows = rows.to(on_device, non_blocking=True)
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for mypy, no tensor is a `torch.LongTensor`
-        self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
-        self.logits = {at: logits[rows] for at, logits in self.logits.items()}
+        self.logits = {at: logits[rows.to(logits.device)] for at, logits in self.logits.items()}
 
     def crop(self, length: int) -> None:
         """Forgets what follows the first columns."""
-        self.cache.crop(length - self.input_ids.shape[1])
-        self.input_ids, self.attention_mask = self.input_ids[:, :length], self.attention_mask[:, :length]
+        self.cache.crop(length - self.length)
+        self.length = length
         self.logits = {at: logits for at, logits in self.logits.items() if at <= length}
 
-    def extend(self, input_ids: Tensor, attention_mask: Tensor, logits: Tensor) -> None:
+    def extend(self, line: Line, length: int, logits: Tensor) -> None:
         """Records what the cache now holds; `logits[:, -n:]` follow the last n tokens."""
-        self.input_ids, self.attention_mask = input_ids, attention_mask
-        length, n_logits = input_ids.shape[1], logits.shape[1]
+        self.line, self.tokens, self.length = line, None, length
+        n_logits = logits.shape[1]
         new = {length - n_logits + 1 + index: logits[:, index] for index in range(n_logits)}
-        oldest = length - LockstepLM.KEPT_LOGITS if len(input_ids) == 1 else length - 1
+        oldest = length - LockstepLM.KEPT_LOGITS if len(logits) == 1 else length - 1
         self.logits = {at: value for at, value in (self.logits | new).items() if at > oldest}
 
 
-def _longest_shared_prefix(state: State, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor | None, int]:
+def _longest_shared_prefix(state: State, line: Line, length: int) -> tuple[Tensor | None, int]:
     """Returns which cached row serves each row (`None`: its own) and how many leading columns serve all of them."""
-    length = min(state.input_ids.shape[1], input_ids.shape[1])
-    # A masked token is never seen, whatever its id: -1 makes padding alike, and unlike any token.
-    cached = torch.where(state.attention_mask[:, :length] == 1, state.input_ids[:, :length], -1)
-    wanted = torch.where(attention_mask[:, :length] == 1, input_ids[:, :length], -1)
+    length = min(state.length, length)
+    if state.line is line or length == 0:
+        return None, length
+    cached, wanted = state.first_tokens(length), line.tokens(length)
     if torch.equal(cached, wanted):
         return None, length
-    cached_rows, wanted_rows = ([row.numpy().tobytes() for row in ids.cpu()] for ids in (cached, wanted))
+    cached_rows, wanted_rows = ([row.numpy().tobytes() for row in ids] for ids in (cached, wanted))
 
     def rows_at(n_columns: int) -> list[int] | None:
         n_bytes = n_columns * cached.element_size()
@@ -248,4 +306,4 @@ def _longest_shared_prefix(state: State, input_ids: Tensor, attention_mask: Tens
 
     shared = bisect_left(range(1, length + 1), True, key=lambda n_columns: rows_at(n_columns) is None)
     rows = rows_at(shared) if shared else None
-    return None if rows is None else torch.tensor(rows, device=input_ids.device), shared
+    return None if rows is None else torch.tensor(rows), shared

@@ -39,6 +39,7 @@ class PromptMask:
     @attention_mask.setter
     def attention_mask(self, attention_mask: Any) -> None:
         self._attention_mask = None if attention_mask is None else _check(attention_mask)
+        self._on_host = None if self._attention_mask is None else self._attention_mask.to("cpu", torch.long)
         self._prompts: Tensor | None = None  # the first prompts that the mask was used with, to which it belongs
 
     def copy(self) -> "PromptMask":
@@ -60,26 +61,32 @@ class PromptMask:
                 "`generate` passed no prompt tokens to its logits processors, as it does with `inputs_embeds` alone: "
                 "the reward model can't read the prompt. Pass `input_ids` (together with `inputs_embeds` if need be)."
             )
-        given = None if self._attention_mask is None else self._expand(text.input_ids, self._attention_mask)
         if text.base_mask is None:
-            return self._all_text(text) if given is None else given
-        if not text.base_mask[:, -1].all():
+            if self._attention_mask is None:
+                self._refuse_ambiguous(text)
+                return torch.ones_like(text.input_ids)
+            text.line = text.line.masked(self._expand(text))
+            assert text.line.attention_mask is not None
+            return text.line.attention_mask
+        if text.line.padding.is_on_the_right:
             raise _padded_on_the_right("The mask of `generate`")
-        if given is not None and not torch.equal(given, text.base_mask):
-            raise ValueError(
-                "`processor.attention_mask` marks other tokens as padding than the base model does. Pass the same one "
-                "to `generate`, or set `processor.attention_mask` to `None`: that of `generate` is then used."
-            )
+        key = ("attention_mask", len(text.input_ids))
+        if self._attention_mask is not None and text.run.agreed.get(key) is not self._attention_mask:
+            if not torch.equal(self._expand(text), text.line.mask(text.input_ids.shape[1])):
+                raise ValueError(
+                    "`processor.attention_mask` marks other tokens as padding than the base model does. Pass the same "
+                    "one to `generate`, or set `processor.attention_mask` to `None`: that of `generate` is then used."
+                )
+            text.run.agreed[key] = self._attention_mask
         return text.base_mask
 
-    def _all_text(self, text: Text) -> Tensor:
-        """Returns a mask of ones, unless a text could be padded."""
-        is_pad = text.input_ids == (-1 if self.pad_token_id is None else self.pad_token_id)
+    def _refuse_ambiguous(self, text: Text) -> None:
+        """Refuses a text that could be padded."""
+        is_pad = text.line.ids(text.input_ids.shape[1]) == (-1 if self.pad_token_id is None else self.pad_token_id)
         if is_pad[:, 0].any():
             raise self._ambiguous("starts")
         if text.is_prompt and len(is_pad) > 1 and is_pad[:, -1].any():
             raise self._ambiguous("ends")
-        return torch.ones_like(text.input_ids)
 
     def _ambiguous(self, where: str) -> ValueError:
         return ValueError(
@@ -89,9 +96,10 @@ class PromptMask:
             "(`padding_side='left'`)."
         )
 
-    def _expand(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Extends the mask of the prompts to their rows and to the tokens that follow."""
-        mask = mask.to(input_ids.device, input_ids.dtype)
+    def _expand(self, text: Text) -> Tensor:
+        """Extends the given mask to the rows of the prompts and to the tokens that follow, on the host."""
+        assert self._on_host is not None
+        input_ids, mask = text.line.ids(text.input_ids.shape[1]), self._on_host
         (n_prompts, length), repeats = mask.shape, len(input_ids) // len(mask)
         if repeats * n_prompts == len(input_ids) > 0 and input_ids.shape[1] >= length:
             mask = mask.repeat_interleave(repeats, dim=0)

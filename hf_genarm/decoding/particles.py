@@ -182,7 +182,7 @@ def _resample(log_weights: Tensor, ess_threshold: float) -> tuple[Tensor | None,
     """Returns which row each row continues, `None` if all continue themselves, and their weights afterwards."""
     batch_size, n_particles = log_weights.shape
     effective_size = (2 * log_weights.logsumexp(dim=-1) - (2 * log_weights).logsumexp(dim=-1)).exp()
-    is_uneven = (effective_size < ess_threshold * n_particles)[:, None]
+    is_uneven = (effective_size < ess_threshold * n_particles * (1 - 1e-4))[:, None]  # not by rounding alone
     if not is_uneven.any():
         return None, log_weights
     own = torch.arange(n_particles, device=log_weights.device).expand(batch_size, -1)

@@ -354,7 +354,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         Forgets what reward models have read.
 
         It is needed only after a model was changed in the middle of a text, since each `generate` call begins anyway
-        with nothing read.
+        with nothing read. In a custom decoding loop, an earlier text and one more token is the middle of a text.
         """
         self._machine.reset()
 
@@ -378,9 +378,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         if drafted is not None:
             return drafted
         text = machine.read(input_ids, scores)
-        n_prompts = text.run.n_prompts
-        alphas, n_requests = strengths_at(self._alpha, len(self._models), text.n_new, text.prompts, n_prompts)
-        active = {index: alpha for index, alpha in enumerate(alphas) if torch.as_tensor(alpha).any()}
+        active, n_requests = strengths_at(self._alpha, len(self._models), text, scores.device)
         if not active:
             return scores
         machine.check(text)
@@ -394,11 +392,10 @@ class GenARMLogitsProcessor(GuidanceSettings):
             incomplete=[place for place, index in enumerate(active) if index in machine.rewards.incomplete],
             scale=None if target_kl is None else partial(machine.kl_control, text, n_requests, target_kl),
         )
-        product.refuse_empty_rows()
-        machine.keep(product, input_ids)
+        guided = machine.keep(product, input_ids)
         if self._keeps_statistics:
             machine.statistics.record(text, n_requests, product, list(active), machine.rewards.of_strings(active))
-        return product.log_probs
+        return guided
 
 
 def _model_of(model: Any, name: str) -> PreTrainedModel | PeftModel:

@@ -1,8 +1,8 @@
 """Prompts that a model reads in place of the base's: its text is its own prompt, and then the common answer."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..arguments import as_tensor, shown
 from ..hub.scoring import listed
 from ..hub.sentence import with_sentence
+from .line import Line, Padding
 from .padding import pad_token_id_of
 from .strings.prompt_reader import PromptReader
 from .texts import Text
-from .vocab import VocabMap
 
 _RULE = (
     "a dict with `input_ids` and `attention_mask` of shape (n_requests, length), as a tokenizer returns it with "
@@ -33,21 +33,27 @@ class OwnPrompt:
 
     Parameters:
         input_ids, attention_mask (`torch.LongTensor` of shape `(n_requests, length)`):
-            Its tokens, in ids of the model's own tokenizer, and which of them are not padding.
+            Its tokens, in ids of the model's own tokenizer, and which of them are not padding, on the host.
         answer_start (`int`):
             Where the answer begins in the texts of the base.
+        on_devices (`dict`):
+            Copies of both for each text, by device.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     answer_start: int = 0
+    on_devices: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def fits(self, input_ids: Tensor) -> bool:
         """Returns whether it can come before the answers in texts of the base `(batch_size, length)`."""
         return len(input_ids) % len(self.input_ids) == 0 and input_ids.shape[1] >= self.answer_start
 
     def text(
-        self, input_ids: Tensor, attention_mask: Tensor, vocab_map: VocabMap | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        translate: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Returns the texts of this model, and their mask.
@@ -55,17 +61,64 @@ class OwnPrompt:
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 Those of the base. The rows of a request, for beams or several returned sequences, follow each other.
-            vocab_map ([`VocabMap`], *optional*):
-                How the answer is written in ids of this model, if they are not those of the base.
+            translate (callable, *optional*):
+                Returns the answer, given with its mask, in ids of this model, if they are not those of the base.
         """
         answer, mask = input_ids[:, self.answer_start :], attention_mask[:, self.answer_start :]
-        if vocab_map is not None:
-            answer = vocab_map.reward_ids(answer, mask)
-        repeats = len(input_ids) // len(self.input_ids)
-        own_ids, own_mask = (
-            x.to(input_ids.device).repeat_interleave(repeats, dim=0) for x in (self.input_ids, self.attention_mask)
-        )
+        if translate is not None:
+            answer = translate(answer, mask)
+        own_ids, own_mask = self._on(input_ids.device, len(input_ids))
         return torch.cat([own_ids, answer], dim=1), torch.cat([own_mask, mask], dim=1)
+
+    def line(self, base: Line) -> Line:
+        """Returns what the texts of this model are known by, given those of the base."""
+        key = id(self.on_devices), self.answer_start
+        if key not in base.variants:
+            base.variants[key] = _OwnLine(base, self)
+        return base.variants[key]
+
+    def _on(self, device: torch.device, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Returns tokens and mask of each text on a device, where they are kept."""
+        key = device, n_rows
+        if key not in self.on_devices:
+            repeats = n_rows // len(self.input_ids)
+            ids, mask = (x.repeat_interleave(repeats, dim=0) for x in (self.input_ids, self.attention_mask))
+            self.on_devices.clear()
+            self.on_devices[key] = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        return self.on_devices[key]
+
+
+class _OwnLine(Line):
+    """Stands for texts that begin with other prompts than those of the base, and continue as these do."""
+
+    def __init__(self, base: Line, prompt: OwnPrompt):
+        super().__init__(base.input_ids)
+        self._base, self._prompt = base, prompt
+        self.is_continuation = base.is_continuation
+
+    @property
+    def length(self) -> int:
+        return self._base.length + self._n_more
+
+    @property
+    def padding(self) -> Padding:
+        is_padded = bool((self._prompt.attention_mask == 0).any()) or self._base.padding.is_present
+        return Padding(is_present=is_padded)
+
+    @property
+    def _n_more(self) -> int:
+        """How many columns they have more than the texts of the base."""
+        return self._prompt.input_ids.shape[1] - self._prompt.answer_start
+
+    def _on_host(self, length: int) -> tuple[Tensor, Tensor | None]:
+        of_base, start = length - self._n_more, self._prompt.answer_start
+        answers = self._base.ids(of_base)[:, start:], self._base.mask(of_base)[:, start:]
+        repeats = len(answers[0]) // len(self._prompt.input_ids)
+        own = self._prompt.input_ids, self._prompt.attention_mask
+        ids, mask = (
+            torch.cat([x.repeat_interleave(repeats, dim=0), y], dim=1) for x, y in zip(own, answers, strict=True)
+        )
+        return ids, mask
 
 
 class OwnPrompts:
@@ -167,12 +220,9 @@ class OwnPrompts:
         self._encoded = _checked("prompts", inputs)
         return inputs
 
-    def of(
-        self, indices: Sequence[int], text: Text, attention_mask: Tensor
-    ) -> tuple[list[OwnPrompt | None], OwnPrompt | None]:
+    def of(self, indices: Sequence[int], text: Text) -> tuple[list[OwnPrompt | None], OwnPrompt | None]:
         """
-        Returns the prompts of some reward models, and that of the reference, for a text with its mask; `None` for that
-        of the base.
+        Returns the prompts of some reward models, and that of the reference, for a text; `None` for that of the base.
 
         Raises:
             ValueError: if they belong to other prompts of the base, or a sentence has none.
@@ -197,21 +247,23 @@ class OwnPrompts:
                 "their own, all texts must have begun together. Give the processor one batch at a time."
             )
         start = text.answer_start
-        if any(rewards):
-            self._refuse_not_encoded(text.input_ids[:, :start])
+        key = ("encoded", start, len(text.input_ids))
+        if any(rewards) and self._encoded is not None and text.run.agreed.get(key) is not self._encoded:
+            self._refuse_not_encoded(text.line.ids(start), self._encoded)
+            if text.step is not None:
+                text.run.agreed[key] = self._encoded
         for place, index in enumerate(indices):
             reader = self._readers[index]
             if rewards[place] is None and reader is not None:
-                rewards[place] = self._read_by(index, reader, text, attention_mask)
+                rewards[place] = self._read_by(index, reader, text)
         own = [x and replace(x, answer_start=start) for x in (*rewards, self._reference)]
         return own[:-1], own[-1]
 
-    def _read_by(self, index: int, reader: PromptReader, text: Text, attention_mask: Tensor) -> OwnPrompt:
+    def _read_by(self, index: int, reader: PromptReader, text: Text) -> OwnPrompt:
         """Returns the prompts of the base in the tokens of a reward model, one for each request."""
-        n_prompts = text.run.root.n_prompts or len(text.input_ids)
+        start, n_prompts = text.answer_start, text.run.root.n_prompts or len(text.input_ids)
         repeats = max(len(text.input_ids) // n_prompts, 1)
-        ids, mask = (x[::repeats, : text.answer_start] for x in (text.input_ids, attention_mask))
-        prompts = torch.where(mask == 1, ids, -1)
+        prompts = text.line.ids(start)[::repeats].masked_fill(text.line.mask(start)[::repeats] == 0, -1)
         known = self._read.get(index)
         if known is None or not torch.equal(known[0], prompts):
             rows = [reader(row[row >= 0].tolist()) for row in prompts]
@@ -219,15 +271,10 @@ class OwnPrompts:
             self._read = self._read | {index: known}  # not in place, as copies share it
         return known[1]
 
-    def _refuse_not_encoded(self, prompts: Tensor) -> None:
+    def _refuse_not_encoded(self, prompts: Tensor, encoded: OwnPrompt) -> None:
         """Refuses prompts of the base that are not those that the other prompts were made from."""
-        if self._encoded is None:
-            return
-        repeats = len(prompts) // len(self._encoded.input_ids)
-        ids, mask = (
-            x.to(prompts.device).repeat_interleave(repeats, dim=0)
-            for x in (self._encoded.input_ids, self._encoded.attention_mask)
-        )
+        repeats = len(prompts) // len(encoded.input_ids)
+        ids, mask = (x.repeat_interleave(repeats, dim=0) for x in (encoded.input_ids, encoded.attention_mask))
         if ids.shape != prompts.shape or not torch.equal(ids * mask, prompts * mask):
             raise ValueError(
                 "The prompts of this `generate` call are not those that `processor.encode` was last called with, so "
@@ -309,7 +356,7 @@ def _checked(name: str, value: Any) -> OwnPrompt:
     parts = ("input_ids", "attention_mask")
     if not isinstance(value, Mapping) or not all(part in value for part in parts):
         raise TypeError(f"`{name}` is {shown(value)}, but must be {_RULE}.")
-    ids, mask = (as_tensor(f"{name}[{part!r}]", value[part], f"a tensor, in {_RULE}") for part in parts)
+    ids, mask = (as_tensor(f"{name}[{part!r}]", value[part], f"a tensor, in {_RULE}").cpu() for part in parts)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"`{name}['input_ids']` is of {ids.dtype}, but must be a tensor of integers, in {_RULE}.")
     if ids.ndim != 2 or ids.numel() == 0 or ids.shape != mask.shape:

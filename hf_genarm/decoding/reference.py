@@ -11,6 +11,7 @@ from ..hub.kv_cache import network_of
 from ..hub.limits import is_read_otherwise_by_generate
 from ..hub.sharing import twin
 from .fusion.joint_pass import FusedLM, Fusion
+from .line import Line
 from .lockstep import LockstepLM
 from .prompts import OwnPrompt
 from .step_watch import StepWatch
@@ -52,10 +53,12 @@ class Reference:
         if self._lockstep is not None:
             self._lockstep.release()
 
-    def read_ahead(self, text: Tensor, attention_mask: Tensor, n_logits: int, prompt: OwnPrompt | None) -> None:
+    def read_ahead(
+        self, text: Tensor, attention_mask: Tensor, line: Line, n_logits: int, prompt: OwnPrompt | None
+    ) -> None:
         """Reads drafts in one pass, as reward models do, unless the base reads them itself."""
         if (self._watch is None or prompt is not None) and self._model(prompt).has_cache:
-            self._logits(text, attention_mask, prompt, n_logits)
+            self._logits(text, attention_mask, line, prompt, n_logits)
 
     def log_probs(self, text: Text, attention_mask: Tensor, scores: Tensor, prompt: OwnPrompt | None = None) -> Tensor:
         """
@@ -81,7 +84,7 @@ class Reference:
         if self._watch is not None and self._keeps_logits and text.step is not None and prompt is None:
             logits = text.step.base_logits(text.input_ids.shape[1])
         if logits is None:
-            logits = self._logits(text.input_ids, attention_mask, prompt)
+            logits = self._logits(text.input_ids, attention_mask, text.line, prompt)
         if logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"The reference scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. Use one "
@@ -100,11 +103,14 @@ class Reference:
             self._is_tested = True
         return self._lockstep
 
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor, prompt: OwnPrompt | None, n_logits: int = 1) -> Tensor:
+    def _logits(
+        self, input_ids: Tensor, attention_mask: Tensor, line: Line, prompt: OwnPrompt | None, n_logits: int = 1
+    ) -> Tensor:
         """Returns the logits that follow the text of the reference, given that of the base."""
         model = self._model(prompt)
         if isinstance(model, FusedLM):
             model.own_prompt = prompt
         if prompt is not None:
             input_ids, attention_mask = prompt.text(input_ids, attention_mask)
-        return model(input_ids, attention_mask, n_logits)
+            line = prompt.line(line)
+        return model(input_ids, attention_mask, n_logits, line)

@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..hub.sharing import shares_weights
 from .fusion.joint_pass import FusedLM, Fusion
+from .late_checks import LateChecks
+from .line import Line
 from .lockstep import LockstepLM
 from .prompts import OwnPrompt
 from .step_watch import StepWatch
@@ -33,6 +37,8 @@ class NextTokenRewards:
             What rewards of strings are contrasted with; `None` for other rewards.
         watch ([`StepWatch`], *optional*):
             The watch of the base. Reward models that share its weights are run in its passes where that is possible.
+        checks ([`LateChecks`]):
+            What raises errors about values.
 
     Attributes:
         models (list of [`LockstepLM`] or [`StringRewards`]):
@@ -47,6 +53,7 @@ class NextTokenRewards:
         vocab_maps: Sequence[VocabMap | ByteMap | None],
         starting_models: Sequence[StartingModel | None],
         watch: StepWatch | None,
+        checks: LateChecks,
     ):
         fusion = None if watch is None else Fusion.on(watch)
         self.models: list[LockstepLM | StringRewards] = []
@@ -57,7 +64,7 @@ class NextTokenRewards:
             else:
                 is_apart = fusion is None or not shares_weights(model, fusion.base)
                 self.models.append(LockstepLM(model) if fusion is None or is_apart else FusedLM(model, fusion))
-        self._vocab_maps = vocab_maps
+        self._vocab_maps, self._checks = vocab_maps, checks
         self.incomplete = {index for index, vocab_map in enumerate(vocab_maps) if vocab_map is not None}
 
     def begin(self) -> None:
@@ -108,6 +115,7 @@ class NextTokenRewards:
         index: int,
         input_ids: Tensor,
         attention_mask: Tensor,
+        line: Line,
         scores: Tensor,
         prompt: OwnPrompt | None = None,
     ) -> Tensor:
@@ -119,6 +127,8 @@ class NextTokenRewards:
                 Which reward model.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
                 The texts so far, in ids of the base.
+            line ([`Line`]):
+                What they are known by.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
                 The scores of the base, for their shape and device.
             prompt ([`OwnPrompt`], *optional*):
@@ -133,9 +143,9 @@ class NextTokenRewards:
         model, vocab_map = self.models[index], self._vocab_maps[index]
         if isinstance(model, StringRewards):
             assert prompt is not None
-            return model.log_probs(input_ids, scores, prompt)
+            return model.log_probs(line.ids(input_ids.shape[1]), scores, prompt)
         assert not isinstance(vocab_map, ByteMap)
-        logits = self._logits(index, input_ids, attention_mask, prompt).to(scores.device)
+        logits = self._logits(index, input_ids, attention_mask, line, prompt).to(scores.device)
         if vocab_map is None and logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"{self._name(index)} scores {logits.shape[-1]} tokens, but the base model has {scores.shape[-1]}. "
@@ -144,15 +154,17 @@ class NextTokenRewards:
                 "tokenizer of the base model. An assistant model must have the tokenizer of the base model, too."
             )
         log_probs = logits.float().log_softmax(dim=-1)
-        if log_probs.isnan().any():
-            raise ValueError(
-                f"{self._name(index)} returned NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it "
-                "with `dtype=torch.float32`, or check its training."
-            )
+        self._checks.add(log_probs.isnan().any(), partial(self._refuse_nan, index, logits.dtype))
         return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, scores.shape[-1])
 
     def read_ahead(
-        self, index: int, text: Tensor, attention_mask: Tensor, n_logits: int, prompt: OwnPrompt | None
+        self,
+        index: int,
+        text: Tensor,
+        attention_mask: Tensor,
+        line: Line,
+        n_logits: int,
+        prompt: OwnPrompt | None,
     ) -> None:
         """
         Reads drafts in one pass, after which the rewards that follow each of them are known.
@@ -162,28 +174,45 @@ class NextTokenRewards:
                 Which reward model.
             text, attention_mask (`torch.LongTensor` of shape `(1, length)`):
                 The text with its drafts, in ids of the base.
+            line ([`Line`]):
+                What it is known by.
             n_logits (`int`):
                 How many of its last lengths will need rewards.
             prompt ([`OwnPrompt`], *optional*):
                 What the reward model reads in place of the base's prompt.
         """
         if self.models[index].has_cache:
-            self._logits(index, text, attention_mask, prompt, n_logits)
+            self._logits(index, text, attention_mask, line, prompt, n_logits)
 
     def _logits(
-        self, index: int, input_ids: Tensor, attention_mask: Tensor, prompt: OwnPrompt | None, n_logits: int = 1
+        self,
+        index: int,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        line: Line,
+        prompt: OwnPrompt | None,
+        n_logits: int = 1,
     ) -> Tensor:
         """Returns the logits that follow the text of a reward model, given that of the base."""
         model, vocab_map = self.models[index], self._vocab_maps[index]
         assert not isinstance(model, StringRewards)
         assert not isinstance(vocab_map, ByteMap)
+        translate = None if vocab_map is None else partial(vocab_map.reward_ids, checks=self._checks)
         if isinstance(model, FusedLM):
             model.own_prompt = prompt
         if prompt is not None:
-            input_ids, attention_mask = prompt.text(input_ids, attention_mask, vocab_map)
-        elif vocab_map is not None:
-            input_ids = vocab_map.reward_ids(input_ids, attention_mask)
-        return model(input_ids, attention_mask, n_logits)
+            input_ids, attention_mask = prompt.text(input_ids, attention_mask, translate)
+            line = prompt.line(line)
+        elif translate is not None:
+            input_ids = translate(input_ids, attention_mask)
+        return model(input_ids, attention_mask, n_logits, line, translate is not None)
+
+    def _refuse_nan(self, index: int, dtype: torch.dtype) -> None:
+        """Refuses a reward model that returned NaN."""
+        raise ValueError(
+            f"{self._name(index)} returned NaN. Its weights or its dtype ({dtype}) are at fault: load it with "
+            "`dtype=torch.float32`, or check its training."
+        )
 
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self.models[index].model.config.name_or_path}`)"

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +13,9 @@ from ..arguments import as_tensor
 from ..functional import GuidedProduct, kl_divergence
 from ..viewing.tokens import token_texts
 from .guided_tokens import GuidedTokens
+from .line import Line
 from .step import Run
-from .texts import Text, text_keys
-
-Key = tuple[int, int]
+from .texts import Key, Text, text_keys
 
 
 class Statistics:
@@ -73,7 +73,7 @@ class Statistics:
                 More columns.
         """
         of_run = self._runs.setdefault(text.run, _RunStatistics(n_requests))
-        while len(self._runs) > 1 and sum(len(x.of_text) for x in self._runs.values()) > self.KEPT_TOKENS:
+        while len(self._runs) > 1 and sum(x.n_texts for x in self._runs.values()) > self.KEPT_TOKENS:
             del self._runs[next(iter(self._runs))]
             self._has_forgotten = True
         base, guided = (x.float().log_softmax(dim=-1) for x in (product.scores, product.log_probs))
@@ -88,13 +88,14 @@ class Statistics:
         }
         log_probs = {"base_log_prob": base, "guided_log_prob": guided}
         for index, reward, alpha in zip(indices, product.rewards, product.strengths, strict=True):
-            values[f"alpha_{index}"] = torch.as_tensor(alpha, device=base.device).expand(len(base), 1)[:, 0]
+            per_row = alpha if isinstance(alpha, Tensor) else torch.full_like(base[:, :1], alpha)
+            values[f"alpha_{index}"] = per_row.expand(len(base), 1)[:, 0]
             log_probs[f"reward_log_prob_{index}"] = reward
         for name, distribution in (("likeliest_before", base), ("likeliest_after", guided)):
             values[name] = torch.stack(distribution.topk(self.N_LIKELIEST), dim=-1)
         n_prompts = text.run.root.n_prompts
         has_beams = n_prompts is None or len(text.input_ids) > n_prompts
-        of_run.record(text.input_ids, {name: value.tolist() for name, value in values.items()}, log_probs, has_beams)
+        of_run.record(text, values, log_probs, has_beams)
 
     def read(self, sequences: Tensor) -> GuidedTokens:
         """
@@ -160,6 +161,33 @@ def _reach(rows: list[dict[str, Any]]) -> tuple[int, int]:
     return (rows[-1]["position"] if rows else 0), len(rows)
 
 
+@dataclass
+class _Entry:
+    """
+    Holds what was recorded in one call, on the device until it is read.
+
+    Parameters:
+        line ([`Line`], *optional*), length (`int`):
+            The texts; no line once they are read.
+        values (`dict[str, torch.Tensor]`, *optional*):
+            What guidance does to the next token of each, until it is read.
+        log_probs (`dict[str, torch.Tensor]`, *optional*):
+            Log-probabilities of all tokens, `(n_rows, vocab_size)`, until it is known which one was taken.
+        of_beams (`dict[str, torch.Tensor]`, *optional*), likeliest (`torch.LongTensor`, *optional*):
+            Those of the likeliest tokens of beams, `(n_rows, N_LIKELY_ENDS)`, and the ids of these tokens.
+        rows (`dict[Key, int]`):
+            The row of each text, once they are read.
+    """
+
+    line: Line | None
+    length: int
+    values: dict[str, Tensor] | None
+    log_probs: dict[str, Tensor] | None
+    of_beams: dict[str, Tensor] | None = None
+    likeliest: Tensor | None = None
+    rows: dict[Key, int] = field(default_factory=dict)
+
+
 class _RunStatistics:
     """Holds what was recorded in one run."""
 
@@ -167,59 +195,118 @@ class _RunStatistics:
     KEPT_LENGTHS = 64
     # A beam that ends is never continued in a later call. Its end token is among the likeliest ones.
     N_LIKELY_ENDS = 64
+    # After how many calls their values are read from the device
+    N_UNREAD = 64
 
     def __init__(self, n_requests: int):
         self._n_requests = n_requests
         self.of_text: dict[Key, dict[str, Any]] = {}
-        # Log-probabilities of all tokens, until it is known which one was taken: by length, the row of each text
-        self._pending: dict[int, tuple[dict[Key, int], dict[str, Tensor]]] = {}
-        # Those of the likeliest tokens of beams, `(n_rows, N_LIKELY_ENDS)`, with the ids of these tokens
-        self._of_beams: dict[int, tuple[dict[Key, int], dict[str, Tensor], Tensor]] = {}
+        self._unread: list[_Entry] = []
+        # What was taken after the texts of an entry: for some of its rows, tokens and their log-probabilities
+        self._taken: list[tuple[_Entry, Sequence[int], Tensor, dict[str, Tensor]]] = []
+        self._pending: dict[int, _Entry] = {}  # by length
+        self._of_beams: dict[int, _Entry] = {}
 
-    def record(
-        self, input_ids: Tensor, columns: dict[str, list[Any]], log_probs: dict[str, Tensor], has_beams: bool
-    ) -> None:
+    @property
+    def n_texts(self) -> int:
+        """The number of texts that something is kept about."""
+        return len(self.of_text) + sum(len(x.line.input_ids) for x in self._unread if x.line is not None)
+
+    def record(self, text: Text, values: dict[str, Tensor], log_probs: dict[str, Tensor], has_beams: bool) -> None:
         """Records values for each text, and the log-probabilities of all tokens until one of them is taken."""
-        n_texts, length = input_ids.shape
-        texts = text_keys(input_ids, self._n_requests)
-        self._settle(input_ids)
-        for row, text in enumerate(texts):
-            self.of_text[text] = {name: column[row] for name, column in columns.items()}
+        n_texts, length = text.input_ids.shape
+        self._take(text.line, length, text.input_ids)
+        entry = _Entry(text.line, length, values, log_probs)
+        self._unread.append(entry)
         self._pending = {x: y for x, y in self._pending.items() if n_texts == 1 and abs(x - length) < self.KEPT_LENGTHS}
-        rows = {text: row for row, text in enumerate(texts)}
-        self._pending[length] = (rows, log_probs)
+        self._pending[length] = entry
         if has_beams:
             guided = log_probs["guided_log_prob"]
-            likeliest = guided.topk(min(self.N_LIKELY_ENDS, guided.shape[-1])).indices
-            kept = {name: value.gather(1, likeliest) for name, value in log_probs.items()}
-            self._of_beams[length] = (rows, kept, likeliest)
+            entry.likeliest = guided.topk(min(self.N_LIKELY_ENDS, guided.shape[-1])).indices
+            entry.of_beams = {name: value.gather(1, entry.likeliest) for name, value in log_probs.items()}
+            self._of_beams[length] = entry
+        if len(self._unread) >= self.N_UNREAD:
+            self._read_from_device()
 
     def read(self, sequences: Tensor) -> list[list[dict[str, Any]]]:
         """Returns for each sequence a row for each token that was recorded here."""
         rows: list[list[dict[str, Any]]] = [[] for _ in sequences]
+        line = Line(sequences)
         for position in range(1, sequences.shape[1]):
-            self._settle(sequences[:, : position + 1])
-            for index, text in enumerate(text_keys(sequences[:, :position], self._n_requests)):
+            self._take(line, position + 1, sequences)
+        self._read_from_device()
+        ids = line.ids(sequences.shape[1])
+        for position in range(1, sequences.shape[1]):
+            for index, text in enumerate(text_keys(ids[:, :position], self._n_requests)):
                 recorded = self.of_text.get(text)
                 if recorded is not None:
-                    token = int(sequences[index, position])
+                    token = int(ids[index, position])
                     taken = recorded.get(f"token {token}") or self._end_of_a_beam(position, text, token)
                     rows[index].append({"position": position, "token": token} | recorded | taken)
         return rows
 
     def _end_of_a_beam(self, length: int, text: Key, token: int) -> dict[str, float]:
         """Returns the log-probabilities of a token that no later text has, if it was among the likeliest."""
-        rows, log_probs, likeliest = self._of_beams.get(length, ({}, {}, None))
-        if likeliest is None or text not in rows:
+        entry = self._of_beams.get(length)
+        if entry is None or entry.likeliest is None or entry.of_beams is None or text not in entry.rows:
             return {}
-        places = (likeliest[rows[text]] == token).nonzero()[:1, 0].tolist()
-        return {name: float(value[rows[text], place]) for place in places for name, value in log_probs.items()}
+        row = entry.rows[text]
+        places = (entry.likeliest[row] == token).nonzero()[:1, 0].tolist()
+        return {name: float(value[row, place]) for place in places for name, value in entry.of_beams.items()}
 
-    def _settle(self, input_ids: Tensor) -> None:
-        """Keeps the log-probabilities of the tokens that were taken."""
-        rows, log_probs = self._pending.get(input_ids.shape[1] - 1, ({}, {}))
-        for index, text in enumerate(text_keys(input_ids[:, :-1], self._n_requests) if rows else []):
-            if text in rows:
-                token = int(input_ids[index, -1])
-                taken = {name: float(value[rows[text], token]) for name, value in log_probs.items()}
-                self.of_text[text][f"token {token}"] = taken
+    def _take(self, line: Line, length: int, input_ids: Tensor) -> None:
+        """Keeps the log-probabilities of the last tokens of texts, where they follow texts that were recorded."""
+        before = self._pending.get(length - 1)
+        if before is None or before.log_probs is None:
+            return
+        log_probs, tokens = before.log_probs, input_ids[:, length - 1 : length].long()
+        if before.line is line:
+            rows: Sequence[int] = range(len(tokens))
+        else:
+            rows_of = before.rows if before.line is None else self._rows_of(before.line, length - 1)
+            keys = text_keys(line.ids(length - 1), self._n_requests)
+            pairs = [(rows_of[key], index) for index, key in enumerate(keys) if key in rows_of]
+            if not pairs:
+                return
+            rows = [row for row, _ in pairs]
+            device = next(iter(log_probs.values())).device
+            of, to = torch.tensor(pairs).to(device, non_blocking=True).unbind(1)
+            tokens = tokens.to(device)[to]
+            log_probs = {name: value[of] for name, value in log_probs.items()}
+        taken = {name: value.gather(1, tokens)[:, 0] for name, value in log_probs.items()}
+        self._taken.append((before, rows, tokens[:, 0], taken))
+
+    def _rows_of(self, line: Line, length: int) -> dict[Key, int]:
+        return {key: row for row, key in enumerate(text_keys(line.ids(length), self._n_requests))}
+
+    def _read_from_device(self) -> None:
+        """Reads what was recorded since the last time, in few copies."""
+        for entry in self._unread:
+            if entry.line is not None:
+                entry.rows, entry.line = self._rows_of(entry.line, entry.length), None
+        columns = _lists([entry.values or {} for entry in self._unread])
+        for entry, values in zip(self._unread, columns, strict=True):
+            for text, row in entry.rows.items():
+                self.of_text[text] = {name: column[row] for name, column in values.items()}
+            entry.values = None
+        taken = _lists([{"token": tokens} | values for _, _, tokens, values in self._taken])
+        for (entry, rows, *_), values in zip(self._taken, taken, strict=True):
+            text_of = {row: text for text, row in entry.rows.items()}
+            tokens = values.pop("token")
+            for index, row in enumerate(rows):
+                if row in text_of:
+                    of_token = {name: column[index] for name, column in values.items()}
+                    self.of_text[text_of[row]][f"token {int(tokens[index])}"] = of_token
+        self._unread, self._taken = [], []
+
+
+def _lists(calls: Sequence[dict[str, Tensor]]) -> list[dict[str, list[Any]]]:
+    """Returns the values of some calls as lists, in one copy from the device for each kind of values."""
+    tensors = [(index, name, value) for index, call in enumerate(calls) for name, value in call.items()]
+    lists: list[dict[str, list[Any]]] = [{} for _ in calls]
+    for dtype in dict.fromkeys(value.dtype for _, _, value in tensors):
+        own = [x for x in tensors if x[2].dtype == dtype]
+        flat = torch.cat([value.flatten() for _, _, value in own]).cpu()
+        for (index, name, value), part in zip(own, flat.split([value.numel() for *_, value in own]), strict=True):
+            lists[index][name] = part.view(value.shape).tolist()
+    return lists

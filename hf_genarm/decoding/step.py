@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .line import CacheMark, Line, is_beginning
+
 
 class Run:
     """
@@ -39,6 +41,12 @@ class Run:
             What the base reads in addition to tokens, such as `pixel_values`.
         attention_mask (`torch.LongTensor` of shape `(batch_size, length)`):
             The mask of the prompts, and of some of what follows, in the first pass.
+        line ([`Line`], *optional*):
+            The texts of its first pass, which all later ones are padded as.
+        has_usual_positions (`bool`):
+            Whether the base is known to number the tokens of its texts from 0.
+        agreed (`dict`):
+            What was checked against the prompts, and need not be checked at later steps.
     """
 
     def __init__(self, input_ids: Tensor, cache: Any = None, is_custom_loop: bool = False):
@@ -54,6 +62,9 @@ class Run:
         self.n_hidden = 0
         self.other_inputs: list[str] = []
         self.attention_mask = torch.ones_like(input_ids)
+        self.line: Line | None = None
+        self.has_usual_positions = False
+        self.agreed: dict[Any, Any] = {}
 
     @property
     def prompt(self) -> Tensor:
@@ -69,6 +80,7 @@ class Run:
         """Adds the next part of a prompt that is read in parts, and returns all of it so far."""
         self._input_ids = torch.cat([self._input_ids, input_ids], dim=1)
         self.prompt_length = self._input_ids.shape[1]
+        self.line = None
         return self._input_ids
 
     @property
@@ -104,6 +116,8 @@ class Step:
             Which of these tokens are not padding.
         is_first (`bool`):
             Whether it is the first pass of the run, over the prompt.
+        line ([`Line`]):
+            The texts that it reads.
         logits (`torch.Tensor` of shape `(batch_size, n, vocab_size)`, *optional*):
             What the base returned for the last n tokens, before any processor, if logits are kept.
     """
@@ -111,8 +125,8 @@ class Step:
     # Of a prompt only the last logits are used; drafts are shorter than this.
     KEPT_LOGITS = 64
 
-    def __init__(self, run: Run, input_ids: Tensor, mask: Tensor | None, is_first: bool, read: Tensor):
-        self.run, self.input_ids, self.is_first = run, input_ids, is_first
+    def __init__(self, run: Run, input_ids: Tensor, mask: Tensor | None, is_first: bool, read: Tensor, line: Line):
+        self.run, self.input_ids, self.is_first, self.line = run, input_ids, is_first, line
         # `generate` drops a mask of ones.
         self.attention_mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
         run.step = self
@@ -120,6 +134,17 @@ class Step:
             run.attention_mask = self.attention_mask
         self.read = read  # the very tensor that goes to `forward`
         self.logits: Tensor | None = None
+        self._cache: CacheMark | None = None
+
+    def end(self) -> None:
+        """Records the cache as the pass has left it, so that a later one is known to continue these texts."""
+        if self._cache is None:
+            self._cache = CacheMark(self.run.cache)
+
+    def is_continued_by(self, input_ids: Tensor, cache: Any) -> bool:
+        """Returns whether longer texts are known to begin with these, since the base continues its cache as it was."""
+        is_longer = len(input_ids) == len(self.input_ids) and input_ids.shape[1] > self.input_ids.shape[1]
+        return is_longer and self._cache is not None and self.run.uses(cache) and self._cache.is_on(cache)
 
     def mask_of(self, input_ids: Tensor) -> Tensor | None:
         """Returns the mask `(batch_size, length)` of texts that this pass has read; `None` for other texts."""
@@ -127,7 +152,7 @@ class Step:
         is_read = len(input_ids) == len(self.input_ids) and length <= self.input_ids.shape[1]
         if not is_read or self.attention_mask.shape != self.input_ids.shape:
             return None
-        if input_ids is not self.input_ids and not torch.equal(input_ids, self.input_ids[:, :length]):
+        if not is_beginning(input_ids, self.input_ids) and not torch.equal(input_ids, self.input_ids[:, :length]):
             return None
         return self.attention_mask[:, :length]
 

@@ -1,5 +1,6 @@
 """Watches what `generate` lets the base read, and which of its calls are running."""
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..hub.kv_cache import CACHE, n_read
 from .instance_patch import InstancePatch
+from .line import Line, is_beginning
 from .lockstep import position_ids
 from .step import Run, Step
 
@@ -33,6 +35,8 @@ class _ThreadState(threading.local):
             Called when the outermost of these returns.
         handle ([`~torch.utils.hooks.RemovableHandle`], *optional*):
             The handle of the hook that waits for the logits of the next pass.
+        draft ([`Line`], *optional*):
+            The latest text with drafts, which the base may read next.
     """
 
     def __init__(self) -> None:
@@ -41,6 +45,7 @@ class _ThreadState(threading.local):
         self.n_prompts: list[int | None] = []
         self.when_over: list[Callable[[], None]] = []
         self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.draft: Line | None = None
 
 
 class StepWatch:
@@ -114,6 +119,15 @@ class StepWatch:
         steps = [run.step for run in reversed(self._local.runs) if run.step is not None and not run.is_over]
         return next((step for step in steps if step.mask_of(input_ids) is not None), next(iter(steps), latest))
 
+    @property
+    def is_generating(self) -> bool:
+        """Whether a `generate` call of the model runs in this thread."""
+        return bool(self._local.n_prompts)
+
+    def expect(self, draft: Line) -> None:
+        """Records a text with drafts, so that it is recognised when the base reads it."""
+        self._local.draft = draft
+
     def keep_logits(self) -> None:
         """Makes each later step keep the logits of the base."""
         self._keeps_logits = True
@@ -147,21 +161,25 @@ class StepWatch:
             if not local.n_prompts:
                 self._finish(local)
 
-    def call_when_over(self, function: Callable[[], None]) -> None:
-        """Calls a function when the outermost `generate` call of this thread returns, if there is one."""
-        if self._local.n_prompts and function not in self._local.when_over:
+    def call_when_over(self, function: Callable[[], None]) -> bool:
+        """
+        Calls a function when the outermost `generate` call of this thread returns, and returns whether there is one.
+        """
+        if self.is_generating and function not in self._local.when_over:
             self._local.when_over.append(function)
+        return self.is_generating
 
     def _finish(self, local: _ThreadState) -> None:
         """Gives back what was only needed while `generate` ran."""
-        functions, local.when_over = local.when_over, []
-        for function in functions:
-            function()
+        functions, local.when_over, local.draft = local.when_over, [], None
         for run in local.runs:
             if run.step is not None:
                 run.step.logits = None
             if self.fusion is not None:
                 self.fusion.release(run.cache)
+        with contextlib.ExitStack() as stack:  # one that raises an error doesn't keep the others from being called
+            for function in reversed(functions):
+                stack.callback(function)
 
     def record(self, input_ids: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Records a pass for which `input_ids` and `kwargs` were prepared into `inputs`."""
@@ -182,13 +200,28 @@ class StepWatch:
                 if n_read(cache) or kwargs.get("inputs_embeds") is not None:
                     run.n_hidden = max(n_read(cache) + read.shape[1] - input_ids.shape[1], 0)
                 run.other_inputs = [name for name, value in kwargs.items() if _is_no_text(name, value)]
-        step = self._local.step = Step(run, input_ids, kwargs.get("attention_mask"), is_first, read)
+        line = self._line_of(run, input_ids, mask, cache)
+        step = self._local.step = Step(run, input_ids, mask, is_first, read, line)
         if is_first:
             run.other_inputs += self._changed_inputs(step, inputs, kwargs.get("inputs_embeds"))
         if self._keeps_logits:
             self._record_logits(step)
         for listener in self.listeners:
             listener(step, inputs)
+
+    def _line_of(self, run: Run, input_ids: Tensor, mask: Tensor | None, cache: Any) -> Line:
+        """Returns the line of the texts of a pass: that of the last pass, if they are known to continue its texts."""
+        mask = None if mask is None or mask.shape != input_ids.shape else mask
+        last, draft = run.step, self._local.draft
+        if draft is not None and draft.length == input_ids.shape[1] and is_beginning(input_ids, draft.input_ids):
+            return draft
+        is_continued = self.is_generating and last is not None and last.is_continued_by(input_ids, cache)
+        if is_continued and last is not None and (mask is None) == (last.line.attention_mask is None):
+            last.line.extend(input_ids, mask)
+            return last.line
+        line = Line(input_ids, mask, run.line)
+        run.line = run.line or line
+        return line
 
     def _changed_inputs(self, step: Step, inputs: dict[str, Any], embedded: Tensor | None) -> list[str]:
         """Returns the names of inputs that make the base read a prompt in another way than reward models do."""

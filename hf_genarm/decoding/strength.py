@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import as_number, as_tensor, shown
+from .texts import Text
 
 Strengths = float | Sequence[float] | Tensor
 Alpha = Strengths | Callable[[int], Strengths]
@@ -131,49 +132,51 @@ def _known(values: Sequence[float | None], name: str, what: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def strengths_at(
-    alpha: Any, n_rewards: int, steps: Sequence[int], prompts: Tensor, n_prompts: int | None = None
-) -> tuple[list[float | Tensor], int]:
+def strengths_at(alpha: Any, n_rewards: int, text: Text, device: torch.device) -> tuple[dict[int, float | Tensor], int]:
     """
-    Returns the strength of each reward, one number or a tensor of shape `(batch_size, 1)`, and the number of requests
-    whose strengths differ.
+    Returns the strength of each reward that is not at 0 everywhere, one number or a tensor of shape `(batch_size, 1)`,
+    and the number of requests whose strengths differ.
 
     Args:
         alpha (as for [`check_alpha`]):
             The strengths, or their schedule.
         n_rewards (`int`):
             Number of reward models.
-        steps (sequence of `int`):
-            For each row, the number of tokens that were added to its prompt.
-        prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
-            What the rows begin with.
-        n_prompts (`int`, *optional*):
-            The number of prompts that `generate` was given, if it is known.
+        text ([`Text`]):
+            The texts so far.
+        device (`torch.device`):
+            Where the tensors are needed.
     """
     by_step, n_requests = {}, 1
-    for step in sorted(set(steps)):
+    for step in sorted(set(text.n_new)):
         alphas = check_alpha(alpha(step) if callable(alpha) else alpha, n_rewards)
         if callable(alphas):
             raise ValueError(f"`alpha` returned a function for step {step}, but it must return strengths.")
-        by_step[step] = by_reward(alphas, prompts, n_prompts)
-        n_requests = len(alphas) if isinstance(alphas, Tensor) else n_requests
+        if isinstance(alphas, Tensor):
+            n_requests = len(alphas)
+            key = ("alpha", n_requests, len(text.input_ids))
+            if text.step is None or key not in text.run.agreed:  # the rows of a request stay its rows
+                refuse_other_requests(alphas, text.prompts, text.run.n_prompts)
+                text.run.agreed[key] = True
+        by_step[step] = by_reward(alphas, len(text.input_ids))
     strengths, *others = by_step.values()
     for step, own in zip(list(by_step)[1:], others, strict=True):  # custom loops may join texts of any length
-        is_at = torch.tensor([x == step for x in steps], device=prompts.device)[:, None]
+        is_at = torch.tensor([x == step for x in text.n_new])[:, None]
         strengths = [torch.where(is_at, x, y) for x, y in zip(own, strengths, strict=True)]
-    return strengths, n_requests
+    active = {index: strength for index, strength in enumerate(strengths) if torch.as_tensor(strength).any()}
+    return {index: _on(device, strength) for index, strength in active.items()}, n_requests
 
 
-def by_reward(alphas: list[float] | Tensor, prompts: Tensor, n_prompts: int | None = None) -> list[float | Tensor]:
+def refuse_other_requests(alphas: Tensor, prompts: Tensor, n_prompts: int | None = None) -> None:
     """
-    Returns the strength of each reward: one number, or if requests differ a tensor of shape `(batch_size, 1)`.
+    Refuses strengths `(n_requests, n_rewards)` of other requests than those of a call.
 
     Args:
-        alphas (list of `float` or `torch.Tensor` of shape `(n_requests, n_rewards)`):
+        alphas (`torch.Tensor` of shape `(n_requests, n_rewards)`):
             From [`check_alpha`]. The rows of a request, for beams or several returned sequences, follow each
             other.
         prompts (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
-            What the rows begin with.
+            What the rows begin with, on the host.
         n_prompts (`int`, *optional*):
             The number of prompts that `generate` was given, if it is known.
 
@@ -181,8 +184,6 @@ def by_reward(alphas: list[float] | Tensor, prompts: Tensor, n_prompts: int | No
         ValueError: if the rows are not a multiple of the requests, or those of one request have different prompts, or
             there are strengths for each beam or returned sequence.
     """
-    if isinstance(alphas, list):
-        return list(alphas)
     repeats = len(prompts) // len(alphas)
     if repeats * len(alphas) != len(prompts) or not torch.equal(
         prompts, prompts[:: max(repeats, 1)].repeat_interleave(max(repeats, 1), dim=0)
@@ -197,5 +198,23 @@ def by_reward(alphas: list[float] | Tensor, prompts: Tensor, n_prompts: int | No
             f"`alpha` has {len(alphas)} rows, one for each request, but `generate` was given {n_prompts} prompts. "
             "Beams and returned sequences of one prompt share its strengths: give one row for each prompt."
         )
-    expanded = alphas.to(prompts.device).repeat_interleave(repeats, dim=0)
+
+
+def by_reward(alphas: list[float] | Tensor, n_rows: int) -> list[float | Tensor]:
+    """
+    Returns the strength of each reward: one number, or if requests differ a tensor of shape `(n_rows, 1)`.
+
+    Args:
+        alphas (list of `float` or `torch.Tensor` of shape `(n_requests, n_rewards)`):
+            From [`check_alpha`].
+        n_rows (`int`):
+            The number of texts. Those of a request follow each other.
+    """
+    if isinstance(alphas, list):
+        return list(alphas)
+    expanded = alphas.repeat_interleave(n_rows // len(alphas), dim=0)
     return [column[:, None] for column in expanded.unbind(dim=1)]
+
+
+def _on(device: torch.device, strength: float | Tensor) -> float | Tensor:
+    return strength.to(device, non_blocking=True) if isinstance(strength, Tensor) else strength

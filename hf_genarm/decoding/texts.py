@@ -1,7 +1,6 @@
 """The texts that a processor is called with: which run they belong to, and what is remembered about them."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import shown
+from .line import Line
 from .step import Run, Step
 from .step_watch import StepWatch
 
+Key = tuple[int, int]
 
-def text_keys(input_ids: Tensor, n_requests: int = 1) -> list[tuple[int, int]]:
+
+def text_keys(input_ids: Tensor, n_requests: int = 1) -> list[Key]:
     """
     Returns what distinguishes the rows of `input_ids`, `(batch_size, length)`: their request, and their tokens in any
     integer dtype. The rows of a request, for beams or several returned sequences, follow each other.
@@ -22,21 +24,53 @@ def text_keys(input_ids: Tensor, n_requests: int = 1) -> list[tuple[int, int]]:
     return [(index // repeats, hash(row.numpy().tobytes())) for index, row in enumerate(input_ids.long().cpu())]
 
 
+@dataclass
+class _Call:
+    """Holds what is remembered for the texts of one call; their tokens are read once other texts are looked for."""
+
+    line: Line | None
+    length: int
+    n_requests: int
+    values: Any
+    rows: dict[Key, int] | None = None
+
+    def rows_by_key(self) -> dict[Key, int]:
+        """Returns the row of each text."""
+        if self.line is not None:
+            keys = text_keys(self.line.ids(self.length), self.n_requests)
+            self.line, self.rows = None, {key: row for row, key in enumerate(keys)}
+        assert self.rows is not None
+        return self.rows
+
+
 class RecentTexts:
     """Remembers values for the texts of the last calls, by their tokens. Older ones are dropped."""
 
     KEPT_CALLS = 256
 
     def __init__(self) -> None:
-        self._calls: deque[dict[tuple[int, int], Any]] = deque(maxlen=self.KEPT_CALLS)
+        self._calls: deque[_Call] = deque(maxlen=self.KEPT_CALLS)
 
-    def record(self, keys: Sequence[tuple[int, int]], values: Sequence[Any]) -> None:
-        """Remembers a value for each text of a call."""
-        self._calls.append(dict(zip(keys, values, strict=True)))
+    def record(self, line: Line, length: int, values: Any, n_requests: int = 1) -> None:
+        """Remembers a value for each text of a call, a list or a tensor with one for each row."""
+        self._calls.append(_Call(line, length, n_requests, values))
 
-    def find(self, key: tuple[int, int], default: Any = None) -> Any:
-        """Returns the latest value for a text."""
-        return next((call[key] for call in reversed(self._calls) if key in call), default)
+    def find(self, line: Line, length: int, n_requests: int = 1) -> list[tuple[Any, int] | None]:
+        """Returns for each text the latest values that it is among, and its row in them."""
+        for call in reversed(self._calls):
+            if call.line is line and call.length == length and call.n_requests == n_requests:
+                return [(call.values, row) for row in range(len(line.input_ids))]
+        keys = text_keys(line.ids(length), n_requests)
+        found: list[tuple[Any, int] | None] = [None] * len(keys)
+        for call in reversed(self._calls):
+            rows = call.rows_by_key()
+            found = [
+                (call.values, rows[key]) if known is None and key in rows else known
+                for key, known in zip(keys, found, strict=True)
+            ]
+            if None not in found:
+                break
+        return found
 
 
 @dataclass
@@ -51,6 +85,8 @@ class Text:
             The run that they belong to.
         n_new (list of `int`):
             The number of tokens that each of them has beyond its prompt.
+        line ([`Line`]):
+            What they are known by.
         step ([`Step`], *optional*):
             The pass of the base that has read them, or the texts that they continue; `None` if the base is not watched.
         base_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
@@ -64,6 +100,7 @@ class Text:
     input_ids: Tensor
     run: Run
     n_new: list[int]
+    line: Line
     step: Step | None = None
     base_mask: Tensor | None = None
     is_drafted: bool = False
@@ -71,8 +108,8 @@ class Text:
 
     @property
     def prompts(self) -> Tensor:
-        """The longest prompts that all of them have, `(batch_size, prompt_length)`."""
-        return self.input_ids[:, : self.input_ids.shape[1] - max(self.n_new)]
+        """The longest prompts that all of them have, on the host, `(batch_size, prompt_length)`."""
+        return self.line.ids(self.input_ids.shape[1] - max(self.n_new))
 
     @property
     def answer_start(self) -> int:
@@ -142,31 +179,36 @@ class TextReader:
         is_drafted = step is not None and step.is_first and length < step.input_ids.shape[1]
         if step is None or mask is None or (length < step.run.prompt_length and not is_drafted):
             return self._read_unwatched(input_ids, step)
-        run = step.run
+        run, line = step.run, step.line
         if run.is_over:  # drafts of the next call, or a loop, which begin with the same tokens
             return self._read_unwatched(input_ids, step, mask)
+        step.end()
         if is_drafted:  # its first pass read drafts, too
             run.prompt_length = min(run.prompt_length, length)
         if len(input_ids) == 1:  # drafts may follow
-            self._earlier.record(text_keys(input_ids), [(run, run.prompt_length)])
+            self._earlier.record(line, length, [(run, run.prompt_length)])
         if run.outer is not None or run.drafts_itself:
             # For drafts, `generate` infers a mask in which pad tokens that were generated count as padding.
             mask = run.root.mask_of(input_ids)
-        return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), step, mask, is_drafted)
+            line = Line(input_ids, mask)
+        return Text(input_ids, run, [length - run.prompt_length] * len(input_ids), line, step, mask, is_drafted)
 
     def _read_unwatched(self, input_ids: Tensor, step: Step | None, mask: Tensor | None = None) -> Text:
         """Reads drafts, or texts of a custom loop, which the base has not prepared, with their mask if it is known."""
         length = input_ids.shape[1]
         if step is not None and step.run.n_hidden and torch.equal(input_ids, step.input_ids):
-            return Text(input_ids, step.run, [0] * len(input_ids), step)
-        earlier = [self._earlier.find(key) for key in text_keys(input_ids[:, :-1])]
+            return Text(input_ids, step.run, [0] * len(input_ids), step.line, step)
+        line = Line(input_ids)
+        found = self._earlier.find(line, length - 1)
+        earlier = [None if known is None else known[0][known[1]] for known in found]
         # A loop that continues what `generate` has written is another run.
         earlier = [None if known is None or known[0].is_over else known for known in earlier]
         run = next((known[0] for known in earlier if known is not None), None) or Run(input_ids, is_custom_loop=True)
         values = [(run, length) if known is None else known for known in earlier]
-        self._earlier.record(text_keys(input_ids), values)
+        self._earlier.record(line, length, values)
         mask = mask if run.is_custom_loop else run.mask_of(input_ids)
-        return Text(input_ids, run, [length - prompt_length for _, prompt_length in values], None, mask)
+        line = line if mask is None else Line(input_ids, mask)
+        return Text(input_ids, run, [length - prompt_length for _, prompt_length in values], line, None, mask)
 
 
 def _refuse_no_tensors(input_ids: Any, scores: Any) -> None:

@@ -11,6 +11,7 @@ from ..arguments import refuse_no_tokenizer
 from ..hub.compatibility import lacking_tokens
 from ..hub.kv_cache import n_embeddings, network_of
 from ..hub.scoring import end_token_ids
+from .late_checks import LateChecks
 from .strings.byte_map import ByteMap
 
 
@@ -51,12 +52,14 @@ class VocabMap:
         self._lookup = torch.full((max(vocab.values()) + 1,), -1)
         self._lookup[self._base_ids] = self._reward_ids
 
-    def reward_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def reward_ids(self, input_ids: Tensor, attention_mask: Tensor, checks: LateChecks | None = None) -> Tensor:
         """
         Returns the same text in the reward model's ids. Padding, which the reward model never sees, becomes 0.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`)
+            checks ([`LateChecks`], *optional*):
+                What raises the error; by default it is raised at once.
 
         Raises:
             ValueError: if the text has a token that the reward model lacks.
@@ -64,15 +67,21 @@ class VocabMap:
         self._lookup = self._lookup.to(input_ids.device)
         text = input_ids.long().masked_fill(attention_mask == 0, int(self._base_ids[0]))
         reward_ids = self._lookup[text.clamp(min=0, max=len(self._lookup) - 1)]
-        unknown = text[(reward_ids < 0) | (text < 0) | (text >= len(self._lookup))]
-        if len(unknown):
-            index = int(unknown[0])
+        is_unknown = (reward_ids < 0) | (text < 0) | (text >= len(self._lookup))
+
+        def refuse() -> None:
+            index = int(text[is_unknown][0])
             raise ValueError(
                 f"The text contains the token {self._tokens.get(index, '')!r} (id {index}), which is not in the "
                 "vocabulary of the reward model. Leave it out of the prompt and suppress it in `generate` "
                 f"(`suppress_tokens=[{index}]`), or use a reward model that knows it."
             )
-        return reward_ids.masked_fill(attention_mask == 0, 0)
+
+        if checks is not None:
+            checks.add(is_unknown.any(), refuse)
+        elif is_unknown.any():
+            refuse()
+        return reward_ids.masked_fill((attention_mask == 0) | is_unknown, 0)
 
     def base_log_probs(self, log_probs: Tensor, vocab_size: int) -> Tensor:
         """

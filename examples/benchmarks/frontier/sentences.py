@@ -33,21 +33,21 @@ def task(size: Size, base: str | None = None) -> Task:
         described="The reward model is the base itself with a sentence in its system message; the reference is the "
         "base with its own prompt. At strength 1 that is prompting with the sentence. The reward is VADER's score of "
         f"the answer, from −1 to 1; the second judge is TextBlob. There are {size.n_sentences} sentences for positive "
-        f"answers{'' if of_base else ', and as many for short ones'}. The base computes in bfloat16.",
+        f"answers, and as many for short ones. The base computes in bfloat16.",
     )
 
 
-def steps(bench: Bench, task: Task, is_all: bool) -> list[Step]:
+def steps(bench: Bench, task: Task, has_adapter: bool) -> list[Step]:
     """
-    Returns the steps of each sentence for positive answers at all strengths; with `is_all` also those of sentences for
-    short answers, of the published adapter, and of sentences together with it. The number of the sentence, or of the
-    sample, is the `seed`.
+    Returns the steps of each sentence, for positive and for short answers, at all strengths; with `has_adapter` also
+    those of the published adapter, and of sentences together with it. The number of the sentence, or of the sample, is
+    the `seed`.
     """
     size, alone, add = task.size, SENTENCE_STRENGTHS, partial(step, bench, task)
     work = [base_step(bench, task, "test", "base", [Point(0.0)] * _N_SAMPLES)]
     work += [add(SENTENCE, i, alone, SENTENCES["sentiment"][i]) for i in range(size.n_sentences)]
-    if is_all:  # with fewer runs of what has the adapter: samples of it alone, and some of the sentences
-        work += [add(BRIEF, i, alone, SENTENCES["brevity"][i]) for i in range(size.n_sentences)]
+    work += [add(BRIEF, i, alone, SENTENCES["brevity"][i]) for i in range(size.n_sentences)]
+    if has_adapter:  # with fewer runs of what has the adapter: samples of it alone, and some of the sentences
         work += [add(ADAPTER, seed, PUBLISHED_STRENGTHS, adapter=PUBLISHED) for seed in size.dev_seeds]
         work += [add(BOTH, i, alone, SENTENCES["sentiment"][i], PUBLISHED) for i in size.few_seeds]
     return work

@@ -32,7 +32,7 @@ class Size:
     n_particles: int = 4
     n_rollout_prompts: int = 6
     n_sentences: int = 5
-    n_sentence_prompts: int = 8
+    n_sentence_prompts: int = 16
 
 
 SIZES = {

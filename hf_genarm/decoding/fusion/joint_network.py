@@ -28,13 +28,45 @@ class LowRankProduct(NamedTuple):
     b: Tensor
     scaling: float
 
+    def like(self, weight: Tensor) -> "LowRankProduct":
+        """
+        Returns it in the dtype and on the device of the layer. PEFT loads adapters in float32, also those of a base in
+        bfloat16, where each product would take five kernels in place of two.
+        """
+        if self.a.dtype == self.b.dtype == weight.dtype and self.a.device == self.b.device == weight.device:
+            return self
+        return LowRankProduct(self.a.to(weight), (self.b * self.scaling).to(weight), 1.0)
+
     def add(self, x: Tensor, output: Tensor, rows: slice) -> None:
         """Adds scaling * B A x to some rows, in place."""
-        low_rank = nn.functional.linear(x[rows].to(self.a.dtype), self.a)
-        if self.b.dtype == output.dtype:
-            output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, -2), self.b.T, alpha=self.scaling)
-        else:
-            output[rows] += nn.functional.linear(low_rank, self.b) * self.scaling
+        low_rank = nn.functional.linear(x[rows], self.a)
+        output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, -2), self.b.T, alpha=self.scaling)
+
+
+class StackedProducts:
+    """
+    Adds the low-rank products of several adapters in one layer in two kernels.
+
+    Args:
+        products (sequence of [`LowRankProduct`] or `None`):
+            One for each reward model, `None` where it has none in this layer.
+    """
+
+    def __init__(self, products: Sequence[LowRankProduct | None]):
+        known = [product for product in products if product is not None]
+        rank, example = max(len(x.a) for x in known), known[0]
+        self._a = example.a.new_zeros(len(products), example.a.shape[1], rank)
+        self._b = example.b.new_zeros(len(products), rank, len(example.b))
+        for index, product in enumerate(products):
+            if product is not None:
+                self._a[index, :, : len(product.a)] = product.a.T
+                self._b[index, : len(product.a)] = product.b.T * product.scaling
+
+    def add(self, x: Tensor, output: Tensor, batch_size: int) -> None:
+        """Adds them to the rows that follow those of the base, in place."""
+        n_blocks = len(self._a)
+        own, of_output = (t[batch_size:].view(n_blocks, -1, t.shape[-1]) for t in (x.contiguous(), output))
+        of_output.baddbmm_(torch.bmm(own, self._a), self._b)
 
 
 def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[str, LowRankProduct]]:
@@ -111,15 +143,16 @@ class JointNetwork:
                 by_path.setdefault(path, []).append((block, product))
         self._network = _other_modules(base, {})
         self._paths = by_path.keys()
-        for module in self._network.modules() if slow_for_few_rows() else ():
+        for module in self._network.modules() if slow_for_few_rows(base.device) else ():
             if type(module) is nn.Linear:
                 vars(module)["forward"] = functools.partial(_linear, module)
         for path, of_layer in by_path.items():
             layer = self._network.get_submodule(path)
-            vars(layer)["forward"] = self._with_products(path, layer.forward, of_layer)
+            like = [(block, product.like(layer.weight)) for block, product in of_layer]
+            vars(layer)["forward"] = self._with_products(path, layer.forward, _adding(like, len(products)))
 
     def _with_products(
-        self, path: str, forward: Callable[[Tensor], Tensor], products: Sequence[tuple[int, LowRankProduct]]
+        self, path: str, forward: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor, int], None]
     ) -> Callable[[Tensor], Tensor]:
         is_one_of_many = sum(part.isdigit() for part in path.split(".")) > 1  # in its layer, as an expert is
 
@@ -132,8 +165,7 @@ class JointNetwork:
                 raise _NotRowByRowError
             self._seen.add(path)
             output = forward(x)
-            for block, product in products:
-                product.add(x, output, slice(block * self._batch_size, (block + 1) * self._batch_size))
+            add(x, output, self._batch_size)
             return output
 
         return joint_forward
@@ -151,14 +183,33 @@ class JointNetwork:
         return output
 
 
-@functools.cache
-def slow_for_few_rows() -> bool:
+def _adding(
+    products: Sequence[tuple[int, LowRankProduct]], n_reward_models: int
+) -> Callable[[Tensor, Tensor, int], None]:
+    """Returns what adds the products of one layer, with the number of the reward model of each, counted from 1."""
+    if len(products) > 1 and products[0][1].a.device.type != "cpu":  # where kernels are few, not where they are small
+        of = dict(products)
+        return StackedProducts([of.get(block) for block in range(1, n_reward_models + 1)]).add
+
+    def add(x: Tensor, output: Tensor, batch_size: int) -> None:
+        for block, product in products:
+            product.add(x, output, slice(block * batch_size, (block + 1) * batch_size))
+
+    return add
+
+
+def slow_for_few_rows(device: torch.device) -> bool:
     """
     Returns whether torch computes `x W` slowly for a few rows in float32: MKL does, on processors of AMD.
 
     There, `W x` is 2 to 3 times as fast for 2 to 4 rows. On an Intel Xeon it takes twice as long as `x W`. Both are
     measured by `decode_cost --products`. It depends on the machine alone, so that the same seed gives the same text.
     """
+    return device.type == "cpu" and _is_amd_with_mkl()
+
+
+@functools.cache
+def _is_amd_with_mkl() -> bool:
     cpu = Path("/proc/cpuinfo")
     vendor = cpu.read_text(encoding="utf-8") if cpu.exists() else platform.processor()
     return torch.backends.mkl.is_available() and "AuthenticAMD" in vendor

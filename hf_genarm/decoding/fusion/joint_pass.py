@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
+from ..line import Line
 from ..lockstep import LockstepLM, State, position_ids
 from ..prompts import OwnPrompt
 from ..step import Step
@@ -80,18 +81,33 @@ class FusedLM(LockstepLM):
         super().reset()
         self._fusion.forget()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, n_logits: int = 1) -> Tensor:
-        logits = super().__call__(input_ids, attention_mask, n_logits)
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        n_logits: int = 1,
+        line: Line | None = None,
+        is_translated: bool = False,
+    ) -> Tensor:
+        # In a joint pass it reads the ids of the base.
+        line = None if is_translated else line
+        logits = super().__call__(input_ids, attention_mask, n_logits, line)
         self._fusion.join_next_pass(self)
         return logits
 
-    def text_of(self, step: Step) -> tuple[Tensor, Tensor] | None:
-        """Returns what it reads where the base reads the text of a step, with its mask; `None` if it can't join it."""
+    def line_of(self, step: Step) -> Line | None:
+        """Returns what it reads where the base reads the text of a step; `None` if it can't join it."""
         if self.own_prompt is None:
-            return step.input_ids, step.attention_mask
+            return step.line
         if not self.own_prompt.fits(step.input_ids) or step.input_ids.shape[1] > self._fixed_length:
             return None
-        return self.own_prompt.text(step.input_ids, step.attention_mask)
+        return self.own_prompt.line(step.line)
+
+    def mask_of(self, step: Step) -> Tensor:
+        """Returns the mask of what it reads where the base reads the text of a step."""
+        if self.own_prompt is None:
+            return step.attention_mask
+        return self.own_prompt.text(step.input_ids, step.attention_mask)[1]
 
 
 class _ThreadState(threading.local):
@@ -173,7 +189,7 @@ class Fusion:
 
     def hasten_next_pass(self) -> None:
         """Runs the next pass of the base in this thread as joint passes are run, where that is faster."""
-        self._local.is_hastened = slow_for_few_rows()
+        self._local.is_hastened = slow_for_few_rows(self.base.device)
 
     def _before_a_pass(self, step: Step, inputs: dict[str, Any]) -> None:
         """Decides whether the pass that was just prepared is joined."""
@@ -244,19 +260,16 @@ class Fusion:
         something else: nothing has changed then, and the base has to run alone.
         """
         cache, n_new = inputs[CACHE], inputs["input_ids"].shape[1]
-        texts = [x.text_of(armed.step) for x in armed.reward_models]
-        read = [text for text in texts if text is not None]
-        if len(read) < len(texts):
+        lines = [x.line_of(armed.step) for x in armed.reward_models]
+        known = [line for line in lines if line is not None]
+        if len(known) < len(lines):
             return None
         # Taken, so that an interruption loses them, and can't leave them half changed.
-        taken = [
-            x.take(input_ids, mask, input_ids.shape[1] - n_new)
-            for x, (input_ids, mask) in zip(armed.reward_models, read, strict=True)
-        ]
+        taken = [x.take(line, n_new) for x, line in zip(armed.reward_models, known, strict=True)]
         states = [x for x in taken if x is not None and len(x.cache.layers) == len(cache.layers)]
         output = None
         if len(states) == len(taken):
-            output = self._run(armed, states, read, inputs)
+            output = self._run(armed, states, known, inputs)
         for reward_model, state in zip(armed.reward_models, taken, strict=True):
             if state is not None:
                 reward_model.put_back(state)
@@ -266,7 +279,7 @@ class Fusion:
         self,
         armed: _JointPass,
         states: Sequence[State],
-        texts: Sequence[tuple[Tensor, Tensor]],
+        lines: Sequence[Line],
         inputs: dict[str, Any],
     ) -> ModelOutput | None:
         """Runs the joint network on the rows of the base and of the reward models, which have read these texts."""
@@ -275,7 +288,8 @@ class Fusion:
         rows = {name: value.repeat(len(caches), 1) for name, value in rows.items() if value is not None}
         batch_size, n_new = inputs["input_ids"].shape
         if any(x.own_prompt is not None for x in armed.reward_models):
-            rows |= _padded([armed.step.attention_mask, *(mask for _, mask in texts)], n_new)
+            masks = [x.mask_of(armed.step) for x in armed.reward_models]
+            rows |= _padded([armed.step.attention_mask, *masks], n_new)
             if not armed.reward_models[0].takes_positions:  # it counts by the mask
                 del rows["position_ids"]
         lengths = [int(cache.get_seq_length()) for cache in caches]
@@ -293,8 +307,8 @@ class Fusion:
             logger.info(_SEPARATELY, reason)
             return None
         base_logits, *reward_logits = output["logits"].split(batch_size)
-        for reward_model, state, text, logits in zip(armed.reward_models, states, texts, reward_logits, strict=True):
-            state.extend(*text, logits)
+        for reward_model, state, line, logits in zip(armed.reward_models, states, lines, reward_logits, strict=True):
+            state.extend(line, line.length - line.padding.n_columns, logits)
             reward_model.joint_passes += 1
             reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]
@@ -322,10 +336,17 @@ def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
         return False
     if shape != (len(new), int(cache.get_seq_length()) + n_new) or step.attention_mask.shape != shape:
         return False
-    positions = inputs.get("position_ids")
-    # A reward model has the usual positions, one row for each text.
-    is_usual = positions is None or torch.equal(positions, position_ids(step.attention_mask)[:, -n_new:])
-    return is_usual and (mask is None or mask.shape == shape)
+    return (mask is None or mask.shape == shape) and _has_usual_positions(step, inputs.get("position_ids"), n_new)
+
+
+def _has_usual_positions(step: Step, positions: Tensor | None, n_new: int) -> bool:
+    """Returns whether the tokens of a step are numbered as a reward model numbers them, one row for each text."""
+    if positions is None or step.run.has_usual_positions:
+        return True
+    usual = position_ids(step.attention_mask)[:, -n_new:].to(positions.device)
+    is_usual = torch.equal(positions, usual)
+    step.run.has_usual_positions = is_usual and step.run.depth > 0  # `generate` goes on as it has begun
+    return is_usual
 
 
 def _can_be_joined(layer: Any, n_new: int) -> bool:

@@ -118,7 +118,7 @@ class StringRewards:
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
-                The texts so far, in ids of the base.
+                The texts so far, in ids of the base, on the host.
             scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`):
                 The scores of the base, which candidates are chosen by.
             prompt ([`OwnPrompt`]):
