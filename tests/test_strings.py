@@ -1,6 +1,7 @@
 """Rewards of strings: reward models whose tokens are other strings than those of the base, against enumeration."""
 
 import copy
+import json
 import logging
 import pickle
 import warnings
@@ -8,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, generate
+from helpers import assert_same, generate, run, write
 from oracle import next_token_log_probs
 from support import ARCHITECTURES, BASE, BATCH, EXACT, MODES, ONE
 from tiny import EOS, left_padded, tiny_llama, tiny_tokenizer
@@ -24,11 +25,12 @@ from two_tokenizers import (
     sentencepiece_unigram,
 )
 
-from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning
+from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
 from hf_genarm.decoding.strings.byte_map import ByteMap
 from hf_genarm.decoding.strings.spellings import NO_PRUNING, PrefixProbabilities
 from hf_genarm.decoding.strings.string_rewards import Candidates
 from hf_genarm.decoding.strings.text_tree import Node, TextTree
+from hf_genarm.decoding.vocab import VocabMap
 from hf_genarm.hub.sharing import without_adapter
 
 ARM = adapter_of(REWARD_TOKENIZER, 1)
@@ -304,22 +306,60 @@ def test_low_coverage_is_warned_about_once():
     assert len(given) == 1
 
 
-def test_two_lines(tmp_path, caplog):
-    """Saved models with other tokens: the reference is the starting model, and one line says how they are run."""
-    start, adapter = copy.deepcopy(ARM).unload(), copy.deepcopy(ARM)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folders of a base, and of an adapter whose tokens are other strings."""
+    folder, start, adapter = tmp_path_factory.mktemp("saved"), copy.deepcopy(ARM).unload(), copy.deepcopy(ARM)
     for name, model, tokenizer in (("base", BASE, BASE_TOKENIZER), ("start", start, REWARD_TOKENIZER)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "start")
-    adapter.save_pretrained(tmp_path / "arm")
-    base = type(BASE).from_pretrained(tmp_path / "base")
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    adapter.peft_config["default"].base_model_name_or_path = str(folder / "start")
+    adapter.save_pretrained(folder / "arm")
+    return str(folder / "base"), str(folder / "arm")
+
+
+def test_two_lines(saved, caplog):
+    """The reference is the starting model, and one line says how the reward model is run."""
+    base = type(BASE).from_pretrained(saved[0])
     with warnings.catch_warnings(), caplog.at_level(logging.INFO, "hf_genarm"):
         warnings.simplefilter("error", GuidanceWarning)
-        processor = GenARMLogitsProcessor.from_pretrained(str(tmp_path / "arm"), base_model=base)
+        processor = GenARMLogitsProcessor.from_pretrained(saved[1], base_model=base)
     (line,) = [x.getMessage() for x in caplog.records if "`strings`" in x.getMessage()]
     assert "minus those of the model it was trained from, for the 64 likeliest tokens" in line
     assert (processor.engine, processor.reference) == ("strings", "base")
     output = generate(base, [exact(processor)], BATCH, max_new_tokens=2)
     assert_same(output, generate(BASE, [enumerated(BATCH, 1.0)], BATCH, max_new_tokens=2))
-    arm = AutoregressiveRewardModel.from_pretrained(str(tmp_path / "arm"))
-    assert arm.score(["fade"], ["cab"]).shape == (1,)
+
+
+def test_commands(saved, tmp_path, capsys):
+    base, arm = saved
+    prompts = write(tmp_path, "jsonl", {"prompt": ["fade", "a"]})
+    run(
+        "generate",
+        "--base",
+        base,
+        "--arm",
+        arm,
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--max_new_tokens",
+        3,
+    )
+    assert all("completion" in json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines())
+    run("show", "--base", base, "--arm", arm, "--prompt", "fade", "--max_new_tokens", 3)
+    assert "Engine: strings" in capsys.readouterr().out
+    run("env", "--base", base, "--arm", arm)
+    assert "arm: engine `strings`, because its tokens are other strings" in capsys.readouterr().out
+
+
+def test_other_engines_refuse_other_tokens(saved):
+    tokenizers = BASE_TOKENIZER, REWARD_TOKENIZER
+    with pytest.raises(ValueError, match=r"unknown to the reward model.*`generate` of transformers"):
+        VocabMap(*tokenizers)  # with which vLLM begins
+    pytest.importorskip("lm_eval")
+    from hf_genarm.lm_eval import GuidedHFLM
+
+    with pytest.raises(ValueError, match=r"whole texts are scored here.*`hf-genarm generate`"):
+        GuidedHFLM(pretrained=saved[0], arm=saved[1], device="cpu")

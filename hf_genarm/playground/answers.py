@@ -159,12 +159,9 @@ class Answer:
         # The plain log-probability, whatever an adapter was trained on
         of_adapters = []
         for arm in adapters:
-            reader = arm.tokenizer if self._reads_other_tokens(arm) else tokenizer
-            before = (
-                AutoregressiveRewardModel(arm.reference, reader).score(chats, texts)
-                if reader is not tokenizer
-                else base
-            )
+            others = self._reads_other_tokens(arm)
+            reader = arm.tokenizer if others else tokenizer
+            before = AutoregressiveRewardModel(arm.reference, reader).score(chats, texts) if others else base
             of_adapters.append(AutoregressiveRewardModel(arm.model, reader).score(chats, texts) - before)
         return [x.tolist() for x in (*of_sentences, *of_adapters)]
 
