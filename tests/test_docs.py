@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_command
+from tiny import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_genarm
@@ -191,7 +192,8 @@ def test_every_printed_command_is_run_by_a_test():
 
 def test_links_to_files_lead_somewhere():
     for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"]:
-        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", text_of(page)):
+        links = re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", text_of(page))
+        for target in [*links, *re.findall(r'(?:src|srcset)="([^":{]+)"', text_of(page))]:
             assert (page.parent / target).exists(), f"{page.name}: `{target}`"
 
 
@@ -207,6 +209,10 @@ def hub_cache(tmp_path_factory):
     (folder / "refs" / "main").write_text(revision)
     (folder / "snapshots").mkdir()
     (folder / "snapshots" / revision).symlink_to(demo.demo_model())
+    other = folder.parent / "models--Qwen--Qwen2.5-0.5B-Instruct"  # a tiny model with other tokens under its name
+    (other / "refs").mkdir(parents=True)
+    (other / "refs" / "main").write_text(revision)
+    save_llama(other / "snapshots" / revision)
     return str(folder.parent)
 
 

@@ -1,7 +1,6 @@
 """One question, answered twice at the same time: with guidance and without, by the same random numbers."""
 
 import queue
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from ..decoding.assembly import assemble
 from ..decoding.guided_tokens import GuidedTokens
 from ..decoding.processor import GenARMLogitsProcessor
-from ..hub.compatibility import chat_of
+from ..hub.compatibility import chat_of, lacking_tokens
 from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from .models import Models
@@ -113,7 +112,7 @@ class Answer:
         self._rewards = [*map(models.sentence, self.sentences), *map(models.reward_model, self.adapters)]
         if not self._rewards:
             raise ValueError("There is no sentence and no adapter (`--arm`), so that nothing steers. Add one.")
-        self.titles = [f"“{textwrap.shorten(x, 40, placeholder='…')}”" for x in self.sentences]
+        self.titles = [str(x.info.title) for x in self._rewards[: len(self.sentences)]]
         self.titles += map(models.title, self.adapters)
         self.strengths_at: list[tuple[int, list[float]]] = []
         self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
@@ -146,16 +145,28 @@ class Answer:
         return self._final
 
     def scores(self, frame: Frame) -> list[list[float]]:
-        r"""Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward, in nats."""
+        r"""
+        Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward, in nats; with the model
+        that it was trained from, if its tokens are not those of the base.
+        """
         model, tokenizer = self._models.model, self._models.tokenizer
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
         chats = [chat_of(self.prompt)] * len(texts)
         base = AutoregressiveRewardModel(model, tokenizer).score(chats, texts)
-        sentences, adapters = self._rewards[: len(self.sentences)], self._rewards[len(self.sentences) :]
-        of_sentences = [x.score(chats, texts) for x in sentences]
-        # The plain log-probability, whatever an adapter was trained on
-        of_adapters = [AutoregressiveRewardModel(x.model, tokenizer).score(chats, texts) - base for x in adapters]
-        return [x.tolist() for x in (*of_sentences, *of_adapters)]
+        scores = []
+        for reward in self._rewards:
+            if reward.info.sentence is not None:
+                scores.append(reward.score(chats, texts))
+                continue
+            # Of an adapter the plain log-probability, whatever it was trained on
+            others = self._reads_other_tokens(reward)
+            reader = reward.tokenizer if others else tokenizer
+            before = AutoregressiveRewardModel(reward.reference, reader).score(chats, texts) if others else base
+            scores.append(AutoregressiveRewardModel(reward.model, reader).score(chats, texts) - before)
+        return [x.tolist() for x in scores]
+
+    def _reads_other_tokens(self, arm: AutoregressiveRewardModel) -> bool:
+        return bool(lacking_tokens(self._models.tokenizer, arm.tokenizer))
 
     def _strengths(self, step: int) -> Tensor:
         """Returns the strengths for the next token: the first row is unguided."""
@@ -173,6 +184,7 @@ class Answer:
         settings, models = self.settings, self._models
         self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
         try:
+            has_strings = any(map(self._reads_other_tokens, self._rewards))  # which are contrasts in any case
             # Only this call holds the processor, so that nothing of it stays on the base afterwards.
             parts = assemble(
                 self._rewards,
@@ -180,7 +192,7 @@ class Answer:
                 models.model,
                 models.tokenizer,
                 self._strengths,
-                None if settings.reference == "none" else "base",
+                None if settings.reference == "none" and not has_strings else "base",
             )
             processor = GenARMLogitsProcessor(**vars(parts), target_kl=self.first_target_kl or None)
             processor.keeps_statistics = True
