@@ -114,7 +114,7 @@ def guided_product(
     scores: Tensor,
     reward_log_probs: Sequence[Tensor],
     strengths: Sequence[float | Tensor],
-    reference_log_probs: Tensor | None = None,
+    reference_log_probs: Tensor | Sequence[Tensor | None] | None = None,
     incomplete: Collection[int] = (),
     scale: Callable[[Tensor, list[Tensor], list[float | Tensor]], Tensor] | None = None,
 ) -> GuidedProduct:
@@ -131,8 +131,9 @@ def guided_product(
             Next-token log-probabilities of each reward model, in float32.
         strengths (sequence of `float` or `torch.Tensor` of shape `(n_rows, 1)`):
             One for each reward model. A row whose strengths are all 0 keeps its scores.
-        reference_log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`, *optional*):
-            Those of the reference, which each reward is contrasted with.
+        reference_log_probs (`torch.Tensor` of shape `(n_rows, vocab_size)`, or a sequence of them, *optional*):
+            Those of the reference, which each reward is contrasted with; or one for each reward, `None` for those that
+            are contrasted already.
         incomplete (collection of `int`, *optional*):
             Which reward models have no reward, but NaN, for some tokens. These tokens keep their probability.
         scale (callable, *optional*):
@@ -142,8 +143,11 @@ def guided_product(
         [`GuidedProduct`]
     """
     rewards = list(reward_log_probs)
+    if isinstance(reference_log_probs, Tensor):
+        reference_log_probs = [reference_log_probs] * len(rewards)
     if reference_log_probs is not None:
-        rewards = [contrast(log_probs, reference_log_probs) for log_probs in rewards]
+        pairs = zip(rewards, reference_log_probs, strict=True)
+        rewards = [x if reference is None else contrast(x, reference) for x, reference in pairs]
 
     def filled(strengths: Sequence[float | Tensor]) -> list[Tensor]:
         pairs = enumerate(zip(rewards, strengths, strict=True))

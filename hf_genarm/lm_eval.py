@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .decoding.assembly import assemble, load_reward_models, names_of
 from .decoding.processor import GenARMLogitsProcessor
-from .decoding.vocab import vocab_maps
+from .decoding.strings.byte_map import ByteMap
+from .decoding.vocab import VocabMap
 from .demo import DEMO_MODEL_ID, demo_model
 from .functional import guided_product
 from .hub.base_model import named_base, where_and_how
@@ -89,7 +90,15 @@ class GuidedHFLM(HFLM):
         self._arms = [loaded.model for loaded in arms]
         self._prefixes = [self._prefix(loaded.info.sentence) for loaded in arms]
         self._longest_prefix = max(map(len, self._prefixes))
-        self._vocab_maps = vocab_maps(self.tokenizer, parts.reward_tokenizer, len(arms))
+        self._vocab_maps: list[VocabMap | None] = []
+        for name, vocab_map in zip(names, self._processor._vocab_maps, strict=True):
+            if isinstance(vocab_map, ByteMap):
+                raise ValueError(
+                    f"The tokens of `{name}` are other strings than those of the base, and whole texts are scored "
+                    "here, where rewards are only given token by token. Use a reward model with the tokenizer of the "
+                    "base; answers are written with this one by `hf-genarm generate`."
+                )
+            self._vocab_maps.append(vocab_map)
         self._is_contrasted = parts.reference is not None
 
     def _prefix(self, sentence: str | None) -> Tensor:

@@ -353,7 +353,13 @@ PROMPTS_AND_VOCABULARIES = [
         "ids in another order, other padded sizes, added tokens with or without logits",
         "exact, aligned by the strings of the tokens",
     ),
-    ("other tokens", "refused"),
+    (
+        "tokens that are other strings, in every mode above, with padding, beams, drafts, reuse and copies",
+        "exact for the candidates, if no spelling is pruned; others keep their probability "
+        "([how](other_tokenizers.md))",
+    ),
+    ("tokens whose bytes are not known; a reward model without an end token", "refused"),
+    ("tokens that are other strings, in vLLM, lm-eval and `processor.assistant()`", "refused"),
 ]
 
 

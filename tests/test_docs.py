@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_command
+from tiny import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_genarm
@@ -208,6 +209,10 @@ def hub_cache(tmp_path_factory):
     (folder / "refs" / "main").write_text(revision)
     (folder / "snapshots").mkdir()
     (folder / "snapshots" / revision).symlink_to(demo.demo_model())
+    other = folder.parent / "models--Qwen--Qwen2.5-0.5B-Instruct"  # a tiny model with other tokens under its name
+    (other / "refs").mkdir(parents=True)
+    (other / "refs" / "main").write_text(revision)
+    save_llama(other / "snapshots" / revision)
     return str(folder.parent)
 
 

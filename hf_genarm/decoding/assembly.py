@@ -79,7 +79,7 @@ def assemble(
         reward_model=list(reward_models),
         alpha=recommended_alpha([x.info for x in reward_models]) if alpha is None else alpha,
         base_model=base_model,
-        reference=recommended_reference(reward_models, names, base_model, to_align) if is_auto else reference,
+        reference=recommended_reference(reward_models, names, base_model, tokenizer, aligned) if is_auto else reference,
         tokenizer=tokenizer,
         reward_tokenizer=to_align,
     )

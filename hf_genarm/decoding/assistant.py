@@ -243,6 +243,11 @@ def _smallest(machine: GuidanceMachine, base: Any) -> int:
         for index, (model, engine) in enumerate(zip(machine.rewards.models, engines, strict=True))
         if engine == "separate"
     }
+    if not sizes and "strings" in engines:
+        raise ValueError(
+            "The tokens of the reward model are other strings than those of the base, which must read its drafts. Call "
+            "`generate` without `assistant_model`, or use a small reward model with the tokenizer of the base."
+        )
     if not sizes:
         raise ValueError(
             f"The reward model is run as `{', '.join(sorted(set(engines)))}`, on the weights of the base: no pass of "

@@ -1,6 +1,7 @@
 """Settings that work against guidance, and texts that it can't serve: checked when a run begins."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
@@ -11,6 +12,7 @@ from ..hub.compatibility import PromptFormat
 from ..hub.info import GuidanceWarning
 from ..hub.kv_cache import CACHE, network_of, uncompiled
 from .lockstep import LockstepLM
+from .strings.string_rewards import StringRewards
 from .texts import Text
 
 
@@ -30,14 +32,14 @@ class LikelyMistakes:
         self._prompt_format = prompt_format
         self._given: set[str] = set()
 
-    def __call__(self, text: Text, reward_models: list[LockstepLM]) -> None:
+    def __call__(self, text: Text, reward_models: Sequence[LockstepLM | StringRewards]) -> None:
         """
         Checks the settings and the texts of a call.
 
         Args:
             text ([`Text`]):
                 What the processor was called with.
-            reward_models (list of [`LockstepLM`]):
+            reward_models (sequence of [`LockstepLM`] or [`StringRewards`]):
                 All reward models.
 
         Raises:

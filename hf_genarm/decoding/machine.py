@@ -22,6 +22,9 @@ from .rewards import NextTokenRewards
 from .statistics import Statistics
 from .step import Run
 from .step_watch import StepWatch
+from .strings.byte_map import ByteMap
+from .strings.starting_model import StartingModel
+from .strings.string_rewards import OF_STRINGS
 from .texts import Text, TextReader
 from .vocab import VocabMap
 
@@ -34,8 +37,10 @@ class GuidanceMachine:
     Args:
         models (sequence of [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The reward models.
-        vocab_maps (sequence of [`VocabMap`] or `None`):
+        vocab_maps (sequence of [`VocabMap`], [`ByteMap`] or `None`):
             How the vocabulary of each lines up with that of the base; `None` where the ids are the same.
+        starting_models (sequence of [`StartingModel`] or `None`):
+            What rewards of strings are contrasted with; `None` for other rewards.
         base ([`~transformers.PreTrainedModel`], *optional*):
             The model to be steered.
         reference (`"base"`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
@@ -64,7 +69,8 @@ class GuidanceMachine:
     def __init__(
         self,
         models: Sequence[PreTrainedModel | PeftModel],
-        vocab_maps: Sequence[VocabMap | None],
+        vocab_maps: Sequence[VocabMap | ByteMap | None],
+        starting_models: Sequence[StartingModel | None],
         base: PreTrainedModel | None,
         reference: Literal["base"] | PreTrainedModel | PeftModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -74,9 +80,11 @@ class GuidanceMachine:
         self.base, self.tokenizer, self._prompts = base, tokenizer, prompts
         self.watch = None if base is None else StepWatch.on(base, self)
         self.checks = LateChecks(self.watch)
-        self.rewards = NextTokenRewards(models, vocab_maps, self.watch, self.checks)
-        self.reference = None if reference is None else Reference(reference, self.watch)
-        self.kl_control, self.statistics = KLControl(), Statistics(len(models), tokenizer)
+        self.rewards = NextTokenRewards(models, vocab_maps, starting_models, self.watch, self.checks)
+        are_strings = [self.rewards.has_strings(index) for index in range(len(models))]
+        self.reference = None if reference is None or all(are_strings) else Reference(reference, self.watch)
+        of_strings = [f"{name}_{index}" for index, is_one in enumerate(are_strings) if is_one for name in OF_STRINGS]
+        self.kl_control, self.statistics = KLControl(), Statistics(len(models), tokenizer, of_strings)
         self.product = _unguided(torch.zeros(0, 1))
         self.draft: Draft | None = None
         self._reader = TextReader(self.watch)
@@ -135,9 +143,10 @@ class GuidanceMachine:
 
     def log_probs(
         self, text: Text, mask: Tensor, indices: Iterable[int], scores: Tensor
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[list[Tensor], list[Tensor | None] | None]:
         """
-        Returns the next-token log-probabilities of some reward models, and those of the reference, if there is one.
+        Returns the next-token log-probabilities of some reward models, and those of the reference of each, if there is
+        a reference; `None` for rewards of strings, which are contrasted already.
 
         Args:
             text ([`Text`]):
@@ -157,7 +166,10 @@ class GuidanceMachine:
         rewards = [
             self.rewards.log_probs(index, text.input_ids, mask, text.line, scores, own[index]) for index in indices
         ]
-        return rewards, None if self.reference is None else self.reference.log_probs(text, mask, scores, of_reference)
+        if self.reference is None or all(map(self.rewards.has_strings, indices)):
+            return rewards, None
+        reference = self.reference.log_probs(text, mask, scores, of_reference)
+        return rewards, [None if self.rewards.has_strings(index) else reference for index in indices]
 
     def log_probs_to_draft(self, index: int, line: Line, scores: Tensor) -> Tensor:
         """Returns the next-token log-probabilities of a reward model, for drafts that the base has not read yet."""

@@ -25,6 +25,9 @@ from .machine import GuidanceMachine
 from .padding import pad_token_id_of
 from .settings import GuidanceSettings
 from .strength import Alpha, strengths_at
+from .strings.byte_map import ByteMap
+from .strings.prompt_reader import PromptReader
+from .strings.starting_model import starting_model
 from .vocab import vocab_maps
 
 RewardModel: TypeAlias = AutoregressiveRewardModel | PreTrainedModel | PeftModel
@@ -75,7 +78,9 @@ class GenARMLogitsProcessor(GuidanceSettings):
             The tokenizer of the base model, needed only if that of a reward model is another one.
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
             The tokenizer of each reward model. Tokens are then aligned by their strings; those that a reward model
-            can't score keep the probability that the base model gives them.
+            can't score keep the probability that the base model gives them. If its tokens are other strings, its
+            rewards are those of strings, for the likeliest tokens of the base. They are contrasted with the model that
+            it was trained from if `reference` is `"base"`.
 
     Raises:
         TypeError: if an argument is of another type, or a reward model is not a decoder-only causal LM.
@@ -132,9 +137,15 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizers = [x.tokenizer if isinstance(x, AutoregressiveRewardModel) else None for x in given]
         own = next((x for x in self._tokenizers if x is not None), None)
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
-        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, len(given))
+        self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, self._models, base_model)
+        are_foreign = [isinstance(x, ByteMap) for x in self._vocab_maps]
+        self._starting_models = [
+            starting_model(x, self.reference, all(are_foreign)) if is_foreign else None
+            for x, is_foreign in zip(given, are_foreign, strict=True)
+        ]
+        readers = [PromptReader(x) if isinstance(x, ByteMap) else None for x in self._vocab_maps]
         self._prompt_format = None if tokenizer is None else prompt_format(infos[0], tokenizer)
-        super().__init__(infos, alpha, target_kl, pad_token_id, attention_mask)
+        super().__init__(infos, readers, alpha, target_kl, pad_token_id, attention_mask)
         self._machine = self._new_machine()  # which refuses models that can't be guided by
         if pad_token_id is None:
             special_tokens = tokenizer if tokenizer is not None else network_of(self._models[0]).generation_config
@@ -146,6 +157,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         return GuidanceMachine(
             self._models,
             self._vocab_maps,
+            self._starting_models,
             self._base,
             self.reference,
             self._tokenizer,
@@ -249,7 +261,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
     def encode(self, prompts: Any, **template_kwargs: Any) -> BatchEncoding:
         """
         Tokenizes prompts for the base, and sets [`~GenARMLogitsProcessor.prompts`]: each reward model that is a
-        sentence reads the same prompts with its sentence in them. `generate(**processor.encode(chats),
+        sentence reads the same prompts with its sentence in them, and one with other tokens reads them in its own
+        tokens and chat template. `generate(**processor.encode(chats),
         logits_processor=[processor])` steers with them.
 
         In a chat the sentence is put at the end of the system message. If there is none, it becomes the system message,
@@ -277,7 +290,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
     def engine(self) -> str:
         """
         Returns how the reward models are run: `"fused"`, inside the forward passes of the base; `"shared"`, in separate
-        passes over the weights of the base; `"separate"`, with weights of their own. Several names, in the order of the
+        passes over the weights of the base; `"separate"`, with weights of their own; `"strings"`, with weights and
+        tokens of their own, which gives rewards of strings. Several names, in the order of the
         reward models and separated by commas, if they differ. It makes no difference except in time and memory.
         """
         engines = [engine for engine, _ in self._machine.rewards.engines]
@@ -313,7 +327,8 @@ class GenARMLogitsProcessor(GuidanceSettings):
         each reward model `reward_log_prob_0`, … (minus that of the reference, if there is one) and `alpha_0`, …, the
         strength in force; and for the distribution that the token was drawn from `kl`, the divergence from the base,
         `log_z`, the logarithm of the sum that normalises Eq. 7, `entropy`, `base_entropy` and `top_token_changed`. All
-        are in nats, before temperature and top-k.
+        are in nats, before temperature and top-k. Rewards of strings have `coverage_0`, the share of the base's
+        probability that has rewards, and `pruned_0`, the share of the text's probability that was dropped before it.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
@@ -368,18 +383,18 @@ class GenARMLogitsProcessor(GuidanceSettings):
             return scores
         machine.check(text)
         n_requests = max(n_requests, self._own_prompts.n_requests)
-        rewards, reference = machine.log_probs(text, self._prompt_mask(text), active, scores)
+        rewards, references = machine.log_probs(text, self._prompt_mask(text), active, scores)
         product = guided_product(
             scores,
             rewards,
             list(active.values()),
-            reference,
+            references,
             incomplete=[place for place, index in enumerate(active) if index in machine.rewards.incomplete],
             scale=None if target_kl is None else partial(machine.kl_control, text, n_requests, target_kl),
         )
         guided = machine.keep(product, input_ids)
         if self._keeps_statistics:
-            machine.statistics.record(text, n_requests, product, list(active))
+            machine.statistics.record(text, n_requests, product, list(active), machine.rewards.of_strings(active))
         return guided
 
 

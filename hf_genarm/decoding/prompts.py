@@ -14,6 +14,7 @@ from ..hub.scoring import listed
 from ..hub.sentence import with_sentence
 from .line import Line, Padding
 from .padding import pad_token_id_of
+from .strings.prompt_reader import PromptReader
 from .texts import Text
 
 _RULE = (
@@ -127,10 +128,13 @@ class OwnPrompts:
     Args:
         sentences (sequence of `str` or `None`):
             For each reward model, the sentence that it puts into prompts, if it is a sentence.
+        readers (sequence of [`PromptReader`] or `None`):
+            For each, what writes prompts of the base in its tokens, if these are other strings.
     """
 
-    def __init__(self, sentences: Sequence[str | None]):
-        self._sentences = list(sentences)
+    def __init__(self, sentences: Sequence[str | None], readers: Sequence[PromptReader | None]):
+        self._sentences, self._readers = list(sentences), list(readers)
+        self._read: dict[int, tuple[Tensor, OwnPrompt]] = {}  # of the base's prompts of the last call
         self._rewards: list[OwnPrompt | None] = [None] * len(self._sentences)
         self._reference: OwnPrompt | None = None
         self._encoded: OwnPrompt | None = None  # the prompts of the base that they were made from
@@ -203,10 +207,15 @@ class OwnPrompts:
         inputs = encoded(prompts, tokenizer, **template_kwargs)
         template = template_kwargs.get("chat_template")
         rewards: list[BatchEncoding | None] = []
-        for sentence, own in zip(self._sentences, reward_tokenizers, strict=True):
-            reader = tokenizer if own is None else own
-            asked = [] if sentence is None else [with_sentence(x, sentence, reader, template) for x in prompts]
-            rewards.append(encoded(asked, reader, **template_kwargs) if asked else None)
+        for sentence, own, reader in zip(self._sentences, reward_tokenizers, self._readers, strict=True):
+            if reader is not None:
+                its_kwargs = {name: x for name, x in template_kwargs.items() if name != "chat_template"}
+                _refuse_no_template(prompts, reader.tokenizer)
+                rewards.append(encoded(prompts, reader.tokenizer, **its_kwargs))
+                continue
+            own = tokenizer if own is None else own
+            asked = [] if sentence is None else [with_sentence(x, sentence, own, template) for x in prompts]
+            rewards.append(encoded(asked, own, **template_kwargs) if asked else None)
         self.rewards = rewards
         self._encoded = _checked("prompts", inputs)
         return inputs
@@ -225,7 +234,8 @@ class OwnPrompts:
                     f"Reward model {index} is the sentence {shown(self._sentences[index])}, which is put into prompts "
                     f"when they are encoded, but none were. Use {_ENCODE}, or set `processor.prompts`."
                 )
-        if self._reference is None and not any(rewards):
+        are_read = any(self._readers[index] is not None for index in indices)
+        if self._reference is None and not any(rewards) and not are_read:
             return rewards, None
         named = {f"processor.prompts[{index}]": prompt for index, prompt in zip(indices, rewards, strict=True)}
         for name, prompt in (named | {"processor.reference_prompts": self._reference}).items():
@@ -242,8 +252,24 @@ class OwnPrompts:
             self._refuse_not_encoded(text.line.ids(start), self._encoded)
             if text.step is not None:
                 text.run.agreed[key] = self._encoded
+        for place, index in enumerate(indices):
+            reader = self._readers[index]
+            if rewards[place] is None and reader is not None:
+                rewards[place] = self._read_by(index, reader, text)
         own = [x and replace(x, answer_start=start) for x in (*rewards, self._reference)]
         return own[:-1], own[-1]
+
+    def _read_by(self, index: int, reader: PromptReader, text: Text) -> OwnPrompt:
+        """Returns the prompts of the base in the tokens of a reward model, one for each request."""
+        start, n_prompts = text.answer_start, text.run.root.n_prompts or len(text.input_ids)
+        repeats = max(len(text.input_ids) // n_prompts, 1)
+        prompts = text.line.ids(start)[::repeats].masked_fill(text.line.mask(start)[::repeats] == 0, -1)
+        known = self._read.get(index)
+        if known is None or not torch.equal(known[0], prompts):
+            rows = [reader(row[row >= 0].tolist()) for row in prompts]
+            known = prompts, _checked("prompts", _padded(rows, reader.tokenizer))
+            self._read = self._read | {index: known}  # not in place, as copies share it
+        return known[1]
 
     def _refuse_not_encoded(self, prompts: Tensor, encoded: OwnPrompt) -> None:
         """Refuses prompts of the base that are not those that the other prompts were made from."""
@@ -294,10 +320,25 @@ def encoded(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **templa
         if not row:
             raise ValueError(f"`prompts[{index}]` is {shown(prompt)}, which has no tokens. Give a text or a chat.")
         rows.append(row)
+    return _padded(rows, tokenizer)
+
+
+def _padded(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    """Pads tokens on the left."""
     pad, length = pad_token_id_of(tokenizer) or 0, max(map(len, rows))
     ids = [[pad] * (length - len(row)) + row for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     return BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+
+
+def _refuse_no_template(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses chats for a reward model that reads them in its own template, but has none."""
+    if tokenizer.chat_template is None and not all(isinstance(x, str) for x in prompts):
+        raise ValueError(
+            f"The prompts are chats, but the tokenizer of the reward model (`{tokenizer.name_or_path}`) has no chat "
+            "template, in which it would read them. Set its `chat_template`, give plain texts, or set "
+            "`processor.prompts`."
+        )
 
 
 def _as_dict(prompt: OwnPrompt | None) -> dict[str, Tensor] | None:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..hub.base_weights import has_weights
+from ..hub.compatibility import lacking_tokens
 from ..hub.info import RewardInfo
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sentence import DEFAULT_STRENGTH
@@ -51,41 +52,52 @@ def recommended_reference(
     arms: Sequence[AutoregressiveRewardModel],
     names: Sequence[str],
     base_model: PreTrainedModel | None,
-    reward_tokenizers: Sequence[Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reward_tokenizers: Sequence[PreTrainedTokenizerBase | None],
 ) -> Any:
     """
-    Returns the [`base_reference`] if reward models recommend a reference, or else were trained with one; `None` if not.
+    Returns the [`base_reference`] if reward models recommend a reference, or else were trained with one, or if their
+    tokens are other strings than those of the base; `None` if not.
 
     Raises:
         ValueError: if they differ, since there is one reference for all.
     """
-    if wanted_reference([x.info for x in arms], names) is None:
-        return None
-    return base_reference(arms, names, base_model, reward_tokenizers)
+    own = [index for index, x in enumerate(reward_tokenizers) if tokenizer is None or not lacking_tokens(tokenizer, x)]
+    wanted = wanted_reference([arms[index].info for index in own], [names[index] for index in own]) if own else "base"
+    if wanted is None and len(own) < len(arms):
+        raise ValueError(
+            f"The tokens of some of {', '.join(f'`{name}`' for name in names)} are not those of the base, and rewards "
+            "of strings are contrasts, but the others are used without a reference, and there is one for all. Choose "
+            'it: `reference="base"` or `reference=None`.'
+        )
+    return None if wanted is None else base_reference(arms, names, base_model, tokenizer, reward_tokenizers)
 
 
 def base_reference(
     arms: Sequence[AutoregressiveRewardModel],
     names: Sequence[str],
     base_model: PreTrainedModel | None,
-    reward_tokenizers: Sequence[Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reward_tokenizers: Sequence[PreTrainedTokenizerBase | None],
 ) -> Any:
     """
-    Returns `"base"`, or the model that a reward model was trained from, if that is not the base.
+    Returns `"base"`, which for rewards of strings is the model that each was trained from; or the model that a reward
+    model with the tokens of the base was trained from, if that is not the base.
 
     Raises:
-        ValueError: if there are several such models, or the only one is unknown or has other tokens.
+        ValueError: if there are several such models, or the only one is unknown or has other ids.
     """
-    if base_model is not None and all(_is_on(arm, base_model) for arm in arms):
+    own = [index for index, x in enumerate(reward_tokenizers) if tokenizer is None or not lacking_tokens(tokenizer, x)]
+    if not own or (base_model is not None and all(_is_on(arms[index], base_model) for index in own)):
         return "base"
     if len(arms) > 1:
         raise ValueError(
             f"Not all of {', '.join(f'`{name}`' for name in names)} were trained on the base, so that their rewards "
             "are contrasts with different models, but there is one reference for all. Choose it: pass `reference`."
         )
-    if reward_tokenizers is not None and reward_tokenizers[0] is not None:
+    if reward_tokenizers[0] is not None:
         raise ValueError(
-            f"The rewards of `{names[0]}` are contrasts with the model that it was trained from, whose tokens are not "
+            f"The rewards of `{names[0]}` are contrasts with the model that it was trained from, whose ids are not "
             "those of the base, so that it can't be the reference. Choose one: pass `reference`, `None` for none."
         )
     return arms[0].reference

@@ -1,7 +1,7 @@
 """Next-token rewards: the log-probabilities of reward models, for the tokens of the base."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,9 @@ from .line import Line
 from .lockstep import LockstepLM
 from .prompts import OwnPrompt
 from .step_watch import StepWatch
+from .strings.byte_map import ByteMap
+from .strings.starting_model import StartingModel
+from .strings.string_rewards import OF_STRINGS, StringRewards
 from .vocab import VocabMap
 
 logger = logging.getLogger(__name__)
@@ -28,15 +31,17 @@ class NextTokenRewards:
     Args:
         models (list of [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The reward models.
-        vocab_maps (list of [`VocabMap`] or `None`):
+        vocab_maps (list of [`VocabMap`], [`ByteMap`] or `None`):
             How the vocabulary of each lines up with that of the base; `None` where the ids are the same.
+        starting_models (list of [`StartingModel`] or `None`):
+            What rewards of strings are contrasted with; `None` for other rewards.
         watch ([`StepWatch`], *optional*):
             The watch of the base. Reward models that share its weights are run in its passes where that is possible.
         checks ([`LateChecks`]):
             What raises errors about values.
 
     Attributes:
-        models (list of [`LockstepLM`]):
+        models (list of [`LockstepLM`] or [`StringRewards`]):
             The reward models with their caches.
         incomplete (set of `int`):
             Which of them have no reward for some tokens of the base.
@@ -45,15 +50,20 @@ class NextTokenRewards:
     def __init__(
         self,
         models: Sequence[PreTrainedModel | PeftModel],
-        vocab_maps: Sequence[VocabMap | None],
+        vocab_maps: Sequence[VocabMap | ByteMap | None],
+        starting_models: Sequence[StartingModel | None],
         watch: StepWatch | None,
         checks: LateChecks,
     ):
         fusion = None if watch is None else Fusion.on(watch)
-        self.models = [
-            LockstepLM(x) if fusion is None or not shares_weights(x, fusion.base) else FusedLM(x, fusion)
-            for x in models
-        ]
+        self.models: list[LockstepLM | StringRewards] = []
+        for model, vocab_map, start in zip(models, vocab_maps, starting_models, strict=True):
+            if isinstance(vocab_map, ByteMap):
+                assert start is not None
+                self.models.append(StringRewards(model, start, vocab_map))
+            else:
+                is_apart = fusion is None or not shares_weights(model, fusion.base)
+                self.models.append(LockstepLM(model) if fusion is None or is_apart else FusedLM(model, fusion))
         self._vocab_maps, self._checks = vocab_maps, checks
         self.incomplete = {index for index, vocab_map in enumerate(vocab_maps) if vocab_map is not None}
 
@@ -74,6 +84,9 @@ class NextTokenRewards:
         """Returns the engine of each reward model in its present state, and the reason for it."""
         engines = []
         for model in self.models:
+            if isinstance(model, StringRewards):
+                engines.append(("strings", model.why))
+                continue
             if not isinstance(model, FusedLM):
                 engines.append(("separate", "it has weights of its own"))
                 continue
@@ -81,6 +94,15 @@ class NextTokenRewards:
             why = "it is the base itself, or plain LoRA on its weights" if objection is None else objection
             engines.append(("fused" if objection is None else "shared", why))
         return engines
+
+    def has_strings(self, index: int) -> bool:
+        """Returns whether the rewards of a reward model are those of strings, which are contrasted already."""
+        return isinstance(self.models[index], StringRewards)
+
+    def of_strings(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """Returns what statistics keep of rewards of strings, by names of columns, `(batch_size,)` each."""
+        models = [(index, model) for index in indices if isinstance(model := self.models[index], StringRewards)]
+        return {f"{name}_{index}": getattr(model, name) for index, model in models for name in OF_STRINGS}
 
     def log_engines(self, names: Sequence[str]) -> None:
         """Logs how each reward model that shares the weights of the base is run, and why."""
@@ -118,7 +140,11 @@ class NextTokenRewards:
         Raises:
             ValueError: if the vocabularies differ, or the reward model returns NaN.
         """
-        vocab_map = self._vocab_maps[index]
+        model, vocab_map = self.models[index], self._vocab_maps[index]
+        if isinstance(model, StringRewards):
+            assert prompt is not None
+            return model.log_probs(line.ids(input_ids.shape[1]), scores, prompt)
+        assert not isinstance(vocab_map, ByteMap)
         logits = self._logits(index, input_ids, attention_mask, line, prompt).to(scores.device)
         if vocab_map is None and logits.shape[-1] != scores.shape[-1]:
             raise ValueError(
@@ -169,6 +195,8 @@ class NextTokenRewards:
     ) -> Tensor:
         """Returns the logits that follow the text of a reward model, given that of the base."""
         model, vocab_map = self.models[index], self._vocab_maps[index]
+        assert not isinstance(model, StringRewards)
+        assert not isinstance(vocab_map, ByteMap)
         translate = None if vocab_map is None else partial(vocab_map.reward_ids, checks=self._checks)
         if isinstance(model, FusedLM):
             model.own_prompt = prompt

@@ -11,6 +11,7 @@ from .kl_control import check_target_kl
 from .padding import PromptMask
 from .prompts import OwnPrompts
 from .strength import Alpha, Strengths, alpha_of_beta, alpha_of_weights, check_alpha
+from .strings.prompt_reader import PromptReader
 
 
 class GuidanceSettings(LogitsProcessor):
@@ -20,6 +21,8 @@ class GuidanceSettings(LogitsProcessor):
     Args:
         infos (list of [`RewardInfo`]):
             What is known about each reward model.
+        readers (list of [`PromptReader`] or `None`):
+            For each, what writes prompts of the base in its tokens, if these are other strings.
         alpha, target_kl, pad_token_id, attention_mask:
             As for [`GenARMLogitsProcessor`].
     """
@@ -29,6 +32,7 @@ class GuidanceSettings(LogitsProcessor):
     def __init__(
         self,
         infos: Sequence[RewardInfo],
+        readers: Sequence[PromptReader | None],
         alpha: Alpha,
         target_kl: float | None,
         pad_token_id: int | None,
@@ -36,7 +40,7 @@ class GuidanceSettings(LogitsProcessor):
     ):
         self._infos = list(infos)
         self._prompt_mask = PromptMask(pad_token_id, attention_mask)
-        self._own_prompts = OwnPrompts([info.sentence for info in infos])
+        self._own_prompts = OwnPrompts([info.sentence for info in infos], readers)
         self.alpha = alpha
         self.target_kl = target_kl
 

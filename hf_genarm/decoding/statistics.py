@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ class Statistics:
             Number of reward models.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the base model, to show tokens as text.
+        more (sequence of `str`, *optional*):
+            Names of more columns, as [`~Statistics.record`] gets them.
     """
 
     # Likeliest tokens that are kept of each distribution
@@ -37,8 +39,8 @@ class Statistics:
     # Texts of earlier runs that are kept until they are read, counted in tokens
     KEPT_TOKENS = 16_384
 
-    def __init__(self, n_rewards: int, tokenizer: Any = None):
-        self._n_rewards, self._tokenizer = n_rewards, tokenizer
+    def __init__(self, n_rewards: int, tokenizer: Any = None, more: Sequence[str] = ()):
+        self._n_rewards, self._tokenizer, self._more = n_rewards, tokenizer, list(more)
         self._names: dict[int, str] = {}  # tokens as text
         self._runs: dict[Run, _RunStatistics] = {}
         self._has_forgotten = False
@@ -47,7 +49,14 @@ class Statistics:
         """Forgets all that was recorded."""
         self._runs, self._has_forgotten = {}, False
 
-    def record(self, text: Text, n_requests: int, product: GuidedProduct, indices: Sequence[int]) -> None:
+    def record(
+        self,
+        text: Text,
+        n_requests: int,
+        product: GuidedProduct,
+        indices: Sequence[int],
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """
         Records what guidance does to the next token of some texts.
 
@@ -60,6 +69,8 @@ class Statistics:
                 What guidance does to their next token.
             indices (sequence of `int`):
                 Which reward models it has, in order.
+            more (mapping of `str` to `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                More columns.
         """
         of_run = self._runs.setdefault(text.run, _RunStatistics(n_requests))
         while len(self._runs) > 1 and sum(x.n_texts for x in self._runs.values()) > self.KEPT_TOKENS:
@@ -73,6 +84,7 @@ class Statistics:
             "base_entropy": -(base.exp() * base.where(base > -torch.inf, 0.0)).sum(dim=-1),
             "top_token_changed": guided.argmax(dim=-1) != base.argmax(dim=-1),
             "log_z": product.log_z,
+            **(more or {}),
         }
         log_probs = {"base_log_prob": base, "guided_log_prob": guided}
         for index, reward, alpha in zip(indices, product.rewards, product.strengths, strict=True):
@@ -107,7 +119,7 @@ class Statistics:
             )
         names = ["sequence", "position", "token", "base_log_prob", "guided_log_prob"]
         names += [f"{what}_{index}" for index in range(self._n_rewards) for what in ("reward_log_prob", "alpha")]
-        names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed"]
+        names += ["kl", "log_z", "entropy", "base_entropy", "top_token_changed", *self._more]
         columns: dict[str, list[Any]] = {name: [] for name in names}
         texts: list[str | None] = []
         likeliest = []

@@ -3,11 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import refuse_no_tokenizer
+from ..hub.compatibility import lacking_tokens
+from ..hub.kv_cache import n_embeddings, network_of
+from ..hub.scoring import end_token_ids
 from .late_checks import LateChecks
+from .strings.byte_map import ByteMap
 
 
 class VocabMap:
@@ -16,7 +21,7 @@ class VocabMap:
 
     The two may number their tokens differently, pad their embeddings to other sizes, and have added tokens that the
     other lacks, such as a pad token. The regular tokens must be the same strings: a reward model that splits text
-    into other pieces has no probability for the base model's next token.
+    into other pieces has no probability for the base model's next token ([`ByteMap`] is for those).
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -30,13 +35,14 @@ class VocabMap:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase):
         vocab, reward_vocab = tokenizer.get_vocab(), reward_tokenizer.get_vocab()
-        missing = sorted(vocab.keys() - reward_vocab.keys() - tokenizer.get_added_vocab().keys())
+        missing = lacking_tokens(tokenizer, reward_tokenizer)
         if missing:
             raise ValueError(
                 f"The tokenizers of the base model (`{tokenizer.name_or_path}`, {len(vocab)} tokens) and of the reward "
                 f"model (`{reward_tokenizer.name_or_path}`, {len(reward_vocab)} tokens) differ: {len(missing)} tokens "
-                f"of the base model, such as {missing[:5]}, are unknown to the reward model. Guidance multiplies "
-                "probabilities token by token: use a reward model trained with the tokenizer of the base model."
+                f"of the base model, such as {missing[:5]}, are unknown to the reward model. Here, probabilities are "
+                "multiplied token by token: use a reward model trained with the tokenizer of the base model, or "
+                "`generate` of transformers, in which any reward model steers any base."
             )
         shared = [(index, reward_vocab[token]) for token, index in vocab.items() if token in reward_vocab]
         self._base_ids, self._reward_ids = torch.tensor(shared, dtype=torch.long).T
@@ -104,18 +110,22 @@ class VocabMap:
 def vocab_maps(
     tokenizer: PreTrainedTokenizerBase | None,
     reward_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
-    n_models: int,
-) -> list[VocabMap | None]:
+    models: Sequence[PreTrainedModel | PeftModel],
+    base_model: PreTrainedModel | None = None,
+) -> list[VocabMap | ByteMap | None]:
     """
-    Returns how each reward model's vocabulary lines up with that of the base; `None` where the ids are the same.
+    Returns how each reward model's vocabulary lines up with that of the base: by the strings of tokens, or where these
+    are other ones, by their bytes; `None` where the ids are the same.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             That of the base model.
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
             That of each reward model, or of all; `None` where it is that of the base.
-        n_models (`int`):
-            Number of reward models.
+        models (sequence of [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The reward models.
+        base_model ([`~transformers.PreTrainedModel`], *optional*):
+            The base.
 
     Raises:
         TypeError: if one is no tokenizer.
@@ -129,15 +139,23 @@ def vocab_maps(
             raise ValueError(
                 "`reward_tokenizer` is given, but `tokenizer` is not, and one is aligned with the other. Pass both."
             )
-        return [None] * n_models
+        return [None] * len(models)
     if isinstance(reward_tokenizer, PreTrainedTokenizerBase):
-        reward_tokenizer = [reward_tokenizer] * n_models
+        reward_tokenizer = [reward_tokenizer] * len(models)
     reward_tokenizers = list(reward_tokenizer)
-    if len(reward_tokenizers) != n_models:
+    if len(reward_tokenizers) != len(models):
         raise ValueError(
-            f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {n_models} reward models. Give "
-            "one for each, or a single one for all."
+            f"`reward_tokenizer` has {len(reward_tokenizers)} tokenizers, but there are {len(models)} reward models. "
+            "Give one for each, or a single one for all."
         )
     for other in reward_tokenizers:
         refuse_no_tokenizer("reward_tokenizer", other)
-    return [None if other is None else VocabMap(tokenizer, other) for other in reward_tokenizers]
+    maps: list[VocabMap | ByteMap | None] = []
+    for other, model in zip(reward_tokenizers, models, strict=True):
+        if other is None or not lacking_tokens(tokenizer, other):
+            maps.append(None if other is None else VocabMap(tokenizer, other))
+            continue
+        ends = end_token_ids(None if base_model is None else network_of(base_model).generation_config, tokenizer)
+        reward_ends = end_token_ids(network_of(model).generation_config, other)
+        maps.append(ByteMap(tokenizer, other, ends, reward_ends, n_embeddings(model)))
+    return maps

@@ -45,7 +45,7 @@ def tokenizers_to_align(
                 is_shared or _has_embeddings_of(arm, base_model) or _has_same_ids(arm, name, base_model, tokenizer)
             )
         tokenizers.append(None if is_same else arm.tokenizer)
-        if tokenizer is not None:
+        if tokenizer is not None and (is_same or not lacking_tokens(tokenizer, arm.tokenizer)):
             _warn_of_differences(arm.info, name, tokenizer, is_shared)
     return tokenizers
 
@@ -80,6 +80,15 @@ def _has_same_ids(
             "class itself: `GenARMLogitsProcessor(reward_model, base_model=...)`."
         )
     return has_same_ids(reward_model, vocab_size, tokenizer)
+
+
+def lacking_tokens(tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Returns the regular tokens of a base that a reward model doesn't have, whatever their ids are."""
+    if reward_tokenizer is None:
+        return []
+    return sorted(
+        tokenizer.get_vocab().keys() - reward_tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    )
 
 
 def has_same_ids(reward_model: AutoregressiveRewardModel, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from ..decoding.assembly import assemble
 from ..decoding.guided_tokens import GuidedTokens
 from ..decoding.processor import GenARMLogitsProcessor
-from ..hub.compatibility import chat_of
+from ..hub.compatibility import chat_of, lacking_tokens
 from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from .models import Models
@@ -145,19 +145,28 @@ class Answer:
         return self._final
 
     def scores(self, frame: Frame) -> list[list[float]]:
-        r"""Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward, in nats."""
+        r"""
+        Returns the contrast $\log\pi_r - \log\pi_\text{base}$ of both answers by each reward, in nats; with the model
+        that it was trained from, if its tokens are not those of the base.
+        """
         model, tokenizer = self._models.model, self._models.tokenizer
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
         chats = [chat_of(self.prompt)] * len(texts)
         base = AutoregressiveRewardModel(model, tokenizer).score(chats, texts)
-        scores = [
+        scores = []
+        for reward in self._rewards:
+            if reward.info.sentence is not None:
+                scores.append(reward.score(chats, texts))
+                continue
             # Of an adapter the plain log-probability, whatever it was trained on
-            reward.score(chats, texts)
-            if reward.info.sentence is not None
-            else AutoregressiveRewardModel(reward.model, tokenizer).score(chats, texts) - base
-            for reward in self._rewards
-        ]
+            others = self._reads_other_tokens(reward)
+            reader = reward.tokenizer if others else tokenizer
+            before = AutoregressiveRewardModel(reward.reference, reader).score(chats, texts) if others else base
+            scores.append(AutoregressiveRewardModel(reward.model, reader).score(chats, texts) - before)
         return [x.tolist() for x in scores]
+
+    def _reads_other_tokens(self, arm: AutoregressiveRewardModel) -> bool:
+        return bool(lacking_tokens(self._models.tokenizer, arm.tokenizer))
 
     def _strengths(self, step: int) -> Tensor:
         """Returns the strengths for the next token: the first row is unguided."""
@@ -175,6 +184,7 @@ class Answer:
         settings, models = self.settings, self._models
         self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
         try:
+            has_strings = any(map(self._reads_other_tokens, self._rewards))  # which are contrasts in any case
             # Only this call holds the processor, so that nothing of it stays on the base afterwards.
             parts = assemble(
                 self._rewards,
@@ -182,7 +192,7 @@ class Answer:
                 models.model,
                 models.tokenizer,
                 self._strengths,
-                None if settings.reference == "none" else "base",
+                None if settings.reference == "none" and not has_strings else "base",
             )
             processor = GenARMLogitsProcessor(**vars(parts), target_kl=self.first_target_kl or None)
             processor.keeps_statistics = True

@@ -36,6 +36,8 @@ def main(guidance_args: GuidanceArguments, args: ShowArguments) -> None:
         raise ValueError(f"`alpha` is {guidance_args.alpha}, at which nothing is guided. Give a strength other than 0.")
     base, processor = load_guided(guidance_args)
     model, tokenizer = base.model, base.tokenizer
+    if "strings" in processor.engine:
+        print(f"Engine: {processor.engine} (other tokens than those of the base)")
     infos = [info_of(name) for name in guidance_args.arm]
     recommended = recommended_temperature(infos)
     temperature = (recommended or 1.0) if args.temperature is None else args.temperature

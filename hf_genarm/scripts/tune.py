@@ -165,7 +165,7 @@ def make_processor(
     """Makes the processor of all settings with a reference, `"none"` or `"base"`."""
     parts = assemble([arm], [name], model, tokenizer, alpha=1.0, reference=None)
     if reference == "base":
-        parts.reference = base_reference([arm], [name], model, parts.reward_tokenizer)
+        parts.reference = base_reference([arm], [name], model, tokenizer, parts.reward_tokenizer or [None])
     return GenARMLogitsProcessor(**vars(parts))
 
 

@@ -1,0 +1,109 @@
+"""
+How far the shipped sentiment adapter on SmolLM2 steers a base of another family, whose tokens are other strings.
+
+    python -m examples.benchmarks.strings         # about half an hour on 2 cores
+
+Questions are answered at temperature 1 under one seed, at several strengths. Printed are the mean sentiment (VADER) and
+the mean divergence from the base per answer, with 95 % bootstrap intervals over questions, and the time per token over
+that of the base, batch 1, the median of passes that alternate. Answers are kept in `--output`; a run that was killed
+continues there.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from examples.scorers import sentiment
+from examples.small import fitting_adapter, output_file, sized
+from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.bootstrap import mean_with_interval
+from hf_genarm.demo import demo_model, is_smoke
+from hf_genarm.hub.compatibility import chat_of
+from hf_genarm.scripts.sweep import sample_answers
+
+ADAPTER = "model_cards/arm-smollm2-135m-sentiment"
+TOPICS = ("hotel", "train ride", "concert", "restaurant", "museum", "weather", "film", "new phone", "lecture", "hike")
+QUESTIONS = [f"What did you think of the {topic}? Answer in one sentence." for topic in TOPICS]
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
+
+
+def answers_at(alpha: float, steer: GenARMLogitsProcessor, base: Any, tokenizer: Any, args: Any) -> list[dict]:
+    """Returns an answer to each question at a strength, with its sentiment and its divergence from the base."""
+    chats = [chat_of(question) for question in QUESTIONS[: args.questions]]
+    inputs = steer.encode(chats)
+    steer.alpha, steer.keeps_statistics = alpha, True
+    set_seed(args.seed)
+    answers = sample_answers(base, tokenizer, chats, [steer] if alpha else [], args.max_new_tokens, inputs)
+    scores = sentiment(chats, answers.texts)
+    columns = zip(QUESTIONS, answers.texts, scores, answers.kl, answers.n_tokens, strict=False)
+    names = ("question", "answer", "sentiment", "kl", "n_tokens")
+    return [{"alpha": alpha} | dict(zip(names, row, strict=True)) for row in columns]
+
+
+def cost(steer: GenARMLogitsProcessor, base: Any, args: Any) -> dict:
+    """Returns the time per token with guidance over that without, and the passes of the reward model per token."""
+    inputs, times = steer.encode(chat_of(QUESTIONS[0])), dict[bool, list[float]]()
+    steer.alpha = 1.0
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
+    for turn in range(args.turns + 1):  # the first one warms up
+        for is_guided in (False, True):
+            set_seed(turn)
+            start = time.perf_counter()
+            base.generate(**inputs, logits_processor=[steer] if is_guided else [], **options)
+            times.setdefault(is_guided, []).append((time.perf_counter() - start) / args.tokens)
+    ratios = [guided / alone for guided, alone in zip(times[True][1:], times[False][1:], strict=True)]
+    return {"cost": statistics.median(ratios), "range": [min(ratios), max(ratios)], "turns": len(ratios)}
+
+
+def table(rows: list[dict]) -> str:
+    """Returns what was measured as a table."""
+    lines = ["| alpha | sentiment | KL per answer, nats |", "| --- | --- | --- |"]
+    for alpha in STRENGTHS:
+        own = [row for row in rows if row.get("alpha") == alpha]
+        cells = [
+            "{:.2f} [{:.2f}, {:.2f}]".format(*mean_with_interval(np.array([row[name] for row in own]), 10_000, 0))
+            for name in ("sentiment", "kl")
+        ]
+        lines.append(f"| {alpha:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="Hub id or folder of the base")
+    parser.add_argument("--questions", type=int, default=sized(10, 2), help="number of questions")
+    parser.add_argument("--max-new-tokens", type=int, default=sized(32, 3), help="length of the longest answer")
+    parser.add_argument("--turns", type=int, default=sized(5, 1), help="number of pairs of passes that are timed")
+    parser.add_argument("--tokens", type=int, default=sized(16, 2), help="tokens in each of them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the answers")
+    parser.add_argument("--output", type=output_file, default="outputs/strings.jsonl", help="where answers are kept")
+    args = parser.parse_args()
+    name = demo_model() if is_smoke() else args.base
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    adapter = fitting_adapter(ADAPTER)
+    steer = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base, reference="base", alpha=1.0)
+    output = Path(args.output)
+    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {row["alpha"] for row in rows if "alpha" in row}
+    for alpha in tqdm([alpha for alpha in STRENGTHS if alpha not in done], desc="strengths"):
+        new = answers_at(alpha, steer, base, tokenizer, args)
+        with output.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+        rows += new
+    print(f"Engine: {steer.engine}\n\n{table(rows)}")
+    spent = cost(steer, base, args)
+    print(f"\nTime per token over the base: {spent['cost']:.2f} {spent['range']}, {spent['turns']} pairs of passes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rewards of strings: reward models whose tokens are other ones than those of the base."""
