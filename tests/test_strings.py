@@ -258,7 +258,8 @@ def test_a_space_that_is_not_there(kind):
     )
     (strings,) = other._machine.rewards.models
     token = known.of_reward.index(b" t") if b" t" in known.of_reward else known.of_reward.index(b" ")
-    assert strings._string(token, is_first=True) == strings._string(token, is_first=False)[1:]
+    assert strings._string(token, drops_space=True) == strings._string(token)[1:]
+    assert [strings._writes_space(x) for x in (tokenizer.eos_token_id, token)] == [True, False]
 
 
 def test_text_that_no_token_of_the_reward_model_spells():
@@ -294,6 +295,10 @@ def test_models_that_can_not_give_rewards_of_strings():
     no_end = tiny_llama(1, vocab_size=len(REWARD_TOKENIZER), eos_token_id=None)
     with pytest.raises(ValueError, match=r"has no token that ends a text.*`eos_token_id`"):
         guide(no_end, no_end, reward_tokenizer=endless)
+    processor = guide()
+    processor.reference_prompts = BATCH
+    with pytest.raises(ValueError, match=r"`processor\.reference_prompts` is set, but .* reads the same prompt"):
+        generate(BASE, [processor])
     with pytest.raises(ValueError, match=r"tokens of the reward model are other strings.*must read its drafts"):
         guide().assistant()
 
