@@ -19,3 +19,4 @@ api: # tests/api.txt, after a public name or argument was changed on purpose
 pictures: # of the playground, into docs/images; needs chromium and chromium-driver
 	pytest -m slow tests/test_browser.py -k pictures_of_the_readme
 	cp screenshots/playground-wide-light.png docs/images/playground-light.png
+	cp screenshots/playground-wide-dark.png docs/images/playground-dark.png

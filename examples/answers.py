@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
+from hf_genarm.hub.compatibility import chat_of
 
 QUESTION = "What is a rainy Monday like? Answer in one sentence."
 SENTENCE = "You are an extremely positive, enthusiastic person who loves everything."
@@ -37,7 +38,7 @@ def main() -> None:
     for name, alpha in STRENGTHS.items():
         processor = adapter if name == "adapter" else sentence
         processor.alpha = alpha
-        inputs = sentence.encode([[{"role": "user", "content": QUESTION}]] * N_ANSWERS)
+        inputs = sentence.encode([chat_of(QUESTION)] * N_ANSWERS)
         set_seed(0)
         output = model.generate(**inputs, logits_processor=[processor], **options)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

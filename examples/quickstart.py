@@ -25,6 +25,7 @@ from examples.small import fitting_adapter, output_folder, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer, GenARMLogitsProcessor
 from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
+from hf_genarm.hub.compatibility import chat_of
 
 ALPHAS = (0.5, 1.0, 2.0)
 
@@ -67,7 +68,7 @@ class Steering:
 
     def __init__(self, model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int):
         self.model, self.tokenizer, self.prompts, self.seed = model, tokenizer, prompts, seed
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats = [chat_of(prompt) for prompt in prompts]
         self.inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
         )

@@ -19,9 +19,10 @@ from examples.small import fitting_adapter, output_file, sized
 from hf_genarm.demo import demo_model
 from hf_genarm.hub.reward_model import find_tokenizer
 from hf_genarm.scripts.generate import answer, batches_by_length
-from hf_genarm.scripts.guided_model import GuidanceArguments, load_guided
+from hf_genarm.scripts.guided_model import load_guided
 from hf_genarm.scripts.prompts import completion_of, read_rows, token_ids
 from hf_genarm.scripts.shards import Shards, digest
+from hf_genarm.scripts.shared_arguments import GuidanceArguments
 
 
 class Answerer:
@@ -32,9 +33,9 @@ class Answerer:
         self.model, self.tokenizer, self.options = base.model, base.tokenizer, options
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        numbers, ids = json.loads(row["numbers"]), json.loads(row["ids"])
+        numbers, prompts = json.loads(row["numbers"]), json.loads(row["prompts"])
         set_seed(numbers[0])  # so that answers don't depend on the worker
-        texts = answer(self.model, self.tokenizer, ids, self.processor, self.options)
+        texts = answer(self.model, self.tokenizer, prompts, self.processor, self.options)
         return {"numbers": row["numbers"], "texts": json.dumps(texts)}
 
 
@@ -68,8 +69,8 @@ def main() -> None:
     batches = [x for x in batches_by_length(ids, args.batch_size) if not done.issuperset(x)]
     print(f"Prompts: {len(rows)}, answered before: {len(done)}", flush=True)
     if batches:
-        # Lists of lists would come out of Arrow as arrays.
-        items = [{"numbers": json.dumps(x), "ids": json.dumps([ids[number] for number in x])} for x in batches]
+        # Lists would come out of Arrow as arrays.
+        items = [{"numbers": json.dumps(x), "prompts": json.dumps([rows[n]["prompt"] for n in x])} for x in batches]
         answers = ray.data.from_items(items, override_num_blocks=len(items)).map(
             Answerer,
             fn_constructor_args=(guidance, options),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
 from hf_genarm.demo import demo_model
+from hf_genarm.hub.compatibility import chat_of
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
 
     path = demo_model()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    chat = [{"role": "user", "content": args.prompt}]
+    chat = chat_of(args.prompt)
     inputs = tokenizer.apply_chat_template(
         [chat] * 2, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )

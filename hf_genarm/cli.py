@@ -40,7 +40,7 @@ _POSITIONAL = {"publish": ("arm", "repo_id")}
 
 # Errors of wrong input, here and in libraries: their message is for the user. Others are bugs, shown with their type.
 _WRONG_INPUT = (ValueError, OSError, ImportError)
-_INTERRUPTED = 130  # the exit code of a process that SIGINT ends
+_INTERRUPTED, _PIPE_CLOSED = 130, 141  # the exit codes of processes that SIGINT and SIGPIPE end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Warnings for people who write code, not for those who run a command
             warnings.simplefilter("ignore", FutureWarning)
             _run(command, rest, parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a program such as `head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
     except KeyboardInterrupt:
         print(f"\nhf-genarm {command}: Interrupted. {_what_is_kept(command, parsed)}", file=sys.stderr)
         return _INTERRUPTED

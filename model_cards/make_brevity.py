@@ -4,6 +4,8 @@ Trains `model_cards/arm-smollm2-135m-brevity`, measures it on held-out prompts, 
     python -m model_cards.make_brevity         # about 20 minutes on 2 cores
 """
 
+from pathlib import Path
+
 from examples.pairs import held_out_prompts, shorter_is_chosen
 from examples.small import sized
 
@@ -12,8 +14,8 @@ from .publish import argument_parser, publish, recommend, train_adapter
 NAME = "arm-smollm2-135m-brevity"
 
 
-def main() -> None:
-    args = argument_parser(__doc__).parse_args()
+def make(output: Path) -> None:
+    """Trains and measures the reward model, and writes its folder."""
     trainer = train_adapter(
         NAME,
         shorter_is_chosen("train"),
@@ -30,7 +32,7 @@ def main() -> None:
     )
     publish(
         trainer,
-        args.output,
+        output,
         NAME,
         held_out=shorter_is_chosen("test"),
         prompts=held_out_prompts(),
@@ -41,12 +43,16 @@ def main() -> None:
         max_new_tokens=sized(64, 4),
         alphas=(0.05, 0.1, 0.2),  # at larger strengths answers have three words
     )
+
+
+def main() -> None:
+    args = argument_parser(__doc__).parse_args()
+    if not args.tune_only:
+        make(args.output)
     recommend(
         args.output / NAME,
         scorer="examples.scorers:brevity",
         alpha=[0.05, 0.1, 0.15, 0.2],
-        reference=["base"],
-        max_kl=5.0,
     )
 
 

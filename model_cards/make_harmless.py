@@ -11,13 +11,15 @@ others, by a judge that was trained on other pairs.
 
 import sys
 from functools import cache
+from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
 from examples.benchmarks.frontier.settings import MARGIN, OBJECTIVES, TRAINING
-from examples.pairs import DATA, HH_RLHF, harmless_dialogues, harmless_pairs, opening_turns
+from examples.pairs import DATA, HH_RLHF, HarmlessPairs, harmless_dialogues, harmless_pairs, opening_turns
 from examples.scorers import refusal, text_of
 from examples.small import sized
+from hf_genarm.hub.compatibility import chat_of
 from hf_genarm.scripts.pairs import public_name
 
 from .publish import argument_parser, publish, recommend, train_adapter, work_of
@@ -39,17 +41,11 @@ def rightly_refused(prompts: list, completions: list, **_) -> list[float]:
     return [1 - refused if text_of(prompt) in everyday_questions() else refused for prompt, refused in asked]
 
 
-def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--dataset", default=HH_RLHF, help="Hub id, or a file with `chosen` and `rejected`")
-    args = parser.parse_args()
-    try:
-        half, other, test = harmless_pairs(args.dataset)
-    except ValueError as error:
-        sys.exit(f"make_harmless: {error}")
+def make(parts: HarmlessPairs, dataset: str, output: Path) -> None:
+    """Trains and measures the reward model, and writes its folder."""
     trainer = train_adapter(
         NAME,
-        half,
+        parts.half,
         **TRAINING,  # as the frontier benchmark trains the reward model that it measures
         **OBJECTIVES[MARGIN],
         seed=0,
@@ -57,27 +53,39 @@ def main() -> None:
         description=(
             "The answers that crowd workers called less harmful, in the dialogues of HH-RLHF's harmless-base. They "
             "often prefer a refusal, a question or a shorter answer: it is no safety filter. It was trained on "
-            f"{len(half)} of {len(harmless_dialogues(args.dataset)):,} pairs of harmless-base, and its numbers are of "
-            f"{len(test)} others, with other prompts."
+            f"{len(parts.half)} of {len(harmless_dialogues(dataset)):,} pairs of harmless-base, and its numbers are of "
+            f"{len(parts.test)} others, with other prompts."
         ),
         dataset_name=HH_RLHF,
     )
     publish(
         trainer,
-        args.output,
+        output,
         NAME,
-        held_out=test,
-        prompts=opening_turns(test)[: sized(N_PROMPTS, 2)],
+        held_out=parts.test,
+        prompts=opening_turns(parts.test)[: sized(N_PROMPTS, 2)],
         score=lambda text: refusal([""], [text])[0],
         effect_name="share of answers with a word of refusal",
         license="mit",
-        options=["--dataset", public_name(args.dataset)],
+        options=["--dataset", public_name(dataset)],
         max_new_tokens=sized(48, 4),
         quote=False,
     )
-    questions = [*opening_turns(other)[: sized(N_TUNED, 2)], *everyday_questions()]
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dataset", default=HH_RLHF, help="Hub id, or a file with `chosen` and `rejected`")
+    args = parser.parse_args()
+    try:
+        parts = harmless_pairs(args.dataset)
+    except ValueError as error:
+        sys.exit(f"make_harmless: {error}")
+    if not args.tune_only:
+        make(parts, args.dataset, args.output)
+    questions = [*opening_turns(parts.other)[: sized(N_TUNED, 2)], *everyday_questions()]
     path = work_of(NAME) / "prompts.jsonl"
-    Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]}).to_json(path)
+    Dataset.from_dict({"prompt": [chat_of(question) for question in questions]}).to_json(path)
     recommend(
         args.output / NAME,
         prompts=str(path),

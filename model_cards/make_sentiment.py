@@ -4,6 +4,8 @@ Trains `model_cards/arm-smollm2-135m-sentiment`, measures it on held-out prompts
     python -m model_cards.make_sentiment       # about 25 minutes on 2 cores
 """
 
+from pathlib import Path
+
 from datasets import load_dataset
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -16,8 +18,8 @@ from .publish import SEED, argument_parser, publish, recommend, train_adapter
 NAME = "arm-smollm2-135m-sentiment"
 
 
-def main() -> None:
-    args = argument_parser(__doc__).parse_args()
+def make(output: Path) -> None:
+    """Trains and measures the reward model, and writes its folder."""
     trainer = train_adapter(
         NAME,
         training_pairs(),
@@ -32,7 +34,7 @@ def main() -> None:
     scorer = SentimentIntensityAnalyzer()
     publish(
         trainer,
-        args.output,
+        output,
         NAME,
         held_out=load_dataset("json", data_files=str(DATA / "test.jsonl"), split=sized("train", "train[:8]")),
         prompts=held_out_prompts(),
@@ -43,6 +45,12 @@ def main() -> None:
         options=[],
         plot=lambda effects, control, path: plot(effects, control, SEED, path),
     )
+
+
+def main() -> None:
+    args = argument_parser(__doc__).parse_args()
+    if not args.tune_only:
+        make(args.output)
     recommend(
         args.output / NAME,
         scorer="examples.scorers:sentiment",

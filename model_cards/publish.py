@@ -38,6 +38,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         default=sized(str(HERE), "outputs/model_cards"),
         help="folder that the folder of the reward model is written to",
     )
+    parser.add_argument(
+        "--tune-only", action="store_true", help="finds the recommended setting of the reward model that is there again"
+    )
     return parser
 
 

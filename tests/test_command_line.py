@@ -225,6 +225,15 @@ def test_one_line_and_the_exit_code_of_the_process(folder):
     assert "Traceback" not in failed.stderr
 
 
+def test_a_reader_that_has_read_enough():
+    """As `hf-genarm generate --help | head -1`."""
+    command = [sys.executable, "-m", "hf_genarm", "generate", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_the_module_is_the_command(folder):
     unknown, helped = run("tran", cwd=folder), run("--help", cwd=folder)
     assert (unknown.returncode, helped.returncode) == (2, 0)

@@ -192,7 +192,8 @@ def test_every_printed_command_is_run_by_a_test():
 
 def test_links_to_files_lead_somewhere():
     for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"]:
-        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", text_of(page)):
+        links = re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", text_of(page))
+        for target in [*links, *re.findall(r'(?:src|srcset)="([^":{]+)"', text_of(page))]:
             assert (page.parent / target).exists(), f"{page.name}: `{target}`"
 
 

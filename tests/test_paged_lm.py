@@ -20,9 +20,9 @@ def a_text(generator, length):
     return [generator.randrange(VOCAB_SIZE) for _ in range(length)]
 
 
-def sliding(window):
+def sliding(window, **options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | options
     config = MistralConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=2, sliding_window=window, **sizes)
     config.initializer_range = 0.4
     return MistralForCausalLM(config).eval()
@@ -41,9 +41,14 @@ def gpt2():
 )
 @pytest.mark.parametrize(("chunk", "n_tokens"), [(4, 320), (64, 320), (64, 112), (7, 112)])
 def test_texts_that_come_go_and_are_cut_are_read_as_from_scratch(make, chunk, n_tokens):
-    """A random life of five texts, three at a time: growth by one or many, drafts, cuts, release, return, and drops."""
-    network, generator = make(), random.Random(0)
     lm = PagedLM(make(), length=100, n_tokens=n_tokens, chunk=chunk)
+    check_random_life(make(), lm)
+    assert (lm.pages.n_dropped > 0) == (n_tokens == 112)
+
+
+def check_random_life(network, lm):
+    """A random life of five texts, three at a time: growth by one or many, drafts, cuts, release, return, and drops."""
+    generator = random.Random(0)
     texts = {owner: a_text(generator, 1 + generator.randrange(80)) for owner in range(5)}
     held = set()
     for _ in range(40):
@@ -64,7 +69,6 @@ def test_texts_that_come_go_and_are_cut_are_read_as_from_scratch(make, chunk, n_
         logits = lm({owner: texts[owner] for owner in called}, n_last)
         expected = torch.cat([from_scratch(network, texts[x], n) for x, n in zip(called, n_last, strict=True)])
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    assert (lm.pages.n_dropped > 0) == (n_tokens == 112)
 
 
 def test_all_texts_take_one_pass_and_only_new_tokens_are_read():

@@ -227,7 +227,7 @@ def test_adapters_of_visitors(folders, tmp_path):
     base, adapters, other = folders
     models = Models(load_base(base), adapters[:1])
     assert models.reward_model(adapters[1]) is models.reward_model(adapters[1])
-    with pytest.raises(ValueError, match="is not an adapter: it has no"):
+    with pytest.raises(ValueError, match="is neither an adapter nor a sentence: it has no"):
         models.reward_model(other)
     with pytest.raises(ValueError, match=r"because it was trained on `.*other`"):
         models.reward_model(save_adapter(other, str(tmp_path / "of-another")))
@@ -247,6 +247,26 @@ def test_adapters_of_visitors(folders, tmp_path):
     for seed in range(Models.KEPT + 2):
         models.reward_model(save_adapter(base, str(tmp_path / f"guest-{seed}"), seed))
     assert len(models._guests) == Models.KEPT
+
+
+def test_a_folder_of_a_sentence_steers_as_the_sentence_does(folders, tmp_path):
+    """It is loaded as an adapter is, and its scores are those of the sentence."""
+    models = Models(load_base(folders[0]), [])
+    sentence = "You are kind, and happy about everything that people ask."
+    models.sentence(sentence).save_pretrained(tmp_path / "kind")
+    name = str(tmp_path / "kind")
+    assert models.title(name) == "“You are kind, and happy about…”"
+    loaded, loaded_frame = written(models, Settings({name: 1.5}, max_new_tokens=8, reference="base"))
+    given = Settings(sentences=[sentence], sentence_strengths=[1.5], max_new_tokens=8, reference="base")
+    typed, typed_frame = written(models, given)
+    assert loaded_frame.ids == typed_frame.ids
+    assert loaded_frame.ids[0] != loaded_frame.ids[1]
+    assert loaded.titles == typed.titles
+    (scores,) = loaded.scores(loaded_frame)
+    assert [scores] == typed.scores(typed_frame)
+    assert scores[0] != scores[1]
+    notes = dict(loaded_frame.table.token_texts()[1].tokens[0].notes)
+    assert "nats, with strength 1.50" in notes[models.title(name)]
 
 
 def test_nothing_is_left_behind(models):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from pairs import CHOSEN, PROMPTS, REJECTED, STANDARD, conversational, implicit, message
+from peft import PromptTuningConfig
 from tiny import EOS, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_genarm.hub.scoring import end_token_ids, length_to_end
 from hf_genarm.training.preference_data import PairCounts, truncate
@@ -126,6 +128,28 @@ def test_pairs_that_are_too_long_are_counted(make_trainer):
     assert trainer.evaluate()["eval_dropped_too_long"] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match=r"`max_length=4`.*`truncation_mode='keep_end'`"):
         make_trainer(max_length=4)
+
+
+def test_texts_beyond_a_table_of_positions(make_trainer, tokenizer):
+    """A longer `max_length` is right as long as no text is longer than the table."""
+    longest = max(lengths_of(make_trainer()))
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2}
+    fitting, short = (GPT2LMHeadModel(GPT2Config(**sizes, n_positions=n)) for n in (longest, longest - 1))
+    make_trainer(model=fitting).train()
+    with pytest.raises(
+        ValueError, match=f"has {longest} tokens, but the model has positions for {longest - 1} tokens.*1024"
+    ):
+        make_trainer(model=short)
+    with pytest.warns(UserWarning, match="longer than `max_length` and left out"):
+        make_trainer(model=short, max_length=longest - 1)
+    with pytest.raises(ValueError, match=f"of the eval dataset has {longest}"):
+        make_trainer({x: y[:1] for x, y in STANDARD.items()}, model=short, eval_dataset=Dataset.from_dict(STANDARD))
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
+    with pytest.raises(ValueError, match=f"has {longest} tokens"):
+        make_trainer(model=fitting, peft_config=prompt)
+    rows = [dict(zip(STANDARD, values, strict=True)) for values in zip(*STANDARD.values(), strict=True)]
+    with pytest.raises(ValueError, match="Texts of the train stream may be longer"):
+        make_trainer(IterableDataset.from_generator(lambda: iter(rows)), model=fitting, max_steps=1)
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

@@ -66,6 +66,12 @@ def test_what_can_not_be_done_is_refused_with_key_value_and_rule(key, value, rul
     assert str(error.value).startswith(f"`{key}` is {value!r}, but ")
 
 
+@pytest.mark.parametrize("key", ["genarm_alpha", "genarm_target_kl"])
+def test_a_number_that_is_no_float_is_refused_too(key):
+    with pytest.raises(ValueError, match=rf"`{key}` is 10+…, but must be a (positive, )?finite number"):
+        request_settings({key: 10**400}, TWO)
+
+
 def test_what_is_repeated_of_a_value_is_cut():
     with pytest.raises(ValueError, match="a finite number") as error:
         request_settings({"genarm_alpha": "x" * 10_000}, TWO)

@@ -120,7 +120,9 @@ def test_a_model_names_a_preset(monkeypatch, parts):
     assert json.loads(sent(monkeypatch, own, parts=parts)) == own
 
 
-@pytest.mark.parametrize("body", [{"model": "base"}, {"model": "org/base:Q4"}, {}, {"model": 1}, [1], b"{", b""])
+@pytest.mark.parametrize(
+    "body", [{"model": "base"}, {"model": "org/base:Q4"}, {}, {"model": 1}, [1], b"{", b"", b"[" * 10**5]
+)
 def test_other_bodies_go_on_as_they_are(monkeypatch, body):
     assert sent(monkeypatch, body) == (body if isinstance(body, bytes) else json.dumps(body).encode())
     wrong = {"genarm_alpha": 1}
@@ -139,7 +141,17 @@ def test_other_bodies_go_on_as_they_are(monkeypatch, body):
     ],
 )
 def test_keys_that_would_be_dropped_are_refused(monkeypatch, body, message):
-    assert sent(monkeypatch, body).startswith(message) or message in sent(monkeypatch, body)
+    for path in ("/v1/completions", "/v1/chat/completions/batch", "/invocations"):
+        assert message in sent(monkeypatch, body, path=path)
+
+
+@pytest.mark.parametrize("body", [{"genarm_alpha": 2}, {"model": "base:kind"}])
+def test_where_tokens_are_sent_keys_are_among_sampling_parameters(monkeypatch, body):
+    path = "/inference/v1/generate"
+    assert "must be" in (message := sent(monkeypatch, body, path=path))
+    assert message.endswith("in `extra_args` of `sampling_params`.")
+    right = {"model": "base", "sampling_params": {"extra_args": {"genarm_alpha": 2}}}
+    assert json.loads(sent(monkeypatch, right, path=path)) == right
 
 
 def test_of_a_very_large_body_nothing_is_read(monkeypatch):

@@ -111,10 +111,12 @@ def test_settings():
         ({"genarm_prompts": [[], [True]]}, "each a list of token ids"),
         ({"genarm_prompts": [[], "x"]}, "each a list of token ids"),
         ({"genarm_prompts": "[[1"}, "each a list of token ids"),
+        ({"genarm_prompts": "[" * 10**5}, "each a list of token ids"),
         ({"genarm_prompts": 7}, "each a list of token ids"),
         ({"genarm_sentence_alpha": 2}, "is 2, but must be left out, since there is no sentence of the request"),
         ({"genarm_prompts": [[], [1]], "genarm_sentence_alpha": "2"}, "must be a finite number, or a list of 1"),
         ({"genarm_sentence": "x"}, "there is no such key"),
+        ({"genarm_\ud800": "x"}, r"`genarm_\ud800` is 'x', but there is no such key"),
     ],
 )
 def test_what_is_refused(keys, message):
@@ -209,6 +211,9 @@ def test_prompts_of_the_client_and_strengths_of_0(tokenizer):
     request, rendering = made(tokenizer, body)
     assert json.loads(request["vllm_xargs"]["genarm_prompts"]) == [[]]
     assert not rendering.bodies
+    assert asyncio.run(with_prompts({"vllm_xargs": None}, "/v1/completions", DEFAULTS, rendering)) == {
+        "vllm_xargs": {"genarm_prompts": "[[]]"}
+    }
     for path, other in (("/v1/responses", {}), ("/v1/chat/completions", {"use_beam_search": True})):
         asked = body | other
         assert made(tokenizer, asked, path)[0] == asked | {"model": "m", "vllm_xargs": {}}
@@ -226,6 +231,11 @@ def test_prompts_of_the_client_and_strengths_of_0(tokenizer):
         ({"prompt": "x"}, {"genarm_prompts": [CHATS[0]]}, "must have a text or token ids"),
         ({"prompt": [5, 6]}, {"genarm_sentences": "a"}, "can be put into one text, but `prompt` is [5, 6]"),
         ({"prompt": ["x", "y"]}, {"genarm_sentences": "a"}, "can be put into one text"),
+        (
+            {"prompt": "x", "truncate_prompt_tokens": 5},
+            {"genarm_sentences": "a"},
+            "`truncate_prompt_tokens` is 5, but would cut off what a sentence puts before the prompt",
+        ),
     ],
 )
 def test_what_the_front_end_refuses(tokenizer, body, keys, message):

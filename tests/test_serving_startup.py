@@ -141,6 +141,7 @@ def started(monkeypatch, *arguments):
     commands = []
     monkeypatch.setattr(launcher.os, "execv", lambda _, command: commands.append(command))
     monkeypatch.setattr(launcher, "find_spec", lambda _: True)
+    monkeypatch.setattr(launcher, "_device", lambda: "cpu")
     for name in (ENVIRONMENT, "PROMETHEUS_MULTIPROC_DIR"):
         monkeypatch.setenv(name, "old")
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")

@@ -8,6 +8,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent.parent
 REPOSITORY = "https://github.com/hf-genarm/hf_genarm/blob/main"
@@ -42,6 +43,7 @@ TYPES = {
     "trl.RewardTrainer": f"{HUGGING_FACE}/trl/reward_trainer",
 }
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+IN_HTML = re.compile(r'\b(src|srcset)="(images/[^"]+)"')
 TO_REPOSITORY = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -71,7 +73,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown: str, page, **kwargs) -> str:
-    """Resolves links out of `docs/`, which work unchanged on GitHub: to copied pictures, or to the repository."""
+    """
+    Resolves links out of `docs/`, which work unchanged on GitHub: to copied pictures, or to the repository. So are
+    those to pictures in HTML, which mkdocs leaves as they are.
+    """
 
     def link(match: re.Match) -> str:
         if not (ROOT / match[1]).exists():
@@ -82,7 +87,10 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
             f"](repository/{match[1]})" if match[1].endswith(".png") else f"]({REPOSITORY}/{match[1]}{match[2] or ''})"
         )
 
-    return TO_REPOSITORY.sub(link, markdown)
+    def from_here(match: re.Match) -> str:
+        return f'{match[1]}="{get_relative_url(match[2], page.url)}"'
+
+    return TO_REPOSITORY.sub(link, IN_HTML.sub(from_here, markdown))
 
 
 def on_page_content(content: str, **kwargs) -> str:

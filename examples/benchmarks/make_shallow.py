@@ -33,6 +33,7 @@ from examples.quickstart import train
 from examples.small import output_folder, sized
 from hf_genarm import AutoregressiveRewardModel
 from hf_genarm.demo import DEMO_MODEL_ID, demo_model
+from hf_genarm.hub.compatibility import chat_of
 
 N_LIKELIEST = 64
 DISTILLED = Path("parts") / "distilled"
@@ -69,7 +70,7 @@ class Likeliest(LogitsProcessor):
 def chats(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
     """Returns the inputs of `generate` for chats with one question each."""
     return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        [chat_of(prompt) for prompt in prompts],
         add_generation_prompt=True,
         return_dict=True,
         return_tensors="pt",

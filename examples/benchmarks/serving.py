@@ -65,13 +65,13 @@ def run_engine(connection: Connection, model: str, adapter: str | None, args: ar
 def run_pages(connection: Connection, model: str, adapter: str | None, args: argparse.Namespace) -> None:
     """The forward passes that a guided engine has in addition to those of its base, and nothing else."""
     torch.set_num_threads(args.threads)
-    from hf_genarm.vllm.engine import use_linear_layers_of_vllm
+    from hf_genarm.vllm.on_cpu import keys_and_values, use_linear_layers_of_vllm
     from hf_genarm.vllm.paged_lm import PagedLM
     from hf_genarm.vllm.reward_lms import load_reward_lms
 
     def make_lm(network: Any, name: str) -> PagedLM:
         use_linear_layers_of_vllm(network)
-        lm = PagedLM(network, 512, name=name)
+        lm = PagedLM(network, 512, name=name, memory=keys_and_values(network))
         lm.allocate(8 * 512, page_size=128)  # as the engine does on a CPU
         return lm
 

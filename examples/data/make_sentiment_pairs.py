@@ -20,6 +20,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from examples.sampling import sample
 from examples.small import output_folder, sized
+from hf_genarm.hub.compatibility import chat_of
 
 HERE = Path(__file__).parent
 TEMPLATES = (
@@ -56,7 +57,7 @@ MAX_NEW_TOKENS = 64
 
 def as_chats(tokenizer, prompts: list[str]):
     """Returns the inputs of `generate` for chats with one question each."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    chats = [chat_of(prompt) for prompt in prompts]
     return tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
@@ -74,7 +75,7 @@ def make_pairs(prompt: str, answers: list[str]) -> list[dict]:
     scored = sorted(((scorer.polarity_scores(text)["compound"], text) for text in set(answers)), reverse=True)
     pairs = [
         {
-            "prompt": [{"role": "user", "content": prompt}],
+            "prompt": chat_of(prompt),
             "chosen": [{"role": "assistant", "content": best}],
             "rejected": [{"role": "assistant", "content": worst}],
             "chosen_score": high,

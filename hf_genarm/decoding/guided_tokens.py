@@ -25,6 +25,8 @@ class GuidedTokens(Drawing, dict):
             What each token adds to its text; `None` for a token after the end of a text, which is not drawn.
         likeliest (list of `tuple`):
             For each token, the three likeliest before and after guidance.
+        titles (list of `str`, *optional*):
+            What each reward model rewards; `None` where that is not known. Defaults to that for all.
     """
 
     def __init__(
@@ -32,12 +34,15 @@ class GuidedTokens(Drawing, dict):
         columns: dict[str, list[Any]],
         texts: Sequence[str | None],
         likeliest: Sequence[tuple[Likeliest, Likeliest]],
+        titles: Sequence[str | None] = (),
     ):
         super().__init__(columns)
         self._texts, self._likeliest = list(texts), list(likeliest)
+        n_rewards = sum(name.startswith("alpha_") for name in self)
+        self._titles = [x or f"reward {index}" for index, x in enumerate(titles or [None] * n_rewards)]
 
     def __reduce__(self) -> tuple:
-        return type(self), (dict(self), self._texts, self._likeliest)
+        return type(self), (dict(self), self._texts, self._likeliest, self._titles)
 
     def token_texts(self) -> list[TokenText]:
         return self.by("change").token_texts()
@@ -57,7 +62,10 @@ class GuidedTokens(Drawing, dict):
         for (sequence, _), token in self.tokens(measure).items():
             texts.setdefault(sequence, []).append(token)
         titles = {index: f"sequence {index}" if len(texts) > 1 else "" for index in texts}
-        return Picture([TokenText(tokens, name_of(measure), titles[index]) for index, tokens in texts.items()])
+        name = name_of(measure)
+        if measure.startswith("reward_log_prob_"):
+            name = f"{self._titles[int(measure.removeprefix('reward_log_prob_'))]}, nats"
+        return Picture([TokenText(tokens, name, titles[index]) for index, tokens in texts.items()])
 
     def tokens(self, measure: str = "change") -> dict[tuple[int, int], Token]:
         """Returns the tokens of the picture that `by` draws, by sequence and position."""
@@ -77,21 +85,18 @@ class GuidedTokens(Drawing, dict):
     def _notes(self, row: int) -> tuple[tuple[str, str], ...]:
         base, guided = (math.exp(self[f"{name}_log_prob"][row]) for name in ("base", "guided"))
         notes = [("probability", f"{base:.2g} of the base, {guided:.2g} guided")]
-        n_rewards = sum(name.startswith("alpha_") for name in self)
-        for index in range(n_rewards):
+        for index, title in enumerate(self._titles):
             reward, alpha = self[f"reward_log_prob_{index}"][row], self[f"alpha_{index}"][row]
             if not math.isnan(reward):
-                notes.append((f"reward {index}", f"{reward:.2f} nats, with strength {alpha:.2f}"))
+                notes.append((title, f"{reward:.2f} nats, with strength {alpha:.2f}"))
         before, after = self._likeliest[row]
         notes += [("KL", f"{self['kl'][row]:.3f} nats"), ("likeliest before", _listed(before))]
         return (*notes, ("likeliest after", _listed(after)))
 
 
 def name_of(measure: str) -> str:
-    """Returns the label of the scale of a picture."""
+    """Returns the label of the scale of a picture that is not coloured by a reward."""
     names = {"change": "guided minus base log-probability, nats", "kl": "divergence from the base, nats"}
-    if measure.startswith("reward_log_prob_"):
-        return f"reward {measure.removeprefix('reward_log_prob_')}, nats"
     return names.get(measure, measure)
 
 

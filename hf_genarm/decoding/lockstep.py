@@ -3,7 +3,9 @@
 import inspect
 import logging
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -106,15 +108,15 @@ class LockstepLM:
         # Offloaded weights are on no device until they are needed; hooks then fetch the inputs too.
         device = input_ids.device if self.model.device.type == "meta" else self.model.device
         input_ids = input_ids[:, first_token:].to(device, torch.long)
-        attention_mask = attention_mask[:, first_token:].to(device) if line.padding.is_present else None
+        mask = attention_mask[:, first_token:].to(device) if line.padding.is_present else None
         length = input_ids.shape[1]
         if length > self._n_positions:
-            longest = length if attention_mask is None else int(attention_mask.sum(dim=1).max())
+            longest = length if mask is None else int(mask.sum(dim=1).max())
             refuse_too_long(self._network, longest, self._n_positions, self._role)
         own_ids = input_ids if is_translated else line
         if length > self._fixed_length:
             self._refuse_unknown_ids(own_ids, line, length, length)
-            return self._forward_from_scratch(input_ids, attention_mask)[:, -1]
+            return self._forward_from_scratch(input_ids, mask)[:, -1]
 
         # Put back only after success: an interrupted forward pass leaves a cache whose layers differ in length.
         state, self._state = self._state, None
@@ -136,9 +138,9 @@ class LockstepLM:
                 self._refuse_unknown_ids(own_ids, line, length, length - kept)
             state.crop(kept)
             if self.has_cache:
-                logits = self._forward(state, input_ids, attention_mask, n_logits)
+                logits = self._forward(state, input_ids, mask, n_logits)
             else:
-                logits = self._forward_from_scratch(input_ids, attention_mask)
+                logits = self._forward_from_scratch(input_ids, mask)
             state.extend(line, length, logits)
         self._state = state
         return state.logits[length]
@@ -268,7 +270,8 @@ class State:
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the rows by some of them, which are on the host."""
         self.tokens, self.line = self.first_tokens(self.length)[rows], None
-        on_device = next((x.keys.device for x in self.cache.layers if getattr(x, "keys", None) is not None), None)
+        layers: Sequence[Any] = self.cache.layers
+        on_device = next((x.keys.device for x in layers if x.keys is not None), rows.device)
         rows = rows.to(on_device, non_blocking=True)
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # for mypy, no tensor is a `torch.LongTensor`
         self.logits = {at: logits[rows.to(logits.device)] for at, logits in self.logits.items()}

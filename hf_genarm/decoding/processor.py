@@ -339,7 +339,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         """
         if not self._keeps_statistics:
             raise ValueError("No statistics were kept. Set `processor.keeps_statistics = True` before `generate`.")
-        return self._machine.statistics.read(sequences)
+        return self._machine.statistics.read(sequences, [info.title for info in self._infos])
 
     def assistant(self, num_assistant_tokens: int | None = None) -> DraftingAssistant:
         """

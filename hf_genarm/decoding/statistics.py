@@ -97,13 +97,15 @@ class Statistics:
         has_beams = n_prompts is None or len(text.input_ids) > n_prompts
         of_run.record(text, values, log_probs, has_beams)
 
-    def read(self, sequences: Tensor) -> GuidedTokens:
+    def read(self, sequences: Tensor, titles: Sequence[str | None] = ()) -> GuidedTokens:
         """
         Returns one row for each token that was guided, as columns for a `pandas.DataFrame` that draw themselves.
 
         Args:
             sequences (`torch.LongTensor` of shape `(n_sequences, length)`):
                 What `generate` returned.
+            titles (sequence of `str`, *optional*):
+                What each reward model rewards, where that is known.
 
         Raises:
             TypeError: if they are no tokens.
@@ -140,7 +142,7 @@ class Statistics:
                 for name, column in columns.items():
                     default = 0.0 if name.startswith("alpha_") else float("nan")
                     column.append(({"sequence": index} | row).get(name, default))
-        return GuidedTokens(columns, texts, likeliest)
+        return GuidedTokens(columns, texts, likeliest, titles)
 
     def _n_after_the_end(self, ids: list[int]) -> int:
         """Counts the pads that `generate` adds where a text has ended before the others: the last token, repeated."""

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -176,6 +177,13 @@ class RewardInfo:
         else `None`.
         """
         return "base" if self.sentence is not None else self.loss.get("reference")
+
+    @property
+    def title(self) -> str | None:
+        """What it rewards, in a few words: its objective, or its sentence; `None` if neither is recorded."""
+        if self.objective is None and self.sentence is not None:
+            return f"“{textwrap.shorten(self.sentence, 40, placeholder='…')}”"
+        return self.objective
 
     @property
     def is_for_chats(self) -> bool | None:

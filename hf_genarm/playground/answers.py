@@ -1,7 +1,6 @@
 """One question, answered twice at the same time: with guidance and without, by the same random numbers."""
 
 import queue
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -113,7 +112,7 @@ class Answer:
         self._rewards = [*map(models.sentence, self.sentences), *map(models.reward_model, self.adapters)]
         if not self._rewards:
             raise ValueError("There is no sentence and no adapter (`--arm`), so that nothing steers. Add one.")
-        self.titles = [f"“{textwrap.shorten(x, 40, placeholder='…')}”" for x in self.sentences]
+        self.titles = [str(x.info.title) for x in self._rewards[: len(self.sentences)]]
         self.titles += map(models.title, self.adapters)
         self.strengths_at: list[tuple[int, list[float]]] = []
         self.first_target_kl, self.first_temperature = settings.target_kl, settings.temperature
@@ -154,16 +153,17 @@ class Answer:
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in frame.ids]
         chats = [chat_of(self.prompt)] * len(texts)
         base = AutoregressiveRewardModel(model, tokenizer).score(chats, texts)
-        sentences, adapters = self._rewards[: len(self.sentences)], self._rewards[len(self.sentences) :]
-        of_sentences = [x.score(chats, texts) for x in sentences]
-        # The plain log-probability, whatever an adapter was trained on
-        of_adapters = []
-        for arm in adapters:
-            others = self._reads_other_tokens(arm)
-            reader = arm.tokenizer if others else tokenizer
-            before = AutoregressiveRewardModel(arm.reference, reader).score(chats, texts) if others else base
-            of_adapters.append(AutoregressiveRewardModel(arm.model, reader).score(chats, texts) - before)
-        return [x.tolist() for x in (*of_sentences, *of_adapters)]
+        scores = []
+        for reward in self._rewards:
+            if reward.info.sentence is not None:
+                scores.append(reward.score(chats, texts))
+                continue
+            # Of an adapter the plain log-probability, whatever it was trained on
+            others = self._reads_other_tokens(reward)
+            reader = reward.tokenizer if others else tokenizer
+            before = AutoregressiveRewardModel(reward.reference, reader).score(chats, texts) if others else base
+            scores.append(AutoregressiveRewardModel(reward.model, reader).score(chats, texts) - before)
+        return [x.tolist() for x in scores]
 
     def _reads_other_tokens(self, arm: AutoregressiveRewardModel) -> bool:
         return bool(lacking_tokens(self._models.tokenizer, arm.tokenizer))

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..hub.base_model import Base
 from ..hub.compatibility import chat_of
-from ..hub.info import HUB_ID
-from ..hub.loading import base_of, short_name
+from ..hub.info import HUB_ID, INFO_NAME
+from ..hub.loading import ADAPTER_CONFIG, base_of, info_of, short_name
 from ..hub.placement import device_of
 from ..hub.reward_model import AutoregressiveRewardModel
 from ..hub.sharing import shares_weights
@@ -69,7 +69,7 @@ class Models:
         Returns a reward model by its name, and loads it if necessary.
 
         Raises:
-            ValueError: if it is not an adapter on the base, or not allowed.
+            ValueError: if it is neither an adapter on the base nor a sentence, or not allowed.
             OSError: if it can't be found.
         """
         if name in self._own:
@@ -96,16 +96,21 @@ class Models:
         return AutoregressiveRewardModel.from_sentence(text, self.model, tokenizer=self.tokenizer)
 
     def title(self, name: str) -> str:
-        """Returns the label of an adapter: the objective that it records, or else its name."""
-        return self.reward_model(name).info.objective or Path(name).name
+        """Returns the label of a reward model: what it records that it rewards, or else its name."""
+        return self.reward_model(name).info.title or Path(name).name
 
     def _load(self, name: str) -> AutoregressiveRewardModel:
         return AutoregressiveRewardModel.from_pretrained(name, self.model, base_tokenizer=self.tokenizer)
 
     def _load_guest(self, name: str) -> AutoregressiveRewardModel:
+        if info_of(name).sentence is not None:
+            return self._load(name)
         trained_on = base_of(name)
         if trained_on is None:
-            raise ValueError(f"`{name}` is not an adapter: it has no `adapter_config.json`.")
+            raise ValueError(
+                f"`{name}` is neither an adapter nor a sentence: it has no `{ADAPTER_CONFIG}`, and no `sentence` in a "
+                f"`{INFO_NAME}`."
+            )
         # Checked before anything large is loaded, and again afterwards: some adapters can't share weights.
         if short_name(trained_on) != short_name(self.base):
             raise ValueError(self._refusal(name, f"it was trained on `{trained_on}`"))

@@ -17,6 +17,7 @@ from .models import Models
 from .script import script_of
 
 MAX_NEW_TOKENS = 256
+TEMPERATURE = 0.7  # at the beginning, as in the quickstart: at 1, small models also write what they find unlikely
 MAX_SENTENCES = 4
 VISIT = 3600  # seconds without activity after which a visitor's state is dropped
 DOCS = "https://hf-genarm.github.io/hf_genarm"
@@ -76,12 +77,12 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
     arms = [models.reward_model(name) for name in models.adapters]
     first_sentences = [*sentences, *[""] * (MAX_SENTENCES - len(sentences))]
     first_strengths = [0.0] * (MAX_SENTENCES + len(arms))
-    first_temperature, first_reference = 1.0, "base"
+    first_temperature, first_reference = TEMPERATURE, "base"
     if sentences:
         first_strengths[0] = DEFAULT_STRENGTH
     elif arms:
         (first_strengths[MAX_SENTENCES],) = recommended_alpha([arms[0].info])
-        first_temperature = recommended_temperature([arms[0].info]) or 1.0
+        first_temperature = recommended_temperature([arms[0].info]) or TEMPERATURE
         first_reference = wanted_reference([arms[0].info], models.adapters[:1]) or "none"
 
     def arrive() -> Visitor:
@@ -178,7 +179,8 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         except (ValueError, OSError) as error:
             raise refusal(error) from error
         visitor.own = name
-        about = arm.info.description or arm.info.objective or "It does not record what it rewards."
+        info = arm.info
+        about = info.description or info.objective or info.sentence or "It does not record what it rewards."
         slider = gr.Slider(visible=True, label=models.title(name), value=0.0)
         return slider, f'<div class="answer"><b>{escape(visible(name))}</b>{escape(visible(about))}</div>'
 
@@ -246,7 +248,7 @@ def build_page(models: Models, sentences: Sequence[str] = ()) -> gr.Blocks:
         picture = gr.HTML(elem_id="picture")
         with gr.Accordion("Show me the code", open=False):
             code = gr.Code(language="python", label="the guided answer as a script", elem_id="code")
-        with gr.Accordion("Another adapter", open=False):
+        with gr.Accordion("Another adapter or sentence", open=False):
             name = gr.Textbox(label="Hub id" + (" or folder" if models.takes_folders else ""), elem_id="own")
             fetch = gr.Button("Load", elem_id="load")
             about = gr.HTML(elem_id="about")

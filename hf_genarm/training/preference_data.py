@@ -199,6 +199,7 @@ def prepare_pairs(
     ends: set[int],
     args: AutoregressiveRewardConfig,
     is_tokenized: bool,
+    n_positions: float,
 ) -> tuple[Dataset | IterableDataset, PairCounts | None]:
     """
     Finds the responses of all pairs, leaves out what can't be learned from, and counts it.
@@ -216,13 +217,15 @@ def prepare_pairs(
             The arguments of the trainer.
         is_tokenized (`bool`):
             Whether those ids were given, and not made from the texts.
+        n_positions (`float`):
+            The number of tokens that the model has positions for.
 
     Returns:
         The dataset with `genarm_prompt_length`, without pairs that are too long or identical, and the [`PairCounts`],
         which are unknown for a stream.
 
     Raises:
-        ValueError: if no pair is left.
+        ValueError: if no pair is left, or a text is longer than the model can read.
     """
     options: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
@@ -247,8 +250,16 @@ def prepare_pairs(
         cut: dict[str, Any] = truncate(example, limit, args.truncation_mode)
         return _columns([cut[side] for side in SIDES], cut[PROMPT_LENGTH], kwargs["length_column"], example[_IS_EMPTY])
 
+    def refuse_beyond_table(longest: float, what: str) -> None:
+        if longest > n_positions:
+            raise ValueError(
+                f"{what}, but the model has positions for {n_positions} tokens. `max_length` is {args.max_length}: set "
+                f"it to {n_positions} or less."
+            )
+
     drops = args.truncation_mode == "drop"
     if isinstance(dataset, IterableDataset):
+        refuse_beyond_table(limit, f"Texts of the {name} stream may be longer")
 
         def is_usable(example: dict[str, Any]) -> bool:
             why = "is longer than `max_length`" if drops and is_long(example) else None
@@ -262,7 +273,10 @@ def prepare_pairs(
         return stream.remove_columns([_IS_EMPTY, _IS_IDENTICAL, _CONTENT]), None
 
     counts = PairCounts(len(dataset))
-    long = [max(len(a), len(b)) > limit for a, b in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
+    lengths = [max(len(a), len(b)) for a, b in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
+    long = [length > limit for length in lengths]
+    kept = [min(x, limit) for x in lengths if x <= limit or not drops]
+    refuse_beyond_table(max(kept, default=0), f"A text of the {name} dataset has {max(kept, default=0)} tokens")
     if drops:
         counts.too_long = sum(long)
         dataset = dataset.select([index for index, is_too_long in enumerate(long) if not is_too_long])

@@ -145,8 +145,9 @@ class PairLogProbs:
         # No logits for the columns before the first that predicts something.
         keeps_logits = "logits_to_keep" in self._arguments and len(predictor) > 0
         first = int(predictor.min()) // self._multiple * self._multiple if keeps_logits else 0
-        kept = {"logits_to_keep": width - first} if keeps_logits else {}
-        # Prompt tuning adds virtual tokens before the text.
+        # Places and not their number: a slice is not contiguous, so that PyTorch would copy the head for each row.
+        # They are counted from the end, because prompt tuning adds virtual tokens before the text.
+        kept = {"logits_to_keep": torch.arange(first - width, 0, device=row.device)} if keeps_logits else {}
         at, tokens = row[text] * (width - first) + predictor - first, pairs.input_ids[text, token]
         head = head if head is not None and head.is_worth_it(len(tokens)) else None
         with nullcontext() if head is None else head.left_out():

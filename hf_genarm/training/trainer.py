@@ -21,6 +21,7 @@ from ..hub.base_weights import weights_fingerprint
 from ..hub.card import TAGS
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of
+from ..hub.limits import n_positions
 from ..hub.scoring import end_token_ids
 from .columns import PROMPT_LENGTH, SIDES, check_pairs, is_in_template
 from .config import FULL_LEARNING_RATE, AutoregressiveRewardConfig, adapter_learning_rate, n_steps
@@ -135,6 +136,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
             kwargs["compute_metrics"] = PreferenceMetrics()
 
         self._generation_config = network_of(model).generation_config
+        self._n_positions = n_positions(model)
+        if peft_config is not None and peft_config.is_prompt_learning:
+            self._n_positions -= peft_config.num_virtual_tokens
         # What an adapter is trained on, or rewards are contrasted with, read before it is sharded
         has_base = peft_config is not None or is_peft_model(model) or args.reference is not None
         base_weights = weights_fingerprint(model) if has_base else None
@@ -250,7 +254,9 @@ class AutoregressiveRewardTrainer(RewardTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, any_length, dataset_name)
         ends = end_token_ids(self._generation_config, processing_class)
         with args.main_process_first():
-            dataset, counts = prepare_pairs(dataset, dataset_name, processing_class, ends, args, is_tokenized)
+            dataset, counts = prepare_pairs(
+                dataset, dataset_name, processing_class, ends, args, is_tokenized, self._n_positions
+            )
         if counts is not None:
             self.pair_counts[dataset_name] = counts
         return dataset

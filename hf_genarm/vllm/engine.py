@@ -1,21 +1,20 @@
 """Loading of guidance into an engine, as the configuration of the engine describes it."""
 
-import functools
 import logging
 from importlib.metadata import entry_points
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ..hub.loading import download
+from .attention import PagedKeysAndValues
 from .batch_guidance import BatchGuidance
 from .memory import n_tokens_that_fit
+from .on_cpu import keys_and_values, use_linear_layers_of_vllm
 from .paged_lm import PagedLM
 from .request_settings import RequestSettings, ServerDefaults, request_settings
 from .reward_lms import load_reward_lms
@@ -25,8 +24,7 @@ from .startup_checks import check_reward_models
 logger = logging.getLogger("vllm.hf_genarm")  # below the logger that vLLM sets up
 
 _NAME = "hf_genarm.vllm:GenARM"
-# Tokens in a page, 16 where it is not said. On a CPU, pages are larger, as vLLM's are, because most texts are then read
-# in place.
+# Tokens in a page, 16 where it is not said; on a CPU as many as vLLM's have.
 _PAGE_SIZES = {"cpu": 128}
 
 
@@ -65,9 +63,11 @@ def load_guidance(vllm_config: VllmConfig, device: torch.device) -> tuple[BatchG
         nonlocal n_weight_bytes
         n_weight_bytes += sum(x.numel() * x.element_size() for x in network.parameters())
         network = network.to(device)  # type: ignore[arg-type]  # which mypy takes for a dtype
+        memory = PagedKeysAndValues
         if device.type == "cpu":
             use_linear_layers_of_vllm(network)
-        return PagedLM(network, model.max_model_len, chunk=config.chunk, name=name)
+            memory = keys_and_values(network)
+        return PagedLM(network, model.max_model_len, chunk=config.chunk, name=name, memory=memory)
 
     loaded = load_reward_lms(
         [*config.models, *own_reference],
@@ -109,19 +109,6 @@ def settings_in_engine(params: SamplingParams, defaults: ServerDefaults) -> Requ
         logger.error("A request that was not checked is answered without guidance: %s", error)
         return None
     return settings if settings.is_guided else None
-
-
-def use_linear_layers_of_vllm(network: nn.Module) -> None:
-    """Packs the weights of linear layers as vLLM does on a CPU. The network can't be saved or moved any more."""
-    for module in network.modules():
-        if type(module) is nn.Linear:
-            dispatch_cpu_unquantized_gemm(module, remove_weight=True)
-            vars(module)["forward"] = functools.partial(_packed_forward, module)
-
-
-def _packed_forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Runs a linear layer from its packed weights."""
-    return layer.cpu_linear(x, layer.weight, layer.bias)  # type: ignore[operator]  # set by vLLM
 
 
 def _log_guidance(config: ServerConfig, n_weight_bytes: int, n_bytes: int, n_tokens: int, n_processes: int) -> None:

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge
 from .batch_guidance import BatchGuidance
 
 GUIDED_REQUESTS = Counter("genarm:guided_requests", "Requests that were accepted and are guided.")
-REFUSED_REQUESTS = Counter("genarm:refused_requests", "Requests that were refused because of their guidance.")
+REFUSED_REQUESTS = Counter("genarm:refused_requests", "Requests that the processor refused because of their guidance.")
 _TOTALS = {
     "n_read": Counter("genarm:reward_tokens", "Tokens that reward models have read."),
     "n_found": Counter("genarm:found_tokens", "Tokens that need not be read, since an earlier text began with them."),

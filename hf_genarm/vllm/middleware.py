@@ -9,7 +9,8 @@ from .handshake import handshake
 from .request_settings import genarm_keys, shown
 from .sentence_prompts import with_prompts
 
-_PATHS = ("/completions", "/responses", "/messages")
+_TOKENS = "/inference/v1/generate"  # which takes sampling parameters as they are, `extra_args` too
+_PATHS = ("/completions", "/completions/batch", "/responses", "/messages", "/invocations", _TOKENS)
 _LARGEST = 32 * 2**20  # of a larger body nothing is read here
 _Message = MutableMapping[str, Any]
 
@@ -45,7 +46,7 @@ class KeysInBody:
             try:
                 request = _object(body)
                 if request is not None:
-                    checked = await self._with_prompts(_checked(request), scope)
+                    checked = await self._with_prompts(_checked(request, scope["path"]), scope)
                     body = body if checked is request else json.dumps(checked).encode()
             except ValueError as error:
                 await _refuse(send, str(error))
@@ -81,7 +82,10 @@ class KeysInBody:
         path = scope["path"] + "/render"
         own = {"path": path, "raw_path": path.encode(), "headers": _headers(scope, body)}
         await self._app({**scope, **own}, receive, send)
-        return status, json.loads(answer or b"null")
+        try:
+            return status, json.loads(answer)
+        except ValueError:  # an error that vLLM has not foreseen
+            return status, answer.decode(errors="replace")
 
 
 def _headers(scope: _Message, body: bytes) -> list[tuple[bytes, bytes]]:
@@ -94,14 +98,14 @@ def _object(body: bytes) -> dict[str, Any] | None:
     """Reads the body of a request; `None` for what is no object, as vLLM says itself."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return request if isinstance(request, dict) else None
 
 
-def _checked(request: dict[str, Any]) -> dict[str, Any]:
+def _checked(request: dict[str, Any], path: str) -> dict[str, Any]:
     """
-    Returns a request with the preset that its model names.
+    Returns a request to a path with the preset that its model names.
 
     Raises:
         ValueError: if a key of guidance is where vLLM does not look for it.
@@ -111,14 +115,21 @@ def _checked(request: dict[str, Any]) -> dict[str, Any]:
         found = genarm_keys(keys) if isinstance(keys, dict) else {}
         for key, value in found.items():
             where = f"in `{place}`" if place else "at the top level of the request"
-            raise ValueError(f"`{key}` is {shown(value)} {where}, but must be in `vllm_xargs`.")
+            raise ValueError(f"`{key}` is {shown(value)} {where}, but must be in {_place(path)}.")
     xargs = request.get("vllm_xargs")
     if request.get("use_beam_search") and isinstance(xargs, dict) and (found := genarm_keys(xargs)):
         raise ValueError(f"`{min(found)}` has no effect on beam search. Leave it or `use_beam_search` out.")
     name, _, preset = str(request.get("model")).rpartition(":")
     if not name or not any(preset in x.current_presets() for x in handshake.find()):
         return request
+    if path.endswith(_TOKENS):
+        raise ValueError(f"`model` names the preset {preset!r}, but here it must be `genarm_preset` in {_place(path)}.")
     return request | {"vllm_xargs": {"genarm_preset": preset, **(xargs if isinstance(xargs, dict) else {})}}
+
+
+def _place(path: str) -> str:
+    """Returns where the keys of a request to a path are."""
+    return "`extra_args` of `sampling_params`" if path.endswith(_TOKENS) else "`vllm_xargs`"
 
 
 async def _refuse(send: Callable[[_Message], Awaitable[None]], message: str) -> None:

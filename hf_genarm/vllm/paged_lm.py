@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..hub.kv_cache import embeddings_of
 from ..hub.limits import fixed_length, why_no_cache
-from .attention import NAME, Packed, PagedKeysAndValues, Part
+from .attention import NAME, PagedKeysAndValues, Part
 from .text_pages import HeldText, TextPages
 
 logger = logging.getLogger("vllm.hf_genarm")
@@ -49,6 +49,8 @@ class PagedLM:
             The largest number of tokens in a forward pass.
         name (`str`, *optional*):
             Its name in errors.
+        memory (subclass of [`PagedKeysAndValues`], *optional*):
+            What keeps and reads the keys and values.
 
     Attributes:
         bytes_per_token (`int`):
@@ -65,7 +67,13 @@ class PagedLM:
     """
 
     def __init__(
-        self, network: PreTrainedModel, length: int, n_tokens: int | None = None, chunk: int = 512, name: str = ""
+        self,
+        network: PreTrainedModel,
+        length: int,
+        n_tokens: int | None = None,
+        chunk: int = 512,
+        name: str = "",
+        memory: type[PagedKeysAndValues] = PagedKeysAndValues,
     ):
         self._network, self._length, self._chunk = network, length, chunk
         self._name = name or type(network).__name__
@@ -79,7 +87,7 @@ class PagedLM:
             raise self._unfit(objection)
         self.n_read = 0
         self._objections: dict[Hashable, str] = {}
-        self.pages, self._memory = TextPages(8, 4), PagedKeysAndValues(8, 4)
+        self.pages, self._memory = TextPages(8, memory.smallest_page), memory(8, memory.smallest_page)
         self._n_logits = self._check()
         self.bytes_per_token = self._memory.bytes_per_token
         if n_tokens is not None:
@@ -203,9 +211,8 @@ class PagedLM:
     def _read(self, ends: Mapping[_Wanted, int]) -> dict[HeldText, Tensor]:
         """Runs one forward pass, to a position in each text, and returns the logits that are wanted."""
         of_texts = {x.text: x for x in ends}
-        packed = Packed(
-            self._memory, [Part(x.text, len(x.text.tokens), end) for x, end in ends.items()], self._network.device
-        )
+        parts = [Part(x.text, len(x.text.tokens), end) for x, end in ends.items()]
+        packed = self._memory.packed(parts, self._network.device)
         ids = [token for part in packed.parts for token in of_texts[part.text].tokens[part.start : part.end]]
         rows: dict[HeldText, range] = {}
         last = 0
@@ -245,7 +252,7 @@ class PagedLM:
     @torch.inference_mode()
     def _check(self) -> int:
         """Compares two texts that are read in parts with a forward pass of the whole texts; returns their width."""
-        size = min(9, self._length)
+        size = min(2 * self._memory.page_size + 1, self._length)
         texts = [[(7 * i + j * j) % self.n_ids for j in range(size - i)] for i in range(min(2, size))]
         device, owners = self._network.device, [object() for _ in texts]
         expected = [self._network(input_ids=torch.tensor([x], device=device)).logits[0, -1].float() for x in texts]

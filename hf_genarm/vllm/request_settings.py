@@ -211,7 +211,7 @@ def _prompts(value: Any, n_named: int, defaults: ServerDefaults) -> list[tuple[i
     most, size = n_named + defaults.max_sentences, defaults.vocab_size or math.inf
     try:
         prompts = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         prompts = None
     is_list = isinstance(prompts, list | tuple) and all(isinstance(x, list | tuple) for x in prompts)
     if not is_list or not all(type(x) is int and 0 <= x < size for prompt in prompts for x in prompt):
@@ -261,8 +261,8 @@ def genarm_keys(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def shown(value: Any, quote: str | None = None) -> str:
-    """Writes a value for an error message, cut after 200 characters."""
-    text = repr(value) if quote is None else f"{quote}{value}{quote}"
+    """Writes a value for an error message, cut after 200 characters; halves of characters are escaped."""
+    text = repr(value) if quote is None else f"{quote}{value}{quote}".encode(errors="backslashreplace").decode()
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
@@ -295,13 +295,12 @@ def divergence(value: Any, n_rewards: int) -> float:
         ValueError: with the rule that the value breaks.
     """
     rule = "a positive, finite number of nats per token"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(rule)
     try:
-        check_target_kl(value)
-    except ValueError as error:
+        return check_target_kl(value)
+    except (TypeError, ValueError) as error:
         raise ValueError(rule) from error
-    return float(value)
 
 
 RULES: dict[str, Any] = {"alpha": strengths, "target_kl": divergence}

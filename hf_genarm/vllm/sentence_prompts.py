@@ -33,7 +33,8 @@ async def with_prompts(request: dict[str, Any], path: str, defaults: ServerDefau
     Raises:
         ValueError: if that can't be done.
     """
-    xargs = request.get("vllm_xargs", {})
+    xargs = request.get("vllm_xargs")
+    xargs = {} if xargs is None else xargs
     if not isinstance(xargs, dict) or request.get("use_beam_search") or not path.endswith(_TEXT):
         return request  # what needs prompts is refused without them
     renderer = _Renderer(request, path.endswith(_CHAT), render)
@@ -113,6 +114,12 @@ class _Renderer:
         """Returns the token ids of a variant of the request; renders first the request itself."""
         if other and self._plain is None:
             self._plain = await self._ids({})
+        cut = self._request.get("truncate_prompt_tokens")
+        if other and cut is not None:
+            raise ValueError(
+                f"`truncate_prompt_tokens` is {shown(cut)}, but would cut off what a sentence puts before the prompt. "
+                "Leave it out, and send a prompt that fits."
+            )
         body = {key: value for key, value in self._request.items() if key != "vllm_xargs"} | other
         status, answer = await self._render(body)
         if status == 403:

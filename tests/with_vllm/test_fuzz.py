@@ -2,7 +2,8 @@
 Random requests, most of them odd, to a server that others use at the same time: it never ends, and the others get the
 texts that they would have without the odd ones.
 
-`HF_GENARM_FUZZ` is the number of requests, 100 if it is not set.
+`HF_GENARM_FUZZ` is the number of requests, 100 if it is not set; half of them go to a server with sentences.
+`HF_GENARM_SEED` is the seed that they are made from.
 """
 
 import json
@@ -13,14 +14,29 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from tiny_server import AT_ONCE, LENGTH, Reference, check, guided_by, save_tiny, server
+from tiny_server import AT_ONCE, LENGTH, Reference, check, guided_by, save_sentence, save_tiny, server
 
 pytestmark = pytest.mark.slow
 
 N_REQUESTS = int(os.environ.get("HF_GENARM_FUZZ", "100"))
 VOCAB_SIZE = 320
+N_TOKENS = 12
 PRESETS = {"kind": {"alpha": [2, 0]}, "brief": {"alpha": [0, 1]}}
+NAMED, OWN = "The day is fine.", ["The sun is up.", "Be brief."]
+TEXTS = ["The sun and", "How was the food? The food was", "Tell me about the train ride. It was late, and"]
+CHATS = [
+    [{"role": "user", "content": "How was the food?"}],
+    [{"role": "system", "content": "Be fast."}, {"role": "user", "content": "Tell me about the sun and the day."}],
+]
 STRENGTHS = [0, 0.5, 1, -1, 3, -20, 1e6, -1e6, 1e-30, 1e7, "1", True, None, [], [1], [1, 0], [0.0, -2.0], [1, 2, 3]]
+STRENGTHS += [float("nan"), float("-inf"), 10**400, [1, 0, 1.5]]
+SENTENCES = [OWN[0], OWN, [NAMED, *OWN], [], "", " ", "\0", "\ud800", "<eos><bos>", "the " * LENGTH, 3, None, ["a", 3]]
+READ = [[], [[]], [[5, 6, 7]], [[], [5, 6]], [[5] * 40, [6] * 40, [7]], [[5] * LENGTH], [[5] * (LENGTH - 20)], [3]]
+READ += [[["a"]], [[10**6]], [[-1]], [[True]], [[1.5]], "[[5, 6]]", "[", "[" * 10**5, None, ["the sun"], ["", [5]]]
+READ += [CHATS, [[{"role": "user"}]], [[{"role": "system", "content": None}]], [[[{"role": "user", "content": "a"}]]]]
+MESSAGES = [[], [{}], "a", [{"role": "user"}], [{"role": "assistant", "content": "the"}], [{"role": 3, "content": "a"}]]
+MESSAGES += [[{"role": "system", "content": "the"}], [{"role": "user", "content": [{"type": "text", "text": "a"}]}]]
+MESSAGES += [[{"role": "user", "content": "the " * LENGTH}], [{"role": "user", "content": None}], CHATS[0] * 2, *CHATS]
 
 
 def some_value(generator, name):
@@ -51,7 +67,25 @@ def some_value(generator, name):
             "truncate_prompt_tokens": [None, 1, 5, -1],
             "structured_outputs": [{"regex": "[a-c]+"}, {"choice": ["the", "a"]}, {"json": {"type": "integer"}}],
             "stop": ["a", ["e", "t"], ""],
-            "prompt": [[], [5] * LENGTH, [VOCAB_SIZE], [10**9], [-1], "", "the", ids, [2, 2, 2], [0]],
+            "messages": MESSAGES,
+            "add_generation_prompt": [False],
+            "continue_final_message": [True],
+            "chat_template_kwargs": [{"a": 1}, 3],
+            "add_special_tokens": [False],
+            "prompt": [
+                *TEXTS,
+                TEXTS[:2],
+                [],
+                [5] * LENGTH,
+                [VOCAB_SIZE],
+                [10**9],
+                [-1],
+                "",
+                "the",
+                ids,
+                [2, 2, 2],
+                [0],
+            ],
             "genarm_alpha": STRENGTHS,
         }[name]
     )
@@ -60,72 +94,125 @@ def some_value(generator, name):
 NAMES = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
 NAMES += ["min_tokens", "max_tokens", "allowed_token_ids", "stop_token_ids", "bad_words", "logit_bias", "ignore_eos"]
 NAMES += ["seed", "n", "logprobs", "prompt_logprobs", "echo", "use_beam_search", "truncate_prompt_tokens"]
-NAMES += ["structured_outputs", "stop", "prompt", "genarm_alpha"]
+NAMES += ["structured_outputs", "stop", "prompt", "genarm_alpha", "messages", "add_generation_prompt"]
+NAMES += ["continue_final_message", "chat_template_kwargs", "add_special_tokens"]
 
 
-def some_request(generator):
-    """An odd request, or every third time an ordinary one whose text is known."""
-    prompt = [generator.randrange(3, 300) for _ in range(1 + generator.randrange(40))]
-    body = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
-    if generator.random() < 1 / 3:
-        strengths = [generator.choice([0, 0.5, 1, 2, -0.5]), generator.choice([0, 0, 1])]
-        if generator.random() < 0.2:
-            return True, body | {"model": f"m:{generator.choice(list(PRESETS))}"}
-        return True, body | {"vllm_xargs": {"genarm_alpha": strengths}}
+def ordinary_request(generator, body, has_sentences):
+    """A request, and the arguments for the text that it gets: strengths, and what rewards read if it is given."""
+    alpha = [generator.choice([0, 0.5, 1, 2, -0.5]), generator.choice([0, 0, 1])]
+    kind = generator.choice(
+        ["ids", "ids", "preset", "text", "chat", "read"] if has_sentences else ["ids"] * 4 + ["preset"]
+    )
+    if kind == "preset":
+        name = generator.choice(list(PRESETS))
+        return body | {"model": f"m:{name}"}, PRESETS[name]["alpha"] + [0, 0, 0] * has_sentences, None
+    if not has_sentences:
+        return body | {"vllm_xargs": {"genarm_alpha": alpha}}, alpha, None
+    alpha.append(0 if kind == "ids" else generator.choice([0, 1.5, -1]))
+    own = [0, 0] if kind == "ids" else [generator.choice([1, 2.5]), generator.choice([-0.5, 2])]
+    xargs, read = {"genarm_alpha": alpha}, None
+    if kind != "ids":
+        xargs["genarm_sentence_alpha"] = own
+    if kind == "read":
+        read = [[generator.randrange(3, 300) for _ in range(1 + generator.randrange(40))] for _ in range(3)]
+        xargs["genarm_prompts"] = read
+    elif kind != "ids":
+        xargs["genarm_sentences"] = OWN
+        prompt = generator.choice(TEXTS if kind == "text" else CHATS)
+        body = {name: x for name, x in body.items() if name != "prompt"}
+        body |= {"prompt": prompt} if kind == "text" else {"messages": prompt}
+    return body | {"vllm_xargs": xargs}, [*alpha, *own], read and [None, None, *read]
+
+
+def odd_request(generator, body, has_sentences):
+    """A request of which something is odd, and perhaps nothing."""
     if generator.random() < 0.1:  # the one that ended a server
-        return False, body | {"min_tokens": 1, "allowed_token_ids": [2]}
+        return body | {"min_tokens": 1, "allowed_token_ids": [2]}
     xargs = {}
     if generator.random() < 0.6:
-        name = generator.choice(["genarm_alpha"] * 5 + ["genarm_alpah", "alpha", "GENARM_ALPHA", "other"])
+        name = generator.choice(
+            ["genarm_alpha"] * 5 + ["genarm_alpah", "alpha", "GENARM_ALPHA", "genarm_\ud800", "other"]
+        )
         xargs[name] = generator.choice(STRENGTHS)
     if generator.random() < 0.3:
-        xargs["genarm_target_kl"] = generator.choice([0.1, 1, 1e-9, 1e9, 0, -1, "1"])
+        xargs["genarm_target_kl"] = generator.choice([0.1, 1, 1e-9, 1e9, 0, -1, "1", 10**400, float("nan")])
     if generator.random() < 0.1:
         xargs["genarm_preset"] = generator.choice(["kind", "brief", "none", "", 3, ["kind"]])
+    if has_sentences and generator.random() < 0.7:
+        if generator.random() < 0.6:
+            body = {name: x for name, x in body.items() if name != "prompt"}
+            body |= generator.choice([{"prompt": generator.choice(TEXTS)}, {"messages": generator.choice(CHATS)}])
+        if generator.random() < 0.7:
+            xargs["genarm_sentences"] = generator.choice(SENTENCES)
+        if generator.random() < 0.3:
+            xargs["genarm_prompts"] = generator.choice(READ)
+        if generator.random() < 0.4:
+            xargs["genarm_sentence_alpha"] = generator.choice(STRENGTHS)
     if generator.random() < 0.05:
-        body |= generator.choice([{"genarm_alpha": 1}, {"extra_args": {"genarm_alpha": 1}}, {"model": "m:none"}])
-    for name in generator.sample(NAMES, generator.randrange(1, 6)):
+        body = body | generator.choice([{"genarm_alpha": 1}, {"extra_args": {"genarm_alpha": 1}}, {"model": "m:none"}])
+    for name in generator.sample(NAMES, generator.randrange(0 if has_sentences else 1, 6)):
         body[name] = some_value(generator, name)
-    if xargs:
-        body["vllm_xargs"] = xargs
-    return False, body
+    return body | {"vllm_xargs": xargs} if xargs else body
+
+
+def some_request(generator, has_sentences):
+    """An odd request, or every third time an ordinary one, with the arguments for its text."""
+    prompt = [generator.randrange(3, 300) for _ in range(1 + generator.randrange(40))]
+    body = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": N_TOKENS, "return_token_ids": True}
+    if generator.random() < 1 / 3:
+        return ordinary_request(generator, body, has_sentences)
+    return odd_request(generator, body, has_sentences), None, None
 
 
 def send(url, is_ordinary, body, seed):
     """Returns the status and the answer of an ordinary request; an odd one may also be given up."""
     generator = random.Random(seed)
-    if not is_ordinary and generator.random() < 0.1:
-        response = requests.post(f"{url}/v1/completions", json=body | {"stream": True}, stream=True, timeout=300)
+    path = "chat/completions" if "messages" in body else "completions"
+    gives_up = not is_ordinary and generator.random() < 0.1
+    data = json.dumps(body | {"stream": True} if gives_up else body)  # unlike `requests`, with NaN in it
+    headers = {"Content-Type": "application/json"}
+    response = requests.post(f"{url}/v1/{path}", data=data, headers=headers, stream=gives_up, timeout=300)
+    if gives_up:
         response.close()
-        return response.status_code, None
-    response = requests.post(f"{url}/v1/completions", json=body, timeout=300)
-    return response.status_code, response.json() if is_ordinary else None
+    elif is_ordinary:
+        return response.status_code, response.json()
+    return response.status_code, None if gives_up else response.text
 
 
-def test_odd_requests_end_no_server_and_change_no_text_of_others(tmp_path, capsys):
+@pytest.mark.parametrize("has_sentences", [False, True], ids=["adapters", "sentences"])
+def test_odd_requests_end_no_server_and_change_no_text_of_others(tmp_path, capsys, has_sentences):
     base, adapters = save_tiny(tmp_path, n_adapters=2, max_position_embeddings=LENGTH)
-    generator = random.Random(int(os.environ.get("HF_GENARM_SEED", "0")))
-    todo = [some_request(generator) for _ in range(N_REQUESTS)]
+    seed = os.environ.get("HF_GENARM_SEED", "0")
+    generator = random.Random(f"{seed} {has_sentences}")
+    todo = [some_request(generator, has_sentences) for _ in range(-(-N_REQUESTS // 2))]
     # Fewer texts fit than are read at once.
     config = {"reward_models": adapters, "chunk": 64, "alpha": [1, 0], "slots": 3, "presets": PRESETS}
-    guided = guided_by(config)
+    rewards, options = adapters, {}
+    if has_sentences:
+        sentences = [save_sentence(tmp_path / f"sentence-{index}", x) for index, x in enumerate((NAMED, *OWN))]
+        presets = {name: {"alpha": [*x["alpha"], 0]} for name, x in PRESETS.items()}
+        config |= {"reward_models": [*adapters, sentences[0]], "alpha": [1, 0, 0], "presets": presets}
+        config |= {"max_sentences": 2, "reference": "base"}
+        rewards, options = [*adapters, *sentences], {"reference": "base"}
     log = tmp_path / "server.log"
-    with server(base, log, *guided) as (process, url), ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(lambda x: send(url, *x[1], x[0]), enumerate(todo)))
+    with server(base, log, *guided_by(config)) as (process, url), ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = list(pool.map(lambda x: send(url, x[1][1] is not None, x[1][0], x[0]), enumerate(todo)))
         assert process.poll() is None, log.read_text(encoding="utf-8")[-5000:]
         assert requests.get(f"{url}/health", timeout=30).ok
-    reference, results = Reference(base, adapters), Counter()
-    for (is_ordinary, body), (status, answer) in zip(todo, answers, strict=True):
-        if not is_ordinary:
+    reference, results, errors = Reference(base, rewards, **options), Counter(), Counter()
+    for (body, alpha, read), (status, answer) in zip(todo, answers, strict=True):
+        if alpha is None:
             results[f"odd: {status}"] += 1
+            if status >= 500:
+                errors[f"{json.dumps(body)[:2000]}: {answer}"] += 1
             continue
         assert status == 200, (body, answer)
-        preset = PRESETS.get(body["model"].removeprefix("m:"), {}).get("alpha")
-        alpha = [float(x) for x in preset or body["vllm_xargs"]["genarm_alpha"]]
-        (expected,) = reference.texts([body["prompt"]], alpha, body["max_tokens"])
+        prompt = body["messages"] if "messages" in body else body["prompt"]
+        (expected,) = reference.texts([prompt], [float(x) for x in alpha], N_TOKENS, read=read)
         results[f"ordinary: {check(expected, answer['choices'][0]['token_ids'])}"] += 1
     with capsys.disabled():
-        print(json.dumps(dict(sorted(results.items())), indent=1))
+        print(json.dumps(dict(sorted(results.items())) | errors, indent=1))
     assert not [name for name in results if "wrong" in name]
     assert results["ordinary: tie"] <= N_REQUESTS // 100
     assert results["odd: 200"] > 0

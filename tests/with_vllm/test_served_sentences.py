@@ -2,11 +2,8 @@
 
 import pytest
 import requests
-import torch
-from tiny_server import LENGTH, check, guided_by, save_tiny, server
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
+from tiny_server import LENGTH, Reference, check, guided_by, save_sentence, save_tiny, server
+from transformers import AutoTokenizer
 
 NAMED, OWN = "The day is fine.", ["The sun is up.", "Be brief."]
 CHATS = [
@@ -49,24 +46,13 @@ def ask(folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def texts(folders):
+def texts(folders, tmp_path_factory):
     """What `generate` writes for a prompt, and how clear each choice was."""
     base, adapter = folders
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    arms = [AutoregressiveRewardModel.from_sentence(x, model, tokenizer) for x in (NAMED, *OWN)]
-    arms.insert(1, AutoregressiveRewardModel.from_pretrained(adapter, model))
-    processor = GenARMLogitsProcessor(arms, base_model=model, reference="base", tokenizer=tokenizer)
-
-    @torch.no_grad()
-    def texts(prompt, alpha):
-        processor.alpha = alpha
-        inputs = processor.encode([prompt])
-        options = {"do_sample": False, "max_new_tokens": 16, "output_scores": True, "return_dict_in_generate": True}
-        output = model.generate(**inputs, logits_processor=[processor], **options)
-        best = torch.cat(output.scores).log_softmax(dim=-1).topk(2).values
-        return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist()
-
-    return texts
+    folder = tmp_path_factory.mktemp("texts")
+    sentences = [save_sentence(folder / str(index), x) for index, x in enumerate((NAMED, *OWN))]
+    reference = Reference(base, [sentences[0], adapter, *sentences[1:]], reference="base")
+    return lambda prompt, alpha: reference.texts([prompt], alpha, 16)[0]
 
 
 @pytest.mark.parametrize("prompt", [*CHATS, TEXT], ids=["chat", "system", "text"])

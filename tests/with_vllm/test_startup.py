@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import tiny_llama, tiny_tokenizer
 from tiny_server import save_tiny
+
+from hf_genarm.vllm.__main__ import _device
 
 pytestmark = pytest.mark.slow
 
@@ -94,3 +97,8 @@ def genarm(**config):
 )
 def test_mistakes(folders, other, arguments, message):
     assert message in last_line(*arguments(*folders, other))
+
+
+def test_a_build_for_cpus_runs_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _device() == "cpu"

@@ -15,6 +15,7 @@ from tiny import save_adapter, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.hub.info import RewardInfo
 
 # The smallest head that vLLM has attention for on a CPU
 HEAD_SIZE = 32
@@ -36,23 +37,36 @@ def save_tiny(folder, n_adapters=1, **config):
     return base, [save_adapter(base, str(folder / f"adapter-{seed}"), seed=seed) for seed in range(n_adapters)]
 
 
+def save_sentence(folder, sentence):
+    """Saves a sentence as a reward model; returns its folder."""
+    folder.mkdir()
+    RewardInfo(sentence=sentence).save(folder)
+    return str(folder)
+
+
 class Reference:
     """Greedy texts by `generate`, and how clear each choice was."""
 
-    def __init__(self, base, adapters, **options):
+    def __init__(self, base, rewards, **options):
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        self.processor = GenARMLogitsProcessor.from_pretrained(adapters, self.model, pad_token_id=0, **options)
+        self.processor = GenARMLogitsProcessor.from_pretrained(rewards, self.model, pad_token_id=0, **options)
 
     @torch.no_grad()
-    def texts(self, prompts, alpha, max_new_tokens, target_kl=None):
-        """What follows each prompt, a list of ids, and the margin of each token: the log-ratio of best and second."""
+    def texts(self, prompts, alpha, max_new_tokens, target_kl=None, read=None):
+        """
+        What follows each prompt, ids or what `encode` takes, and the margin of each token: the log-ratio of best and
+        second. `read` has the ids that rewards read in place of the prompt, `None` for the prompt itself.
+        """
         self.processor.alpha, self.processor.target_kl = alpha, target_kl
         results = []
         for prompt in prompts:
-            ids = torch.tensor([prompt])
+            if isinstance(prompt, str) or isinstance(prompt[0], dict):
+                inputs = self.processor.encode([prompt])
+            else:
+                inputs = _inputs(prompt)
+                self.processor.prompts = read and [x and _inputs(x) for x in read]
             output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                **inputs,
                 logits_processor=[self.processor],
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
@@ -60,8 +74,13 @@ class Reference:
                 return_dict_in_generate=True,
             )
             best = torch.cat(output.scores).log_softmax(dim=-1).topk(2).values
-            results.append((output.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+            text = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+            results.append((text, (best[:, 0] - best[:, 1]).tolist()))
         return results
+
+
+def _inputs(ids):
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
 def check(expected, ids):

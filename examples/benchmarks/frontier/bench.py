@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, set_seed
 
 from hf_genarm.demo import demo_model
+from hf_genarm.hub.compatibility import chat_of
 from hf_genarm.hub.info import package_versions
 from hf_genarm.scripts.prompts import left_padded, token_ids
 from hf_genarm.scripts.sweep import Answers, sample_answers
@@ -65,7 +66,7 @@ class Task:
 
     def asked(self, prompts: Sequence[str]) -> list:
         """Returns prompts in the form that the model reads: messages, or texts to be continued."""
-        return [[{"role": "user", "content": x}] for x in prompts] if self.is_chat else list(prompts)
+        return [chat_of(x) for x in prompts] if self.is_chat else list(prompts)
 
 
 @dataclass(frozen=True)
