@@ -25,13 +25,15 @@ from two_tokenizers import (
     sentencepiece_unigram,
 )
 
-from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning
 from hf_genarm.decoding.strings.byte_map import ByteMap
 from hf_genarm.decoding.strings.spellings import NO_PRUNING, PrefixProbabilities
-from hf_genarm.decoding.strings.string_rewards import Candidates
+from hf_genarm.decoding.strings.starting_model import StartingModel
+from hf_genarm.decoding.strings.string_rewards import Candidates, StringRewards
 from hf_genarm.decoding.strings.text_tree import Node, TextTree
 from hf_genarm.decoding.vocab import VocabMap
 from hf_genarm.hub.sharing import without_adapter
+from hf_genarm.hub.token_bytes import spelled, token_bytes
 
 ARM = adapter_of(REWARD_TOKENIZER, 1)
 BOTH = [Strings(model, REWARD_TOKENIZER) for model in (ARM, without_adapter(ARM))]
@@ -368,3 +370,32 @@ def test_other_engines_refuse_other_tokens(saved):
 
     with pytest.raises(ValueError, match=r"whole texts are scored here.*`hf-genarm generate`"):
         GuidedHFLM(pretrained=saved[0], arm=saved[1], device="cpu")
+
+
+@pytest.mark.slow
+def test_the_shipped_adapter_gives_strings_the_rewards_of_their_tokens():
+    """Up to other spellings, which a trained model gives hardly any probability to; after tokens of another tokenizer."""
+    arm = AutoregressiveRewardModel.from_pretrained("model_cards/arm-smollm2-135m-sentiment")
+    known = token_bytes(arm.tokenizer)
+    for text in (
+        "naïve 東京 😀 x",
+        "I loved the extraordinarily courteous receptionists; breakfast (Frühstück) was fine!",
+    ):
+        assert spelled(known, arm.tokenizer(text)["input_ids"]) == text.encode()
+    other, chat = tiny_tokenizer(), [{"role": "user", "content": "How was the hotel?"}]
+    ends = {arm.tokenizer.eos_token_id}
+    byte_map = ByteMap(other, arm.tokenizer, {EOS}, ends, len(arm.tokenizer))
+    strings = StringRewards(arm.model, StartingModel(without_adapter(arm.model), is_off=True), byte_map)
+    prompt = arm.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    begun = strings._begin(tuple(prompt))
+    (after,) = strings._read([(tuple(prompt), False)], [tuple(other(text)["input_ids"])])
+    (ends,) = strings.probabilities.log_probs([after], [[]])[1]
+    of_string = after.log_prob + ends
+    of_tokens = [
+        float(AutoregressiveRewardModel(model, arm.tokenizer).score([chat], [text]))
+        for model in (arm.model, arm.reference)
+    ]
+    assert begun.log_prob.tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(of_string, of_tokens, atol=0.1)
+    assert (of_string >= np.array(of_tokens) - 1e-2).all()
+    assert of_string[0] - of_string[1] == pytest.approx(of_tokens[0] - of_tokens[1], abs=0.05)
