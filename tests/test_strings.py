@@ -374,7 +374,7 @@ def test_other_engines_refuse_other_tokens(saved):
 
 @pytest.mark.slow
 def test_the_shipped_adapter_gives_strings_the_rewards_of_their_tokens():
-    """Up to other spellings, which a trained model gives hardly any probability to; after tokens of another tokenizer."""
+    """Up to other spellings, which a trained model gives hardly any probability to; after tokens of another one."""
     arm = AutoregressiveRewardModel.from_pretrained("model_cards/arm-smollm2-135m-sentiment")
     known = token_bytes(arm.tokenizer)
     for text in (
