@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PromptLearningConfig
 from torch import Tensor
 from torch.nn import Module
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -137,8 +137,8 @@ class AutoregressiveRewardTrainer(RewardTrainer):
 
         self._generation_config = network_of(model).generation_config
         self._n_positions = n_positions(model)
-        if peft_config is not None and peft_config.is_prompt_learning:
-            self._n_positions -= peft_config.num_virtual_tokens
+        if isinstance(peft_config, PromptLearningConfig):
+            self._n_positions -= peft_config.num_virtual_tokens or 0
         # What an adapter is trained on, or rewards are contrasted with, read before it is sharded
         has_base = peft_config is not None or is_peft_model(model) or args.reference is not None
         base_weights = weights_fingerprint(model) if has_base else None
