@@ -144,7 +144,7 @@ class StringRewards:
         prompts = [tuple(ids[mask == 1].tolist()) for ids, mask in pairs]
         before = input_ids[:, prompt.answer_start - 1].tolist()
         texts = self._read([(prompts[row // repeats], self._writes_space(x)) for row, x in enumerate(before)], answers)
-        probabilities = scores.double().softmax(dim=-1)
+        probabilities = scores.float().softmax(dim=-1)
         top, tokens = (x.tolist() for x in probabilities.topk(min(self._candidates.most, scores.shape[-1])))
         firsts = [not answer and self._writes_space(x) for answer, x in zip(answers, before, strict=True)]
         chosen = [self._chosen(*row) for row in zip(texts, firsts, tokens, top, strict=True)]
@@ -155,7 +155,7 @@ class StringRewards:
             rewards[row, end_tokens] = self._reward(ends[row][:, None])
         self.pruned = torch.tensor([text.dropped for text in texts])
         result = torch.from_numpy(rewards).float().to(scores.device)
-        self.coverage = probabilities.masked_fill(result.isnan(), 0.0).sum(dim=-1).float()
+        self.coverage = probabilities.masked_fill(result.isnan(), 0.0).sum(dim=-1)
         self._warn_of_low_coverage(texts)
         return result
 
