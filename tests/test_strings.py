@@ -27,6 +27,7 @@ from two_tokenizers import (
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning
 from hf_genarm.decoding.strings.byte_map import ByteMap
+from hf_genarm.decoding.strings.prompt_reader import PromptReader
 from hf_genarm.decoding.strings.spellings import NO_PRUNING, PrefixProbabilities
 from hf_genarm.decoding.strings.starting_model import StartingModel
 from hf_genarm.decoding.strings.string_rewards import Candidates, StringRewards
@@ -210,6 +211,12 @@ def test_special_tokens_of_the_base_that_the_reward_model_lacks():
     inputs = tokenizer("<|user|>fade", return_tensors="pt", return_token_type_ids=False)
     with pytest.raises(ValueError, match=r"'<\|user\|>', which .* doesn't have.*processor\.encode\(chats\)"):
         generate(base, [guide(base_model=base, tokenizer=tokenizer)], inputs)
+
+
+def test_plain_texts_are_read_without_the_beginning_of_the_base():
+    reader = PromptReader(ByteMap(BASE_TOKENIZER, REWARD_TOKENIZER, {EOS}, {EOS}, len(REWARD_TOKENIZER)))
+    for text, expected in (("<bos>fade", "fade"), ("fade", "fade"), ("<bos>fa<eos>de", "<bos>fa<eos>de")):
+        assert reader(BASE_TOKENIZER(text)["input_ids"]) == REWARD_TOKENIZER(expected)["input_ids"]
 
 
 def test_statistics_have_the_coverage():
