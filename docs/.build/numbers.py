@@ -272,18 +272,34 @@ def serving() -> str:
 
 
 def training_defaults() -> str:
-    rows = [row for run in runs("training_defaults") for row in run["results"]]
+    # Runs that don't record the kind of their pairs were on the sentiment pairs.
+    rows = [{"data": "sentiment"} | row for run in runs("training_defaults") for row in run["results"]]
+    names = {"words": "one word", "sentiment": "a sentence"}
     return table(
-        ["pairs", "steps", "learning rate", "held-out pairs right", "answers apart, nats"],
+        [
+            "model",
+            "pairs",
+            "answers of",
+            "steps",
+            "learning rate",
+            "held-out pairs right",
+            "apart",
+            "chosen",
+            "KL at α = 1",
+        ],
         [
             [
+                row["model"].removesuffix("-Instruct"),
                 str(row["pairs"]),
+                names[row["data"]],
                 str(row["steps"]),
-                f"{row['learning_rate']:.1e}".replace("e-0", "e-") + (" (default)" if row["rate"] == "default" else ""),
+                f"{row['learning_rate']:.1e}".replace("e-0", "e-"),
                 spread(row["accuracy"]),
                 f"{row['nats_apart']:.1f}",
+                f"{row['nats_of_chosen']:+.1f}".replace("-", "−"),
+                f"{row['kl_guided'][0]:.1f}" if "kl_guided" in row else "",
             ]
-            for row in sorted(rows, key=lambda row: (row["pairs"], row["learning_rate"]))
+            for row in sorted(rows, key=lambda x: (-len(x["model"]), x["data"], x["pairs"], x["learning_rate"]))
         ],
     )
 

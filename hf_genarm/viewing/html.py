@@ -18,9 +18,9 @@ _STYLE = """<style>
 .genarm-token { border-radius: .2em; padding: .12em 0; cursor: default; outline-offset: 1px; }
 .genarm-token:hover, .genarm-token:focus { outline: 2px solid currentcolor; }
 .genarm-note { display: none; position: absolute; left: 0; right: 0; top: calc(100% + .4em); font-size: .85em;
-  line-height: 1.6; grid-template-columns: max-content 1fr; column-gap: 1em; }
+  line-height: 1.6; grid-template-columns: fit-content(40%) 1fr; column-gap: 1em; }
 .genarm-room { height: calc(var(--notes) * 1.4em + .8em); }
-@container (max-width: 32em) { .genarm-room { height: calc(var(--notes) * 2.4em + .8em); } }
+@container (max-width: 32em) { .genarm-room { height: calc(var(--notes) * 2.8em + .8em); } }
 .genarm-token:hover .genarm-note, .genarm-token:focus .genarm-note { display: grid; }
 .genarm:has(.genarm-token:hover) .genarm-token:focus:not(:hover) .genarm-note { display: none; }
 .genarm-key { opacity: .75; }
