@@ -294,7 +294,9 @@ class Fusion:
         batch_size, n_new = inputs["input_ids"].shape
         if any(x.own_prompt is not None for x in armed.reward_models):
             masks = [x.mask_of(armed.step) for x in armed.reward_models]
-            rows |= _padded([armed.step.attention_mask, *masks], n_new)
+            padded = _padded([armed.step.attention_mask, *masks], n_new)
+            place = inputs["input_ids" if inputs.get("position_ids") is None else "position_ids"].device
+            rows |= {name: x.to(place, non_blocking=True) for name, x in padded.items()}
             if not armed.reward_models[0].takes_positions:  # it counts by the mask
                 del rows["position_ids"]
         lengths = [int(cache.get_seq_length()) for cache in caches]
