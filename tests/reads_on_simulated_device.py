@@ -259,3 +259,8 @@ def test_launches():
     assert many <= 1.4 * unguided
     assert several == many
     assert more_around - around <= 20
+
+
+def test_launches_of_a_set_divergence():
+    totals = [per_token(*prepared(**settings)).launches / N_COUNTED for settings in ({}, {"target_kl": 0.1})]
+    assert 0 < totals[1] - totals[0] <= 110, totals

@@ -1,6 +1,9 @@
 """The baselines of the benchmarks compute what they are named for."""
 
+import json
+
 import torch
+from helpers import run_script
 from tiny import random_prompts, tiny_llama
 
 from examples.benchmarks import decode_cost
@@ -24,3 +27,16 @@ def test_the_baseline_has_the_products_of_joint_passes_and_the_logits_of_the_bas
     assert calls == [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     torch.testing.assert_close(inside, before, atol=1e-5, rtol=1e-5)
     assert torch.equal(after, before)
+
+
+def test_a_dry_run_of_the_benchmark_for_gpus(tmp_path):
+    output = tmp_path / "gpu.json"
+    done = run_script("examples.benchmarks.gpu", "--device", "cpu", "--tiny", "--output", output)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(output.read_text(encoding="utf-8"))
+    assert record["machine"]["is_tiny"]
+    results = record["results"]
+    assert [name for name, rows in results.items() if not rows] == ["reads"]  # which needs CUDA
+    assert not [row for rows in results.values() for row in rows if "error" in row]
+    assert {row["result"] for row in results["devices"]} == {"runs"}
+    assert max(row["max_difference"] for row in results["exactness"] if "bf16" not in row["way"]) < 1e-4

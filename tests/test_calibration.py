@@ -9,6 +9,7 @@ from tiny import VOCAB_SIZE, left_padded
 from transformers import LogitsProcessor
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, RewardInfo
+from hf_genarm.decoding import kl_control
 from hf_genarm.decoding.kl_control import KLControl, divergence
 from hf_genarm.decoding.texts import TextReader
 
@@ -165,3 +166,18 @@ def test_divergence_closed_form():
     expected = 0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log()
     torch.testing.assert_close(divergence(base, direction, torch.ones(1))[0], expected)
     assert divergence(base, direction, torch.zeros(1)).item() == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("n_at_once", [2, 4])
+def test_factors_that_are_tried_at_once(n_at_once, monkeypatch):
+    """As on a GPU; by halving one at a time as on the CPU, the same are found."""
+    torch.manual_seed(0)
+    base, direction = (3 * torch.randn(2, 6, VOCAB_SIZE)).log_softmax(-1)
+    direction[:, 5] = -1e9
+    wanted = torch.tensor([0.0, 0.001, 0.1, 0.5, 2.0, 90.0])
+    one_by_one = kl_control._solve(base, direction, wanted, 16.0)
+    assert one_by_one[0][-1] > 15.9
+    assert one_by_one[1][2:5] == pytest.approx(wanted[2:5], abs=1e-3)
+    monkeypatch.setattr(kl_control, "_n_halvings_at_once", lambda base: n_at_once)
+    for at_once, expected in zip(kl_control._solve(base, direction, wanted, 16.0), one_by_one, strict=True):
+        torch.testing.assert_close(at_once, expected, atol=1e-4, rtol=0)

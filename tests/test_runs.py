@@ -11,6 +11,7 @@ from peft import PeftModel
 from tiny import PAD, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.hub.kv_cache import CACHE
@@ -180,6 +181,45 @@ def test_memory_is_given_back(tmp_path, kept, reference):
     cache = output.past_key_values if kept else None
     own = 0 if cache is None else sum(x.keys.numel() + x.values.numel() for x in cache.layers)
     assert n_keys_and_values() - before == own
+
+
+def test_a_custom_loop_gives_its_memory_back_with_the_cache_of_the_base():
+    processor = GenARMLogitsProcessor(ARM, base_model=BASE)
+    cache, mask = DynamicCache(config=BASE.config), MASK
+    inputs = BASE.prepare_inputs_for_generation(PROMPTS, attention_mask=mask, is_first_iteration=True, **{CACHE: cache})
+    with torch.no_grad():
+        scores = BASE(**inputs | {"use_cache": True}).logits[:, -1]
+    processor(PROMPTS, scores)
+    (reward,) = processor._machine.rewards.models
+    assert reward._state.length == PROMPTS.shape[1]
+    del inputs, cache
+    gc.collect()
+    assert reward._state is None
+    processor(PROMPTS, scores)
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_a_lack_of_memory_is_reported_as_such(tmp_path, is_joint, monkeypatch):
+    """And what is left is right: the next call begins again."""
+    BASE.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base)
+    if not is_joint:
+        base.register_forward_hook(lambda *_: None)
+    expected = six_tokens([processor], base=base)
+    calls, attend = [], LlamaMLP.forward
+
+    def fail(self, *args):
+        calls.append(self)
+        if len(calls) == 11:  # in the second layer, after the prompt
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return attend(self, *args)
+
+    monkeypatch.setattr(LlamaMLP, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        six_tokens([processor], base=base)
+    assert_same(six_tokens([processor], base=base), expected)
 
 
 def n_keys_and_values():

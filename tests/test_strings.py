@@ -25,16 +25,21 @@ from two_tokenizers import (
     sentencepiece_unigram,
 )
 
-from hf_genarm import GenARMLogitsProcessor, GuidanceWarning
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning
 from hf_genarm.decoding.strings.byte_map import ByteMap
+from hf_genarm.decoding.strings.prompt_reader import PromptReader
 from hf_genarm.decoding.strings.spellings import NO_PRUNING, PrefixProbabilities
-from hf_genarm.decoding.strings.string_rewards import Candidates
+from hf_genarm.decoding.strings.starting_model import StartingModel
+from hf_genarm.decoding.strings.string_rewards import Candidates, StringRewards
 from hf_genarm.decoding.strings.text_tree import Node, TextTree
 from hf_genarm.decoding.vocab import VocabMap
 from hf_genarm.hub.sharing import without_adapter
+from hf_genarm.hub.token_bytes import spelled, token_bytes
 
 ARM = adapter_of(REWARD_TOKENIZER, 1)
-BOTH = [Strings(model, REWARD_TOKENIZER) for model in (ARM, without_adapter(ARM))]
+# Plain models, which take less time
+BOTH = [Strings(copy.deepcopy(ARM).merge_and_unload(), REWARD_TOKENIZER)]
+BOTH += [Strings(copy.deepcopy(ARM).unload(), REWARD_TOKENIZER)]
 TOKENIZERS = {"tokenizer": BASE_TOKENIZER, "reward_tokenizer": REWARD_TOKENIZER}
 
 
@@ -208,6 +213,12 @@ def test_special_tokens_of_the_base_that_the_reward_model_lacks():
         generate(base, [guide(base_model=base, tokenizer=tokenizer)], inputs)
 
 
+def test_plain_texts_are_read_without_the_beginning_of_the_base():
+    reader = PromptReader(ByteMap(BASE_TOKENIZER, REWARD_TOKENIZER, {EOS}, {EOS}, len(REWARD_TOKENIZER)))
+    for text, expected in (("<bos>fade", "fade"), ("fade", "fade"), ("<bos>fa<eos>de", "<bos>fa<eos>de")):
+        assert reader(BASE_TOKENIZER(text)["input_ids"]) == REWARD_TOKENIZER(expected)["input_ids"]
+
+
 def test_statistics_have_the_coverage():
     processor = guide(alpha=1.0)
     (strings,) = processor._machine.rewards.models
@@ -258,7 +269,8 @@ def test_a_space_that_is_not_there(kind):
     )
     (strings,) = other._machine.rewards.models
     token = known.of_reward.index(b" t") if b" t" in known.of_reward else known.of_reward.index(b" ")
-    assert strings._string(token, is_first=True) == strings._string(token, is_first=False)[1:]
+    assert strings._string(token, drops_space=True) == strings._string(token)[1:]
+    assert [strings._writes_space(x) for x in (tokenizer.eos_token_id, token)] == [True, False]
 
 
 def test_text_that_no_token_of_the_reward_model_spells():
@@ -294,6 +306,10 @@ def test_models_that_can_not_give_rewards_of_strings():
     no_end = tiny_llama(1, vocab_size=len(REWARD_TOKENIZER), eos_token_id=None)
     with pytest.raises(ValueError, match=r"has no token that ends a text.*`eos_token_id`"):
         guide(no_end, no_end, reward_tokenizer=endless)
+    processor = guide()
+    processor.reference_prompts = BATCH
+    with pytest.raises(ValueError, match=r"`processor\.reference_prompts` is set, but .* reads the same prompt"):
+        generate(BASE, [processor])
     with pytest.raises(ValueError, match=r"tokens of the reward model are other strings.*must read its drafts"):
         guide().assistant()
 
@@ -363,3 +379,32 @@ def test_other_engines_refuse_other_tokens(saved):
 
     with pytest.raises(ValueError, match=r"whole texts are scored here.*`hf-genarm generate`"):
         GuidedHFLM(pretrained=saved[0], arm=saved[1], device="cpu")
+
+
+@pytest.mark.slow
+def test_the_shipped_adapter_gives_strings_the_rewards_of_their_tokens():
+    """Up to other spellings, which a trained model gives hardly any probability to; after tokens of another one."""
+    arm = AutoregressiveRewardModel.from_pretrained("model_cards/arm-smollm2-135m-sentiment")
+    known = token_bytes(arm.tokenizer)
+    for text in (
+        "naïve 東京 😀 x",
+        "I loved the extraordinarily courteous receptionists; breakfast (Frühstück) was fine!",
+    ):
+        assert spelled(known, arm.tokenizer(text)["input_ids"]) == text.encode()
+    other, chat = tiny_tokenizer(), [{"role": "user", "content": "How was the hotel?"}]
+    ends = {arm.tokenizer.eos_token_id}
+    byte_map = ByteMap(other, arm.tokenizer, {EOS}, ends, len(arm.tokenizer))
+    strings = StringRewards(arm.model, StartingModel(without_adapter(arm.model), is_off=True), byte_map)
+    prompt = arm.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    begun = strings._begin(tuple(prompt))
+    (after,) = strings._read([(tuple(prompt), False)], [tuple(other(text)["input_ids"])])
+    (ends,) = strings.probabilities.log_probs([after], [[]])[1]
+    of_string = after.log_prob + ends
+    of_tokens = [
+        float(AutoregressiveRewardModel(model, arm.tokenizer).score([chat], [text]))
+        for model in (arm.model, arm.reference)
+    ]
+    assert begun.log_prob.tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(of_string, of_tokens, atol=0.1)
+    assert (of_string >= np.array(of_tokens) - 1e-2).all()
+    assert of_string[0] - of_string[1] == pytest.approx(of_tokens[0] - of_tokens[1], abs=0.05)

@@ -49,13 +49,15 @@ class Clock(LogitsProcessor):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return scores
 
 
 def time_per_token(model: PreTrainedModel, processors: list[LogitsProcessor], batch_size: int, args) -> float:
     """Returns seconds. The prompts are new ones, which the reward models have not read before."""
-    prompts = torch.randint(10, model.config.vocab_size, (batch_size, args.prompt_tokens))
+    prompts = torch.randint(10, model.config.vocab_size, (batch_size, args.prompt_tokens), device=model.device)
     clock = Clock()
     model.generate(
         input_ids=prompts,
@@ -81,7 +83,8 @@ def save_adapters(path: str, folder: Path, args) -> list[str]:
 
 def make_processor(engine: str, model: PreTrainedModel, names: list[str]) -> GenARMLogitsProcessor:
     base_model = None if engine == "separate" else model
-    return GenARMLogitsProcessor.from_pretrained(names, base_model=base_model, alpha=1 / len(names))
+    place = {"dtype": model.dtype, "device_map": str(model.device)} if engine == "separate" else {}
+    return GenARMLogitsProcessor.from_pretrained(names, base_model=base_model, alpha=1 / len(names), **place)
 
 
 def run_engine(engine: str, model: PreTrainedModel, processors: list[LogitsProcessor], batch_size: int, args) -> float:
@@ -147,7 +150,7 @@ def measure_time(model: PreTrainedModel, names: list[str], args) -> list[dict]:
     """
     results = []
     bar = tqdm(total=len(args.batch_sizes) * len(args.adapters) * args.rounds, desc="rounds")
-    arm = AutoregressiveRewardModel.from_pretrained(names[0]).model
+    arm = AutoregressiveRewardModel.from_pretrained(names[0], dtype=model.dtype).model.to(args.device)
     for n_adapters in args.adapters:
         processors = {engine: make_processor(engine, model, names[:n_adapters]) for engine in args.engines}
         for batch_size in args.batch_sizes:
@@ -188,16 +191,23 @@ def peak_memory(engine: str, names: list[str], batch_size: int, args) -> float:
     """Returns megabytes, measured in a process that does nothing else."""
     options = ["--peak-memory-of", engine, *names, "--batch-sizes", str(batch_size)]
     options += ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
+    options += ["--device", args.device, "--dtype", args.dtype]
     return run_for_memory(__file__, options)
 
 
 def print_peak_memory(engine: str, names: list[str], args) -> None:
     path = demo_model()
-    model, _tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    model, _tokenizer = load(path, args), AutoTokenizer.from_pretrained(path)
     processors: list[LogitsProcessor] = [make_processor(engine, model, names)] if engine != "unguided" else []
     forget_peak_memory()  # of loading
     run_engine(engine, model, processors, args.batch_sizes[0], args)
-    print(memory_mb())
+    is_cuda = model.device.type == "cuda"
+    print(torch.cuda.max_memory_allocated() / 2**20 if is_cuda else memory_mb())
+
+
+def load(path: str, args: argparse.Namespace) -> PreTrainedModel:
+    """Loads the base, on the device and in the dtype of the arguments."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).to(args.device)
 
 
 def profile(model: PreTrainedModel, names: list[str], args) -> None:
@@ -278,6 +288,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=sized(128, 4))
     parser.add_argument("--new-tokens", type=int, default=sized(128, 4))
     parser.add_argument("--rounds", type=int, default=sized(3, 1))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
     parser.add_argument("--sentences", type=int, nargs="+", help="measure these numbers of sentences instead")
@@ -292,7 +304,7 @@ def main() -> None:
         return print_peak_memory(engine, names, args)
 
     path = demo_model()
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model = load(path, args)
     if args.products:
         with torch.no_grad():
             return compare_products(model)

@@ -161,6 +161,11 @@ class GuidanceMachine:
         indices = list(indices)
         prompts, of_reference = self._prompts.of(indices, text)
         own = dict(zip(indices, prompts, strict=True))
+        if of_reference is not None and any(map(self.rewards.has_strings, indices)):
+            raise ValueError(
+                "`processor.reference_prompts` is set, but a reward model has other tokens than the base: what it is "
+                "contrasted with reads the same prompt as it. Set `processor.reference_prompts` to `None`."
+            )
         if self.draft is not None:
             self._read_draft(self.draft, text, mask, own, of_reference)
         rewards = [

@@ -39,8 +39,10 @@ class LowRankProduct(NamedTuple):
 
     def add(self, x: Tensor, output: Tensor, rows: slice) -> None:
         """Adds scaling * B A x to some rows, in place."""
-        low_rank = nn.functional.linear(x[rows], self.a)
-        output[rows].view(-1, len(self.b)).addmm_(low_rank.flatten(0, -2), self.b.T, alpha=self.scaling)
+        low_rank = nn.functional.linear(x[rows], self.a).flatten(0, -2)
+        # With autocast, layers compute in another dtype than that of their weights.
+        low_rank, b = low_rank.to(output.dtype), self.b.T.to(output.dtype)
+        output[rows].view(-1, len(self.b)).addmm_(low_rank, b, alpha=self.scaling)
 
 
 class StackedProducts:
@@ -66,7 +68,7 @@ class StackedProducts:
         """Adds them to the rows that follow those of the base, in place."""
         n_blocks = len(self._a)
         own, of_output = (t[batch_size:].view(n_blocks, -1, t.shape[-1]) for t in (x.contiguous(), output))
-        of_output.baddbmm_(torch.bmm(own, self._a), self._b)
+        of_output.baddbmm_(torch.bmm(own, self._a).to(output.dtype), self._b.to(output.dtype))
 
 
 def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[str, LowRankProduct]]:

@@ -29,7 +29,7 @@ class ByteMap:
         order (`np.ndarray` of shape `(n_spelling,)`):
             The tokens of the reward model that have bytes, sorted by these, so that those that begin with the same
             bytes follow each other.
-        base_drops_space, reward_adds_space (`bool`):
+        base_adds_space, reward_adds_space (`bool`):
             Whether the base, or the reward model, writes a space that is not there after a special token.
 
     Raises:
@@ -64,7 +64,7 @@ class ByteMap:
         self._tokens: dict[bytes, list[int]] = {}
         for x, index in spelling:
             self._tokens.setdefault(x, []).append(index)
-        self.base_drops_space = spaces_after_special_tokens(tokenizer, self.of_base)
+        self.base_adds_space = spaces_after_special_tokens(tokenizer, self.of_base)
         self.reward_adds_space = spaces_after_special_tokens(reward_tokenizer, self.of_reward)
         self._set_caches()
 

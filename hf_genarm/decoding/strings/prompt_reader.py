@@ -26,8 +26,11 @@ class PromptReader:
             ValueError: if it has special tokens that the reward model doesn't know, or no text.
         """
         tokenizer, of_base = self._byte_map.tokenizer, self._byte_map.of_base
-        ids = ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids
-        special = {index for index in ids if not 0 <= index < len(of_base) or of_base[index] is None}
+        special = {index for index in ids[1:] if not 0 <= index < len(of_base) or of_base[index] is None}
+        if ids[0] == tokenizer.bos_token_id and len(ids) > 1 and not special:  # before a plain text
+            ids = ids[1:]
+        elif not 0 <= ids[0] < len(of_base) or of_base[ids[0]] is None:
+            special.add(ids[0])
         known = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
         unknown = sorted(str(x) for x in tokenizer.convert_ids_to_tokens(sorted(special)) if x not in known)
         if unknown:

@@ -128,9 +128,9 @@ class PrefixProbabilities:
 
     def advance(self, texts: Sequence[Spellings], strings: Sequence[bytes]) -> list[Spellings]:
         """Returns the spellings of texts that go on with one string each; an empty list if nothing spells one."""
-        self._tree.read(spelling.node for text in texts for spelling in text.list)
-        found = self._explore(list(zip(texts, strings, strict=True)))
-        return [self._next(text, x) if string else text for text, string, x in zip(texts, strings, found, strict=True)]
+        jobs = [(text, string) for text, string in zip(texts, strings, strict=True) if string]
+        found = iter(self._explore(jobs, [text for text, _ in jobs]))
+        return [self._next(text, next(found)) if string else text for text, string in zip(texts, strings, strict=True)]
 
     def log_probs(
         self, texts: Sequence[Spellings], strings: Sequence[Sequence[bytes]]
@@ -147,28 +147,31 @@ class PrefixProbabilities:
         Returns:
             For each text: the log-probabilities `(n_models, n_strings)`, and those of its end `(n_models,)`.
         """
-        paths = [
-            [node for string in of_text for node in self._written(text, string)]
-            for text, of_text in zip(texts, strings, strict=True)
-        ]
-        of_texts = (spelling.node for text in texts for spelling in text.list)
-        self._tree.read([*of_texts, *(node for path in paths for node in path)])
         jobs = [(text, string) for text, of_text in zip(texts, strings, strict=True) for string in of_text]
-        explored = iter(self._explore(jobs))
+        explored = iter(self._explore(jobs, [text for text in texts if not text.is_over]))
         log_probs, ends = [], []
         for text, of_text in zip(texts, strings, strict=True):
             found = [next(explored) for _ in of_text]
             sums = [self._sum(x.read) for x in found]
             log_probs.append(_log(np.stack(sums, axis=1)) if sums else np.zeros((len(self._zero), 0)))
-            complete = [x for x in text.list if not x.pending]
+            complete = [x for x in text.list if not x.pending and not text.is_over]
             ends.append(_log(sum((np.exp(x.weight) * self._end(x.node) for x in complete), start=self._zero)))
         return log_probs, ends
 
-    def _explore(self, jobs: Sequence[tuple[Spellings, bytes]]) -> list[_Found]:
-        """Follows the spellings of texts through one string each, and reads what follows the tokens inside of it."""
-        found = [_Found() for _ in jobs]
-        cuts = [{(x.parent, x.token) for x in self._written(*job)} for job in jobs]
-        listed = [{spelling.node for spelling in text.list} for text, _ in jobs]
+    def _explore(self, jobs: Sequence[tuple[Spellings, bytes]], texts: Sequence[Spellings]) -> list[_Found]:
+        """
+        Follows the spellings of texts through one string each, and reads what follows the tokens inside of it.
+
+        Args:
+            jobs (sequence of (`Spellings`, `bytes`)):
+                Texts and strings.
+            texts (sequence of [`Spellings`]):
+                All texts whose ends are read, too.
+        """
+        found, written = [_Found() for _ in jobs], [self._written(*job) for job in jobs]
+        listed = {id(text): {spelling.node for spelling in text.list} for text in texts}
+        self._tree.read(node for nodes in (*listed.values(), *written) for node in nodes)
+        cuts = [{(node.parent, node.token) for node in of_job} for of_job in written]
         front = [
             (index, Spelling(x.node, x.weight, x.pending + string), len(x.pending))
             for index, (text, string) in enumerate(jobs)
@@ -184,7 +187,7 @@ class PrefixProbabilities:
                     is_cut = (node, token) in cuts[index]
                     # What ends within the text is listed, unless it was dropped. Some of it turns out to be needed.
                     is_new = len(rest) < len(spelling.pending) - n_known
-                    if not (is_new or is_cut) or (is_cut and node.child(token) in listed[index]):
+                    if not (is_new or is_cut) or (is_cut and node.child(token) in listed[id(jobs[index][0])]):
                         continue
                     if not rest:
                         found[index].ends.append((spelling, token))

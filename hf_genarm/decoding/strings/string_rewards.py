@@ -37,6 +37,8 @@ class Candidates:
 
 
 CANDIDATES = Candidates()
+# What the reward model reads, and whether the base begins an answer to it with a space that is not there
+Prompt = tuple[tuple[int, ...], bool]
 # What statistics keep in addition, for each token
 OF_STRINGS = ("coverage", "pruned")
 
@@ -91,8 +93,8 @@ class StringRewards:
     def reset(self) -> None:
         """Forgets what has been read."""
         self.tree.reset()
-        self._begun: dict[tuple[int, ...], Spellings] = {}
-        self._texts: OrderedDict[tuple[tuple[int, ...], tuple[int, ...]], Spellings] = OrderedDict()
+        self._begun: dict[Prompt, Spellings] = {}
+        self._texts: OrderedDict[tuple[Prompt, tuple[int, ...]], Spellings] = OrderedDict()
 
     release = reset
 
@@ -103,7 +105,7 @@ class StringRewards:
             "without a contrast" if len(self.tree.models) == 1 else "minus those of the model it was trained from"
         )
         cost = (
-            "a pass or two over a few places"
+            "a pass over a few places"
             if self.tree.why_rows is None
             else (f"a pass over the whole text for each of several spellings, as {self.tree.why_rows}")
         )
@@ -140,10 +142,12 @@ class StringRewards:
         repeats = len(answers) // len(prompt.input_ids)
         pairs = zip(prompt.input_ids, prompt.attention_mask, strict=True)
         prompts = [tuple(ids[mask == 1].tolist()) for ids, mask in pairs]
-        texts = self._read([prompts[row // repeats] for row in range(len(answers))], answers)
-        probabilities = scores.double().softmax(dim=-1)
+        before = input_ids[:, prompt.answer_start - 1].tolist()
+        texts = self._read([(prompts[row // repeats], self._writes_space(x)) for row, x in enumerate(before)], answers)
+        probabilities = scores.float().softmax(dim=-1)
         top, tokens = (x.tolist() for x in probabilities.topk(min(self._candidates.most, scores.shape[-1])))
-        chosen = [self._chosen(*row) for row in zip(texts, answers, tokens, top, strict=True)]
+        firsts = [not answer and self._writes_space(x) for answer, x in zip(answers, before, strict=True)]
+        chosen = [self._chosen(*row) for row in zip(texts, firsts, tokens, top, strict=True)]
         log_probs, ends = self.probabilities.log_probs(texts, [list(of_row.values()) for of_row, _ in chosen])
         rewards = np.full(scores.shape, np.nan)
         for row, (strings, end_tokens) in enumerate(chosen):
@@ -151,7 +155,7 @@ class StringRewards:
             rewards[row, end_tokens] = self._reward(ends[row][:, None])
         self.pruned = torch.tensor([text.dropped for text in texts])
         result = torch.from_numpy(rewards).float().to(scores.device)
-        self.coverage = probabilities.masked_fill(result.isnan(), 0.0).sum(dim=-1).float()
+        self.coverage = probabilities.masked_fill(result.isnan(), 0.0).sum(dim=-1)
         self._warn_of_low_coverage(texts)
         return result
 
@@ -164,7 +168,7 @@ class StringRewards:
             return np.where(np.isneginf(of_reference), 0.0, of_model - of_reference)
 
     def _chosen(
-        self, text: Spellings, answer: tuple[int, ...], tokens: Sequence[int], probabilities: Sequence[float]
+        self, text: Spellings, drops_space: bool, tokens: Sequence[int], probabilities: Sequence[float]
     ) -> tuple[dict[int, bytes], list[int]]:
         """Returns the candidates after a text with their strings, and those that end it."""
         strings, end_tokens, mass = dict[int, bytes](), list[int](), 0.0
@@ -172,26 +176,34 @@ class StringRewards:
             if mass >= self._candidates.mass or probability == 0 or not text.list or text.is_over:
                 break
             mass += probability
-            string = self._string(token, is_first=not answer)
+            string = self._string(token, drops_space)
             if token in self._byte_map.ends:
                 end_tokens.append(token)
             elif string:
                 strings[token] = string
         return strings, end_tokens
 
-    def _string(self, token: int, is_first: bool) -> bytes:
-        """Returns what a token of the base adds to an answer."""
-        of_base = self._byte_map.of_base
-        string = (of_base[token] if 0 <= token < len(of_base) else None) or b""
-        return string[1:] if is_first and self._byte_map.base_drops_space and string[:1] == b" " else string
+    def _writes_space(self, token: int) -> bool:
+        """Returns whether the base begins a text after a token, a special one, with a space that is not there."""
+        return self._byte_map.base_adds_space and self._bytes(token) is None
 
-    def _read(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]) -> list[Spellings]:
+    def _bytes(self, token: int) -> bytes | None:
+        of_base = self._byte_map.of_base
+        return of_base[token] if 0 <= token < len(of_base) else None
+
+    def _string(self, token: int, drops_space: bool = False) -> bytes:
+        """Returns what a token of the base adds to an answer."""
+        string = self._bytes(token) or b""
+        return string[1:] if drops_space and string[:1] == b" " else string
+
+    def _read(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Spellings]:
         """Returns the spellings of some answers, from those of the longest known beginning of each."""
         keys = list(zip(prompts, answers, strict=True))
         known = {key: self._known(*key) for key in keys}
         while ahead := {key: text for key, text in known.items() if text[0] < len(key[1])}:
             strings = [
-                b"" if text.is_over else self._string(key[1][n], is_first=n == 0) for key, (n, text) in ahead.items()
+                b"" if text.is_over else self._string(answer[n], drops_space=n == 0 and writes_space)
+                for ((_, writes_space), answer), (n, text) in ahead.items()
             ]
             texts = self.probabilities.advance([text for _, text in ahead.values()], strings)
             for (key, (n, before)), text in zip(ahead.items(), texts, strict=True):
@@ -205,14 +217,14 @@ class StringRewards:
             self._texts.popitem(last=False)
         return [known[key][1] for key in keys]
 
-    def _known(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> tuple[int, Spellings]:
+    def _known(self, prompt: Prompt, answer: tuple[int, ...]) -> tuple[int, Spellings]:
         """Returns the longest beginning of an answer whose spellings are known: its length, and these."""
         for n in range(len(answer), 0, -1):
             text = self._texts.get((prompt, answer[:n]))
             if text is not None:
                 return n, text
         if prompt not in self._begun:
-            self._begun[prompt] = self._begin(prompt)
+            self._begun[prompt] = self._begin(prompt[0])
         return 0, self._begun[prompt]
 
     def _begin(self, prompt: tuple[int, ...]) -> Spellings:
@@ -244,7 +256,7 @@ class StringRewards:
             )
 
     def _warn_of_an_end(self, answer: Sequence[int]) -> None:
-        written = b"".join(self._string(token, is_first=False) for token in answer)
+        written = b"".join(map(self._string, answer))
         self._warn(
             "end",
             f"The answer goes on with {written[-16:]!r}, which no tokens of the reward model spell, so that from there "

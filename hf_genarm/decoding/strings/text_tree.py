@@ -150,15 +150,14 @@ class TextTree:
         if not missing:
             return
         for nodes_read, logits in self._in_rows(missing) if self._rows is not None else self._in_tree(missing):
-            log_probs = logits.double().log_softmax(dim=-1)
+            log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
             if log_probs.isnan().any():
                 raise ValueError(
                     f"The reward model `{network_of(self.models[0]).config.name_or_path}` or its reference returned "
                     f"NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it with `dtype=torch.float32`, "
                     "or check its training."
                 )
-            log_probs = log_probs.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
-            for node, following in zip(nodes_read, log_probs.transpose(0, 1).numpy(), strict=True):
+            for node, following in zip(nodes_read, log_probs.transpose(0, 1).cpu().numpy(), strict=True):
                 node.following = following
                 self._known[node] = None
 
