@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, pairs: Dataset, held_out: Dataset, rate: str
             reference="base",
             num_train_epochs=args.epochs,
             seed=seed,
-            max_length=128,
+            max_length=sized(128, 1024),  # the tokens of tiny models are bytes
             gradient_checkpointing=False,  # the same numbers in less time
             model_init_kwargs={"dtype": args.dtype, "attn_implementation": "eager"},  # the fastest for short texts
             save_strategy="no",
@@ -156,7 +156,7 @@ def guided_texts(trainer: AutoregressiveRewardTrainer, prompts: list[str]) -> di
 def runs(args: argparse.Namespace) -> Iterator[dict]:
     held_out = PAIRS[args.data](args.held_out, True)
     for n_pairs in args.pairs:
-        pairs = PAIRS[args.data](n_pairs, False)
+        pairs = PAIRS[args.data](sized(n_pairs, 4), False)
         for seed in args.seeds:
             for rate in args.rates:
                 yield train(args, pairs, held_out, rate, seed)
@@ -174,9 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder or Hub id of the base; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the base; an adapter is trained in float32")
-    parser.add_argument(
-        "--pairs", type=int, nargs="+", default=sized([50, 400], [4]), help="sizes of the training data"
-    )
+    parser.add_argument("--pairs", type=int, nargs="+", default=[50, 400], help="sizes of the training data")
     parser.add_argument("--held-out", type=int, default=sized(200, 4), help="number of held-out pairs")
     parser.add_argument(
         "--rates",
