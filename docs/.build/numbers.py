@@ -278,8 +278,7 @@ def serving() -> str:
 
 
 def training_defaults() -> str:
-    # Runs that don't record the kind of their pairs were on the sentiment pairs.
-    rows = [{"data": "sentiment"} | row for run in runs("training_defaults") for row in run["results"]]
+    rows = [row for run in runs("training_defaults") for row in run["results"]]
     names = {"words": "one word", "sentiment": "a sentence"}
     return table(
         [
