@@ -40,7 +40,6 @@ def train(model_path: str, tokenizer, output_dir: Path, pairs: Dataset, **argume
         "logging_steps": 6,
         "save_strategy": "no",
         "report_to": "none",
-        "dataloader_pin_memory": False,
     }
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     n_layers = model.config.num_hidden_layers

@@ -115,6 +115,7 @@ def test_correct_data_are_silent(make_trainer):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         trainer = make_trainer()
+        next(iter(trainer.get_train_dataloader()))
     assert trainer.pair_counts == {"train": PairCounts(3)}
 
 

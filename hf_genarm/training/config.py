@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
@@ -75,8 +76,9 @@ class AutoregressiveRewardConfig(RewardConfig):
             `model.generate(custom_generate="user/my-arm", trust_remote_code=True)`.
 
     > [!NOTE]
-    > Two defaults differ from those of [`~trl.RewardConfig`]:
+    > Three defaults differ from those of [`~trl.RewardConfig`]:
     > - `bf16` is `True` only on an accelerator that supports it, so that training on a CPU just works.
+    > - `dataloader_pin_memory` is `True` only if there is an accelerator, since PyTorch warns of it otherwise.
     > - `learning_rate` is that of [`adapter_learning_rate`] for an adapter, which depends on the number of steps. If
     >   all weights are trained, it is `1e-4`, as in [`~trl.RewardConfig`].
 
@@ -153,6 +155,7 @@ class AutoregressiveRewardConfig(RewardConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         learning_rate = self.learning_rate
         if learning_rate is None:  # DeepSpeed takes a number for its own optimizer now
             self.learning_rate = FULL_LEARNING_RATE

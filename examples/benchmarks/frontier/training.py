@@ -37,7 +37,6 @@ def arguments(folder: Path, seed: int) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
 
 
