@@ -20,7 +20,7 @@ SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(
 # These start several processes, or take as long as the whole default suite.
 SLOW = ("decode_cost", "train_cost", "train_cost --heads", "run", "run --size smoke")
 SLOW += ("run --only harmlessness --hh-rlhf hh_harmless.jsonl.gz", "run --only sentences sentences_on_base")
-SLOW += ("token_law", "sequence_law", "target_kl", "capability", "speculation", "speculation --simulate")
+SLOW += ("strings", "token_law", "sequence_law", "target_kl", "capability", "speculation", "speculation --simulate")
 NEEDS_HARNESS = ("capability",)
 NEEDS_VLLM = ("serving",)  # `bash .ci/vllm` runs these where it is installed
 NEEDS_RAY = ("ray_answers",)

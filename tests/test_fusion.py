@@ -70,6 +70,18 @@ def test_joint_passes_equal_recomputation(mode, base, adapters, models):
     assert is_untouched(base, tiny_llama(0))
 
 
+def test_the_engine_is_what_was_done(base, adapters, caplog):
+    """With a static cache it is `shared`, which is logged once; later calls can be joined again."""
+    caplog.set_level("INFO", "hf_genarm")
+    processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
+    for options, engine in (({}, "fused"), ({"cache_implementation": "static"}, "shared"), ({}, "fused")):
+        caplog.clear()
+        generate(base, [processor], min_new_tokens=4, max_new_tokens=4, **options)
+        assert processor.engine == engine
+        lines = [x.message for x in caplog.records if "run separately, because" in x.message]
+        assert [("StaticCache" in line) for line in lines] == [True] * (engine == "shared")
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
 def test_every_step_after_the_prompt_is_joint(base, adapters, options):
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)

@@ -76,6 +76,12 @@ def differences(section: str = "Sentiment") -> str:
     return of_report(section, "Differences, paired")
 
 
+def other_tokens() -> str:
+    """The sentiment and the divergence of answers of another family, by strength."""
+    cells = [[f"{row['alpha']:g}", spread(row["sentiment"]), spread(row["kl"])] for row in runs("strings")]
+    return table(["α", "sentiment", "KL per answer, nats"], cells)
+
+
 def runs(name: str) -> list[dict]:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -314,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "judges": partial(of_report, "Harmlessness", "### Judges"),
     "matched_kl": matched_kl,
+    "other_tokens": other_tokens,
     "matched_kl_harmlessness": partial(matched_kl_and_base, "Harmlessness"),
     "sentence": partial(of_report, OF_SENTENCE, "### For positive answers, by strength"),
     "sentence_and_adapter": partial(of_report, OF_SENTENCE, "### A sentence or an adapter"),

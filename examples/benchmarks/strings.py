@@ -1,12 +1,12 @@
 """
 How far the shipped sentiment adapter on SmolLM2 steers a base of another family, whose tokens are other strings.
 
-    python -m examples.benchmarks.strings         # about half an hour on 2 cores
+    python -m examples.benchmarks.strings         # about ten minutes on 2 cores
 
 Questions are answered at temperature 1 under one seed, at several strengths. Printed are the mean sentiment (VADER) and
 the mean divergence from the base per answer, with 95 % bootstrap intervals over questions, and the time per token over
-that of the base, batch 1, the median of passes that alternate. Answers are kept in `--output`; a run that was killed
-continues there.
+that of the base, batch 1, the median of passes that alternate. Answers are kept in `--output`, where a run that was
+killed continues, and the means in a `.json` next to it.
 """
 
 import argparse
@@ -63,24 +63,32 @@ def cost(steer: GenARMLogitsProcessor, base: Any, args: Any) -> dict:
     return {"cost": statistics.median(ratios), "range": [min(ratios), max(ratios)], "turns": len(ratios)}
 
 
-def table(rows: list[dict]) -> str:
+def summary(rows: list[dict]) -> list[dict]:
+    """Returns mean sentiment and divergence at each strength, with their 95 % intervals over questions."""
+    return [
+        {"alpha": alpha}
+        | {
+            name: mean_with_interval(np.array([row[name] for row in rows if row["alpha"] == alpha]), 10_000, 0)
+            for name in ("sentiment", "kl")
+        }
+        for alpha in STRENGTHS
+    ]
+
+
+def table(means: list[dict]) -> str:
     """Returns what was measured as a table."""
     lines = ["| alpha | sentiment | KL per answer, nats |", "| --- | --- | --- |"]
-    for alpha in STRENGTHS:
-        own = [row for row in rows if row.get("alpha") == alpha]
-        cells = [
-            "{:.2f} [{:.2f}, {:.2f}]".format(*mean_with_interval(np.array([row[name] for row in own]), 10_000, 0))
-            for name in ("sentiment", "kl")
-        ]
-        lines.append(f"| {alpha:g} | {' | '.join(cells)} |")
+    for row in means:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[name]) for name in ("sentiment", "kl")]
+        lines.append(f"| {row['alpha']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="Hub id or folder of the base")
-    parser.add_argument("--questions", type=int, default=sized(10, 2), help="number of questions")
-    parser.add_argument("--max-new-tokens", type=int, default=sized(32, 3), help="length of the longest answer")
+    parser.add_argument("--questions", type=int, default=sized(8, 2), help="number of questions")
+    parser.add_argument("--max-new-tokens", type=int, default=sized(24, 3), help="length of the longest answer")
     parser.add_argument("--turns", type=int, default=sized(5, 1), help="number of pairs of passes that are timed")
     parser.add_argument("--tokens", type=int, default=sized(16, 2), help="tokens in each of them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the answers")
@@ -94,13 +102,15 @@ def main() -> None:
     output = Path(args.output)
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {row["alpha"] for row in rows if "alpha" in row}
+    done = {row["alpha"] for row in rows}
     for alpha in tqdm([alpha for alpha in STRENGTHS if alpha not in done], desc="strengths"):
         new = answers_at(alpha, steer, base, tokenizer, args)
         with output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
         rows += new
-    print(f"Engine: {steer.engine}\n\n{table(rows)}")
+    means = summary(rows)
+    output.with_suffix(".json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
+    print(f"Engine: {steer.engine}\n\n{table(means)}")
     spent = cost(steer, base, args)
     print(f"\nTime per token over the base: {spent['cost']:.2f} {spent['range']}, {spent['turns']} pairs of passes")
 

@@ -227,10 +227,12 @@ class StepWatch:
         """Returns the names of inputs that make the base read a prompt in another way than reward models do."""
         names, positions, mask = [], inputs.get("position_ids"), step.attention_mask
         if embedded is not None and embedded.shape[1] == step.input_ids.shape[1] > 0:
-            usual: Tensor = self.model.get_input_embeddings()(step.input_ids)
+            usual: Tensor = self.model.get_input_embeddings()(step.input_ids.to(embedded.device))
+            mask = mask.to(embedded.device)
             if not torch.allclose(usual[mask == 1], embedded.to(usual)[mask == 1]):
                 names.append("inputs_embeds")
         if positions is not None and positions.ndim == 2 and positions.shape[1] <= mask.shape[1]:
+            mask = mask.to(positions.device)  # ids on the CPU are moved to the device of the base, as positions are
             is_text, usual = mask[:, -positions.shape[1] :] == 1, position_ids(mask)[:, -positions.shape[1] :]
             if not (positions.expand_as(usual) == usual)[is_text].all():
                 names.append("position_ids")

@@ -197,6 +197,11 @@ class Fusion:
         waiting, is_hastened = self._local.waiting, self._local.is_hastened
         self._local.waiting, self._local.is_hastened = [], False
         fusable = [x for x in waiting if self._products(x) is not None] if not step.is_first else []
+        obstacle = _obstacle(inputs.get(CACHE)) if fusable else None
+        if obstacle is not None and any(x.last_obstacle != obstacle for x in fusable):
+            logger.info(_SEPARATELY, obstacle)
+        for reward_model in fusable if obstacle is not None else ():
+            reward_model.last_obstacle = obstacle
         if (fusable or (is_hastened and not step.is_first)) and _is_plain(step, inputs):
             network = self._network(fusable)
             if network is not None:
@@ -289,7 +294,9 @@ class Fusion:
         batch_size, n_new = inputs["input_ids"].shape
         if any(x.own_prompt is not None for x in armed.reward_models):
             masks = [x.mask_of(armed.step) for x in armed.reward_models]
-            rows |= _padded([armed.step.attention_mask, *masks], n_new)
+            padded = _padded([armed.step.attention_mask, *masks], n_new)
+            place = inputs["input_ids" if inputs.get("position_ids") is None else "position_ids"].device
+            rows |= {name: x.to(place, non_blocking=True) for name, x in padded.items()}
             if not armed.reward_models[0].takes_positions:  # it counts by the mask
                 del rows["position_ids"]
         lengths = [int(cache.get_seq_length()) for cache in caches]
@@ -320,6 +327,13 @@ def _padded(masks: Sequence[Tensor], n_new: int) -> dict[str, Tensor]:
     length = max(mask.shape[1] for mask in masks)
     mask = torch.cat([nn.functional.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
     return {"attention_mask": mask, "position_ids": position_ids(mask)[:, -n_new:]}
+
+
+def _obstacle(cache: Any) -> str | None:
+    """Returns why no pass with a cache like this can be joined; `None` if some can."""
+    if cache is None:
+        return "the base keeps no cache"
+    return None if type(cache) is DynamicCache else f"the base has a `{type(cache).__name__}`, which doesn't grow"
 
 
 def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
