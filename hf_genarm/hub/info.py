@@ -152,7 +152,7 @@ class RewardInfo:
     description: str | None = None
     base_model: str | None = None
     base_model_revision: str | None = None
-    base_weights: str | None = None
+    base_weights: str | None = field(default=None, repr=False)  # of more than a thousand characters
     tokenizer: str | None = None
     chat_template: str | None = None
     dataset: str | None = None
