@@ -111,6 +111,7 @@ def test_the_command(folder, capsys):
     assert examples[0]["answer"]
 
 
+@pytest.mark.filterwarnings("ignore:The reward model has learned too little")
 def test_a_judge_is_trained_on_other_pairs(folder, capsys):
     rows = [dict(zip(conversational(True), x, strict=True)) for x in zip(*conversational(True).values(), strict=True)]
     (folder / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

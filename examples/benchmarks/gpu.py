@@ -28,8 +28,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, PreTrainedModel
 
 from examples.benchmarks.measuring import machine
-from examples.small import output_file
+from examples.small import output_file, sized
 from hf_genarm import GenARMLogitsProcessor
+from hf_genarm.demo import is_smoke
 from hf_genarm.functional import guided_log_probs, kl_divergence, preference_loss, token_log_probs
 from hf_genarm.hub.sharing import frozen_twin
 
@@ -364,12 +365,14 @@ def measure(lab: Lab, names: list[str], budget: float, write: Callable[[dict], N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="models of no size, for a dry run")
+    parser.add_argument("--device", default=sized("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", default=is_smoke(), help="models of no size, for a dry run")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here. A dry run without one: --device cpu --tiny")
     warnings.simplefilter("ignore")
     lab = Lab(args.device, args.tiny)
     about = machine() | {"transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
