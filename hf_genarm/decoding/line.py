@@ -56,7 +56,7 @@ class Line:
         self.is_continuation = origin is not None
         self._origin, self._padding = origin, None if attention_mask is not None else Padding()
         self._host: tuple[Tensor, Tensor | None] | None = None
-        self.variants: dict[Any, Line] = {}  # with other prompts before the same answers
+        self.variants: dict[Any, Line] = {}
 
     @property
     def length(self) -> int:

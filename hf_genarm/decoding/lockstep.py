@@ -14,7 +14,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..hub.causality import refuse_not_causal
 from ..hub.kv_cache import CACHE, n_embeddings, network_of, new_cache
-from ..hub.limits import fixed_length, n_positions, refuse_too_long, refuse_unknown_ids, why_no_cache
+from ..hub.limits import (
+    fixed_length,
+    n_positions,
+    refuse_too_long,
+    refuse_unfilled_cache,
+    refuse_unknown_ids,
+    why_no_cache,
+)
 from .line import Line
 
 logger = logging.getLogger(__name__)
@@ -203,11 +210,7 @@ class LockstepLM:
             },
             n_logits,
         )
-        if state.cache.get_seq_length() != input_ids.shape[1]:
-            raise RuntimeError(
-                f"`{type(self.model).__name__}` did not fill its key-value cache. A model in training mode with "
-                "gradient checkpointing turns the cache off: call `reward_model.eval()` first."
-            )
+        refuse_unfilled_cache(self._network, state.cache, input_ids.shape[1])
         return logits
 
     def _forward_from_scratch(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

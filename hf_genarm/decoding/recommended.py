@@ -62,7 +62,7 @@ def recommended_reference(
     Raises:
         ValueError: if they differ, since there is one reference for all.
     """
-    own = [index for index, x in enumerate(reward_tokenizers) if tokenizer is None or not lacking_tokens(tokenizer, x)]
+    own = with_tokens_of(tokenizer, reward_tokenizers)
     wanted = wanted_reference([arms[index].info for index in own], [names[index] for index in own]) if own else "base"
     if wanted is None and len(own) < len(arms):
         raise ValueError(
@@ -70,24 +70,30 @@ def recommended_reference(
             "of strings are contrasts, but the others are used without a reference, and there is one for all. Choose "
             'it: `reference="base"` or `reference=None`.'
         )
-    return None if wanted is None else base_reference(arms, names, base_model, tokenizer, reward_tokenizers)
+    return None if wanted is None else base_reference(arms, names, base_model, own, reward_tokenizers)
+
+
+def with_tokens_of(
+    tokenizer: PreTrainedTokenizerBase | None, reward_tokenizers: Sequence[PreTrainedTokenizerBase | None]
+) -> list[int]:
+    """Returns which reward models have the tokens of the base, under the same ids or others."""
+    return [index for index, x in enumerate(reward_tokenizers) if tokenizer is None or not lacking_tokens(tokenizer, x)]
 
 
 def base_reference(
     arms: Sequence[AutoregressiveRewardModel],
     names: Sequence[str],
     base_model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    own: Sequence[int],
     reward_tokenizers: Sequence[PreTrainedTokenizerBase | None],
 ) -> Any:
     """
     Returns `"base"`, which for rewards of strings is the model that each was trained from; or the model that a reward
-    model with the tokens of the base was trained from, if that is not the base.
+    model with the tokens of the base was trained from, if that is not the base. `own` is from [`with_tokens_of`].
 
     Raises:
         ValueError: if there are several such models, or the only one is unknown or has other ids.
     """
-    own = [index for index, x in enumerate(reward_tokenizers) if tokenizer is None or not lacking_tokens(tokenizer, x)]
     if not own or (base_model is not None and all(_is_on(arms[index], base_model) for index in own)):
         return "base"
     if len(arms) > 1:

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..hub.limits import refuse_nan
 from ..hub.sharing import shares_weights
 from .fusion.joint_pass import FusedLM, Fusion
 from .late_checks import LateChecks
@@ -154,7 +154,8 @@ class NextTokenRewards:
                 "tokenizer of the base model. An assistant model must have the tokenizer of the base model, too."
             )
         log_probs = logits.float().log_softmax(dim=-1)
-        self._checks.add(log_probs.isnan().any(), partial(self._refuse_nan, index, logits.dtype))
+        dtype = logits.dtype
+        self._checks.add(log_probs.isnan().any(), lambda: refuse_nan(self._name(index), dtype))
         return log_probs if vocab_map is None else vocab_map.base_log_probs(log_probs, scores.shape[-1])
 
     def read_ahead(
@@ -206,13 +207,6 @@ class NextTokenRewards:
         elif translate is not None:
             input_ids = translate(input_ids, attention_mask)
         return model(input_ids, attention_mask, n_logits, line, translate is not None)
-
-    def _refuse_nan(self, index: int, dtype: torch.dtype) -> None:
-        """Refuses a reward model that returned NaN."""
-        raise ValueError(
-            f"{self._name(index)} returned NaN. Its weights or its dtype ({dtype}) are at fault: load it with "
-            "`dtype=torch.float32`, or check its training."
-        )
 
     def _name(self, index: int) -> str:
         return f"Reward model {index} (`{self.models[index].model.config.name_or_path}`)"

@@ -141,3 +141,44 @@ def refuse_unknown_ids(network: PreTrainedModel, input_ids: Tensor, role: str) -
             f"The text has ids from {lowest} to {highest}, but `{type(network).__name__}`, as a {role}, knows ids from "
             f"0 to {n_known - 1}. Leave out tokens that it lacks, or use a model with the tokenizer of the base model."
         )
+
+
+def refuse_unfilled_cache(network: PreTrainedModel, cache: Any, length: int) -> None:
+    """
+    Refuses a cache that does not hold what was read.
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]):
+            What has read the texts.
+        cache ([`~transformers.Cache`]):
+            The cache that it was called with.
+        length (`int`):
+            The number of columns that it should hold.
+
+    Raises:
+        RuntimeError: if it holds another number.
+    """
+    if cache.get_seq_length() != length:
+        raise RuntimeError(
+            f"`{type(network).__name__}` did not fill its key-value cache. A model in training mode with gradient "
+            "checkpointing turns the cache off: call `reward_model.eval()` first."
+        )
+
+
+def refuse_nan(what: str, dtype: torch.dtype) -> None:
+    """
+    Refuses a reward model that has returned NaN.
+
+    Args:
+        what (`str`):
+            What returned it, with its name.
+        dtype (`torch.dtype`):
+            That of its logits.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{what} returned NaN. Its weights or its dtype ({dtype}) are at fault: load it with `dtype=torch.float32`, or "
+        "check its training."
+    )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..bootstrap import interval, mean_with_interval, resampled_means
 from ..decoding.assembly import assemble
 from ..decoding.processor import GenARMLogitsProcessor
-from ..decoding.recommended import base_reference
+from ..decoding.recommended import base_reference, with_tokens_of
 from ..files import make_output_dir
 from ..hub.card import reward_model_card, sentence_card
 from ..hub.info import INFO_NAME
@@ -165,7 +165,8 @@ def make_processor(
     """Makes the processor of all settings with a reference, `"none"` or `"base"`."""
     parts = assemble([arm], [name], model, tokenizer, alpha=1.0, reference=None)
     if reference == "base":
-        parts.reference = base_reference([arm], [name], model, tokenizer, parts.reward_tokenizer or [None])
+        aligned = parts.reward_tokenizer or [None]
+        parts.reference = base_reference([arm], [name], model, with_tokens_of(tokenizer, aligned), aligned)
     return GenARMLogitsProcessor(**vars(parts))
 
 

@@ -14,7 +14,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ...hub.kv_cache import CACHE, network_of, new_cache
-from ...hub.limits import fixed_length, n_positions, refuse_too_long, refuse_unknown_ids, why_no_cache
+from ...hub.limits import (
+    fixed_length,
+    n_positions,
+    refuse_nan,
+    refuse_too_long,
+    refuse_unfilled_cache,
+    refuse_unknown_ids,
+    why_no_cache,
+)
 from ...hub.sharing import frozen_twin
 from ..fusion.joint_network import JointNetwork, NotFusableError, products_of
 from ..lockstep import LockstepLM
@@ -152,11 +160,8 @@ class TextTree:
         for nodes_read, logits in self._in_rows(missing) if self._rows is not None else self._in_tree(missing):
             log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
             if log_probs.isnan().any():
-                raise ValueError(
-                    f"The reward model `{network_of(self.models[0]).config.name_or_path}` or its reference returned "
-                    f"NaN. Its weights or its dtype ({logits.dtype}) are at fault: load it with `dtype=torch.float32`, "
-                    "or check its training."
-                )
+                name = network_of(self.models[0]).config.name_or_path
+                refuse_nan(f"The reward model `{name}` or its reference", logits.dtype)
             for node, following in zip(nodes_read, log_probs.transpose(0, 1).cpu().numpy(), strict=True):
                 node.following = following
                 self._known[node] = None
@@ -283,8 +288,7 @@ class _Pass:
             self._cache = new_cache(self._network)
         assert self._cache is not None
         refuse_too_long(self._network, max(node.depth for node in nodes), self._n_positions, "reward model")
-        # Offloaded weights are on no device until they are needed; hooks then fetch the inputs too.
-        device = torch.device("cpu") if self._model.device.type == "meta" else self._model.device
+        device = self._model.device
         ids = torch.tensor([[node.token for node in nodes]], device=device)
         refuse_unknown_ids(self._network, ids, "reward model")
         dtype = self._network.dtype
@@ -301,11 +305,7 @@ class _Pass:
             inputs["logits_to_keep"] = torch.tensor(places, device=device)
         inputs |= {CACHE: self._cache, "use_cache": True}
         output: Any = self._model(**inputs) if self._joint is None else self._joint(inputs, 1)
-        if self._cache.get_seq_length() != mask.shape[1]:
-            raise RuntimeError(
-                f"`{type(self._model).__name__}` did not fill its key-value cache. A model in training mode with "
-                "gradient checkpointing turns the cache off: call `reward_model.eval()` first."
-            )
+        refuse_unfilled_cache(self._network, self._cache, mask.shape[1])
         logits = output.logits if keeps else output.logits[:, places]
         return logits if self._joint is None else logits.flip(0)
 
