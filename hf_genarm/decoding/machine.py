@@ -16,7 +16,8 @@ from .kl_control import KLControl
 from .late_checks import LateChecks
 from .likely_mistakes import LikelyMistakes
 from .line import Line
-from .prompts import OwnPrompt, OwnPrompts
+from .own_prompt import OwnPrompt
+from .prompts import OwnPrompts
 from .reference import Reference
 from .rewards import NextTokenRewards
 from .statistics import Statistics

@@ -13,7 +13,7 @@ from ..hub.sharing import twin
 from .fusion.joint_pass import FusedLM, Fusion
 from .line import Line
 from .lockstep import LockstepLM
-from .prompts import OwnPrompt
+from .own_prompt import OwnPrompt
 from .step_watch import StepWatch
 from .texts import Text
 

@@ -14,7 +14,7 @@ from .fusion.joint_pass import FusedLM, Fusion
 from .late_checks import LateChecks
 from .line import Line
 from .lockstep import LockstepLM
-from .prompts import OwnPrompt
+from .own_prompt import OwnPrompt
 from .step_watch import StepWatch
 from .strings.byte_map import ByteMap
 from .strings.starting_model import StartingModel

@@ -24,7 +24,7 @@ from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
 from ..line import Line
 from ..lockstep import LockstepLM, State, position_ids
-from ..prompts import OwnPrompt
+from ..own_prompt import OwnPrompt
 from ..step import Step
 from ..step_watch import StepWatch
 from .joint_cache import detach, join, split

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...hub.info import GuidanceWarning
-from ..prompts import OwnPrompt
+from ..own_prompt import OwnPrompt
 from .byte_map import ByteMap
 from .spellings import PRUNING, PrefixProbabilities, Pruning, Spellings
 from .starting_model import StartingModel
