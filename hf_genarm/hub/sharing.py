@@ -26,7 +26,20 @@ _MERGING = ("merge", "merge_adapter", "merge_and_unload")  # of layers, and of w
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """Returns other modules around the same parameters and buffers, which changes of the model's own don't reach."""
-    return copy.deepcopy(model, memo={id(x): x for x in [*model.parameters(), *model.buffers()]})
+    return copy.deepcopy(model, memo=_shared(model))
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """
+    Returns what copies of modules share, by its `id`: parameters, buffers, and what bitsandbytes keeps next to them,
+    such as the scales of 8-bit weights, which their first forward pass takes from the parameter.
+    """
+    kept = [x for module in model.modules() for x in vars(module).values() if _is_of_bitsandbytes(x)]
+    return {id(x): x for x in [*model.parameters(), *model.buffers(), *kept]}
+
+
+def _is_of_bitsandbytes(x: Any) -> bool:
+    return type(x).__module__.startswith("bitsandbytes.")
 
 
 def load_onto_shared_weights(base_model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -77,8 +90,7 @@ def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]
     Whether a weight is frozen can change the last bits of a forward pass.
     """
     aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
-    shared: dict[int, Any] = {id(x): aliases.get(x, x) for x in base_model.parameters()}
-    shared |= {id(x): x for x in base_model.buffers()}
+    shared = _shared(base_model) | {id(x): alias for x, alias in aliases.items()}
     return copy.deepcopy(base_model, memo=shared), {alias: x for x, alias in aliases.items()}
 
 
