@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook_on_blocks
 from oracle import Recompute
+from peft import PeftModel
 from simulated import DEVICE, SimulatedDevice
 from tiny import left_padded, save_adapter, tiny_llama, tiny_tokenizer
 
@@ -74,3 +76,27 @@ def test_the_reference_is_where_the_base_is(arms):
     text, expected = guided(arms[0], [model, base_model()], [1.0, -1.0], reference="base", alpha=1.0)
     assert expected != plain
     assert text == expected
+
+
+def test_a_base_whose_layers_are_spread(tmp_path):
+    """Over the device and the CPU, by accelerate: an adapter is in the base's own passes."""
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.1", "model.norm"), "cpu")
+    places |= {"model.layers.0": DEVICE, "lm_head": DEVICE}
+    base = base_model()
+    base.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"), target_modules="all-linear")
+    model = PeftModel.from_pretrained(base_model(), adapter).eval()
+    for options in ({}, {"num_beams": 2}):
+        oracle = Recompute([model], [1.0], BATCH["attention_mask"])
+        expected = base.generate(**BATCH, **GREEDY | options, logits_processor=[oracle])
+        assert expected.tolist() != base.generate(**BATCH, **GREEDY | options).tolist()
+        with SimulatedDevice():
+            spread = base_model()
+            spread.name_or_path = str(tmp_path / "base")
+            attach_align_device_hook_on_blocks(spread, places, skip_keys="past_key_values")
+            assert {str(x.device) for x in spread.parameters()} == {"cpu", DEVICE}
+            processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=spread)
+            output = spread.generate(**BATCH, **GREEDY | options, logits_processor=[processor])
+        assert processor.engine == "fused"
+        assert processor._machine.rewards.models[0].joint_passes == GREEDY["max_new_tokens"] - 1
+        assert output.tolist() == expected.tolist()

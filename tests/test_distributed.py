@@ -71,8 +71,8 @@ def test_training_resumes_after_a_kill(tmp_path):
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.8"), reason="gloo lacked what FSDP2 needs (seen on 2.6)")
 def test_sharded_weights(tmp_path):
-    """FSDP2 by itself, since accelerate starts plain data parallelism on CPUs whatever its config says."""
-    run = start("sharded_loss.py", processes=2)
+    """FSDP2 by itself, since accelerate starts plain data parallelism on CPUs, and tensor parallelism for decoding."""
+    run = start("sharded_weights.py", tmp_path, processes=2)
     assert run.returncode == 0, run.stderr
     assert "2 processes, sharded: equal" in run.stdout
 

@@ -17,11 +17,15 @@ class InstancePatch:
             The name of the method.
         function (callable):
             What is called in its place, with the replaced method as its first argument.
+
+    Attributes:
+        before (callable, *optional*):
+            What the instance itself had in this place.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, function: Callable):
         self._model, self._name, self._function = model, name, function
-        self._before = vars(model).get(name)
+        self.before = vars(model).get(name)
         self.__wrapped__ = getattr(model, name)  # `generate` inspects its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,8 +42,8 @@ class InstancePatch:
         """Restores what was there before, unless something else has replaced the patch since."""
         if vars(self._model).get(self._name) is self:
             del vars(self._model)[self._name]
-            if self._before is not None:
-                vars(self._model)[self._name] = self._before
+            if self.before is not None:
+                vars(self._model)[self._name] = self.before
 
     def retire(self) -> None:
         """Removes the patch for good; a later patch that still calls this one reaches the method unchanged."""

@@ -33,7 +33,16 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     """
     Returns what copies of modules share, by its `id`: parameters, buffers, and what bitsandbytes keeps next to them,
     such as the scales of 8-bit weights, which their first forward pass takes from the parameter.
+
+    Raises:
+        ValueError: if FSDP has sharded the parameters.
     """
+    if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
+        raise ValueError(
+            "The base model is sharded by FSDP, so that other modules, as a sentence or an adapter needs them, can't "
+            "share its weights. Use a reward model with weights of its own, or load the base on one device or with "
+            "`device_map='auto'`."
+        )
     kept = [x for module in model.modules() for x in vars(module).values() if _is_of_bitsandbytes(x)]
     return {id(x): x for x in [*model.parameters(), *model.buffers(), *kept]}
 
@@ -88,7 +97,16 @@ def frozen_twin(base_model: Any) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]
     Returns a twin that PEFT may freeze, and the parameters of the model by those that replace them in the twin.
 
     Whether a weight is frozen can change the last bits of a forward pass.
+
+    Raises:
+        ValueError: if its parameters are sharded over processes.
     """
+    if any(type(x).__name__ == "DTensor" for x in base_model.parameters()):
+        raise ValueError(
+            "The parameters of the base model are sharded over processes (`tp_plan` or FSDP), so that an adapter can't "
+            "share them. Load it with weights of its own, `AutoregressiveRewardModel.from_pretrained(...)` without "
+            "`base_model`, or load the base on one device or with `device_map='auto'`."
+        )
     aliases = {x: nn.Parameter(x.detach(), requires_grad=False) for x in base_model.parameters() if x.requires_grad}
     shared = _shared(base_model) | {id(x): alias for x, alias in aliases.items()}
     return copy.deepcopy(base_model, memo=shared), {alias: x for x, alias in aliases.items()}

@@ -1,24 +1,29 @@
 """The network of the base, with the low-rank products of reward adapters added to separate rows."""
 
 import functools
+import itertools
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...hub.kv_cache import CACHE, network_of
+from ...hub.sharing import is_plain
 from ..instance_patch import InstancePatch
 from ..lockstep import LockstepLM
 from ..step_watch import StepWatch
 
 # For up to so many rows, `W x` is faster than `x W` where `slow_for_few_rows` holds.
 _FEW_ROWS = 32
+# All layers in these modules of PEFT are LoRA on a linear layer with quantised weights.
+_ON_QUANTISED = {f"peft.tuners.lora.{name}" for name in ("aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "torchao")}
 
 
 class LowRankProduct(NamedTuple):
@@ -28,18 +33,22 @@ class LowRankProduct(NamedTuple):
     b: Tensor
     scaling: float
 
-    def like(self, weight: Tensor) -> "LowRankProduct":
+    def at(self, layer: nn.Module, dtype: torch.dtype) -> "LowRankProduct":
         """
-        Returns it in the dtype and on the device of the layer. PEFT loads adapters in float32, also those of a base in
-        bfloat16, where each product would take five kernels in place of two.
+        Returns it on the device and in the dtype of the layer, or in the given one if its weights are quantised. PEFT
+        loads adapters in float32, also those of a base in bfloat16, where each product would take five kernels in place
+        of two.
         """
-        if self.a.dtype == self.b.dtype == weight.dtype and self.a.device == self.b.device == weight.device:
+        weight = next(itertools.chain(layer.parameters(), layer.buffers()))
+        dtype = weight.dtype if is_plain(weight) else dtype
+        if self.a.dtype == self.b.dtype == dtype and self.a.device == self.b.device == weight.device:
             return self
-        return LowRankProduct(self.a.to(weight), (self.b * self.scaling).to(weight), 1.0)
+        place = {"device": weight.device, "dtype": dtype}
+        return LowRankProduct(self.a.to(**place), (self.b * self.scaling).to(**place), 1.0)
 
     def add(self, x: Tensor, output: Tensor, rows: slice) -> None:
         """Adds scaling * B A x to some rows, in place."""
-        low_rank = nn.functional.linear(x[rows], self.a).flatten(0, -2)
+        low_rank = nn.functional.linear(x[rows].to(self.a.dtype), self.a).flatten(0, -2)
         # With autocast, layers compute in another dtype than that of their weights.
         low_rank, b = low_rank.to(output.dtype), self.b.T.to(output.dtype)
         output[rows].view(-1, len(self.b)).addmm_(low_rank, b, alpha=self.scaling)
@@ -67,7 +76,8 @@ class StackedProducts:
     def add(self, x: Tensor, output: Tensor, batch_size: int) -> None:
         """Adds them to the rows that follow those of the base, in place."""
         n_blocks = len(self._a)
-        own, of_output = (t[batch_size:].view(n_blocks, -1, t.shape[-1]) for t in (x.contiguous(), output))
+        x = x.to(self._a.dtype).contiguous()
+        own, of_output = (t[batch_size:].view(n_blocks, -1, t.shape[-1]) for t in (x, output))
         of_output.baddbmm_(torch.bmm(own, self._a).to(output.dtype), self._b.to(output.dtype))
 
 
@@ -79,14 +89,14 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
         NotFusableError: if it has more than the weights of the base and such products.
     """
     model = reward_model.model
-    refuse_hooks(model, "a reward model")
+    refuse_unusual(model, "a reward model")
     if not reward_model.has_cache:
         raise NotFusableError(f"`{type(base).__name__}` has no cache of keys and values alone")
     network = network_of(model)
     factors_of_all: set[Tensor] = set()
     products = []
     for path, layer in network.named_modules():
-        if type(layer) is not lora.Linear:
+        if not _is_lora_on_linear(layer):
             continue
         factors: dict[str, tuple[Any, Any]] = {
             name: (a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()
@@ -116,6 +126,11 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
     return products
 
 
+def _is_lora_on_linear(layer: nn.Module) -> bool:
+    """Returns whether a layer adds B A x to what a linear layer returns, whose weights may be quantised."""
+    return type(layer) is lora.Linear or (isinstance(layer, lora.LoraLayer) and type(layer).__module__ in _ON_QUANTISED)
+
+
 def _are_equal(own: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     """Returns whether two sets of buffers have the same names and values, in whatever dtype."""
     pairs = [(x, others.get(name)) for name, x in own.items()]
@@ -132,7 +147,7 @@ class JointNetwork:
 
     Args:
         base ([`~transformers.PreTrainedModel`]):
-            The model to be steered, which [`refuse_hooks`] accepts.
+            The model to be steered, which [`refuse_unusual`] accepts.
         products (sequence of list of (`str`, [`LowRankProduct`])):
             Those of each reward model, from [`products_of`].
     """
@@ -146,12 +161,15 @@ class JointNetwork:
         self._network = _other_modules(base, {})
         self._paths = by_path.keys()
         for module in self._network.modules() if slow_for_few_rows(base.device) else ():
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and type(module.weight) is nn.Parameter:  # not quantised
                 vars(module)["forward"] = functools.partial(_linear, module)
         for path, of_layer in by_path.items():
             layer = self._network.get_submodule(path)
-            like = [(block, product.like(layer.weight)) for block, product in of_layer]
-            vars(layer)["forward"] = self._with_products(path, layer.forward, _adding(like, len(products)))
+            placed = [(block, product.at(layer, base.dtype)) for block, product in of_layer]
+            vars(layer)["forward"] = self._with_products(path, layer.forward, _adding(placed, len(products)))
+        for module in self._network.modules():
+            if "_hf_hook" in vars(module):
+                vars(module)["forward"] = functools.partial(_moved, module._hf_hook, module, module.forward)
 
     def _with_products(
         self, path: str, forward: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor, int], None]
@@ -225,21 +243,48 @@ class _NotRowByRowError(Exception):
     """Is raised if an adapted layer gets something other than the rows of the batch, such as tokens of one expert."""
 
 
-def refuse_hooks(model: nn.Module, what: str) -> None:
+def refuse_unusual(model: nn.Module, what: str) -> None:
     """
-    Refuses a model with hooks or patches, which other modules around its weights would not run.
+    Refuses a model whose layers do more than a forward pass of their class, row by row.
 
     Raises:
-        NotFusableError: if there is a hook, a replaced `forward` or another such thing.
+        NotFusableError: if there is a hook, a replaced `forward` or another such thing, which other modules around its
+            weights would not run, or a layer where the rows of a batch depend on each other.
     """
     for module in model.modules():
         own = vars(module)
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        is_ours = isinstance(own.get("forward"), InstancePatch | None)
-        if not is_ours or module._compiled_call_impl is not None or not all(map(_is_harmless, hooks)):
+        forward = own.get("forward")
+        while isinstance(forward, InstancePatch):
+            forward = forward.before
+        is_own = forward is None or _only_moves(module, forward)
+        if not is_own or module._compiled_call_impl is not None or not all(map(_is_harmless, hooks)):
             raise NotFusableError(f"hooks, offloading, compilation or a replaced `forward` act on {what}")
         if module.training:
             raise NotFusableError(f"{what} is in training mode")
+        if _mixes_rows(module):
+            raise NotFusableError(f"quantised layers of {what} round each row of a batch in view of the others")
+
+
+def _mixes_rows(module: nn.Module) -> bool:
+    """Returns whether a layer rounds its inputs with outliers or with a scale that it takes from all rows."""
+    has_outliers = getattr(vars(module).get("state"), "threshold", 0.0) > 0  # of bitsandbytes, in 8 bits
+    rounding = getattr(module._parameters.get("weight"), "act_quant_kwargs", None)  # of torchao
+    return has_outliers or type(getattr(rounding, "granularity", None)).__name__ == "PerTensor"
+
+
+def _only_moves(module: nn.Module, forward: Any) -> bool:
+    """Returns whether `forward` is that of the class and what moves its inputs, as accelerate spreads layers."""
+    hook, method = vars(module).get("_hf_hook"), vars(module).get("_old_forward")
+    is_own = getattr(method, "__func__", None) is type(module).forward
+    is_hook = isinstance(forward, functools.partial) and forward.func.__module__ == AlignDevicesHook.__module__
+    return is_hook and is_own and type(hook) is AlignDevicesHook and not hook.offload
+
+
+def _moved(hook: AlignDevicesHook, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Runs a layer where accelerate has put it."""
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return hook.post_forward(module, forward(*args, **kwargs))
 
 
 def _is_harmless(hook: Callable) -> bool:
@@ -266,7 +311,8 @@ def _other_modules(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
     if module not in made:
         other = made[module] = object.__new__(type(module))
         vars(other).update(vars(module))
-        vars(other).pop("forward", None)  # a compiled or patched base has some on its instance
+        vars(other).pop("forward", None)  # a base that is compiled, patched or spread has some on its instance
+        vars(other).pop("_old_forward", None)
         vars(other).pop("prepare_inputs_for_generation", None)
         vars(other).pop("generate", None)
         children = {name: child and _other_modules(child, made) for name, child in module._modules.items()}

@@ -28,7 +28,7 @@ from ..own_prompt import OwnPrompt
 from ..step import Step
 from ..step_watch import StepWatch
 from .joint_cache import detach, join, split
-from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks, slow_for_few_rows
+from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_unusual, slow_for_few_rows
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Fusion:
     def why_not(self, reward_model: LockstepLM) -> str | None:
         """Returns why a reward model can't be fused with the base in their present state; `None` if it can."""
         try:
-            refuse_hooks(self.base, "the base")
+            refuse_unusual(self.base, "the base")
             products_of(reward_model, self.base)
         except NotFusableError as error:
             return str(error)
@@ -242,7 +242,7 @@ class Fusion:
         networks, key = self._local.networks, tuple(reward_models)
         if key not in networks:
             try:
-                refuse_hooks(self.base, "the base")
+                refuse_unusual(self.base, "the base")
                 networks[key] = JointNetwork(self.base, [self._products(x) or [] for x in reward_models])
             except NotFusableError as error:
                 if reward_models:
