@@ -290,6 +290,11 @@ CALLERS = [
     ("after a reward model or the base was changed", "exact for the models at the beginning of the text"),
     ("with a base that `torch.compile(model)` wraps (torch after 2.6)", "exact, fused"),
     ("with a base whose `forward` is compiled or has hooks", "exact, in separate passes"),
+    ("with a base whose layers are on several devices (`device_map`)", "exact, fused"),
+    (
+        "with a base that is sharded over processes (`tp_plan`, FSDP2)",
+        "exact with a separate reward model, with `tp_plan` also with a sentence; an adapter on its weights is refused",
+    ),
     ("as a copy or a pickle, alone or with the base", "exact, fused"),
 ]
 OTHER_REWARD_MODELS = [
@@ -298,7 +303,14 @@ OTHER_REWARD_MODELS = [
     ("weights that are offloaded (`device_map`)", "exact"),
     ("one strength per request, schedules, a reference", "exact, in every mode above"),
     ("a target divergence (`target_kl`)", "exact: each text as it would be alone, also with beams and drafts"),
-    ("int8 weights of base and reward model (torchao)", "exact for those weights"),
+    (
+        "weights of base and reward model in 8 bits (torchao; bitsandbytes with `llm_int8_threshold=0.0`) or 4 (nf4)",
+        "exact for those weights; adapters on them are fused",
+    ),
+    (
+        "layers that round each row in view of the others (bitsandbytes in 8 bits, with outliers; one scale per tensor)",
+        "adapters in separate passes, so that the base's rows are rounded as without guidance",
+    ),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),
     ("prompt-, prefix-, p-tuned, CPT and aLoRA adapters", "exact; the whole text is read again for every token"),
     ("adapters with `layer_replication`", "exact; fused if the order of layers is that of the base"),
