@@ -327,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sentence_brevity": partial(of_report, OF_SENTENCE, "### For short answers, by strength"),
     "sentence_differences": partial(differences, OF_SENTENCE),
     "sentence_on_qwen": partial(of_report, ON_QWEN, "### For positive answers, by strength"),
+    "sentence_brevity_on_qwen": partial(of_report, ON_QWEN, "### For short answers, by strength"),
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
