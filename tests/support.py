@@ -308,7 +308,7 @@ OTHER_REWARD_MODELS = [
         "exact for those weights; adapters on them are fused",
     ),
     (
-        "layers that round each row in view of the others (bitsandbytes in 8 bits, with outliers; one scale per tensor)",
+        "layers that round each row in view of the others (bitsandbytes in 8 bits with outliers, one scale per tensor)",
         "adapters in separate passes, so that the base's rows are rounded as without guidance",
     ),
     ("bfloat16 or float16 weights", "exact for those weights; the product is in float32"),

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from helpers import run_script
 from tiny import random_prompts, tiny_llama
@@ -40,3 +41,5 @@ def test_a_dry_run_of_the_benchmark_for_gpus(tmp_path):
     assert not [row for rows in results.values() for row in rows if "error" in row]
     assert {row["result"] for row in results["devices"]} == {"runs"}
     assert max(row["max_difference"] for row in results["exactness"] if "bf16" not in row["way"]) < 1e-4
+    losses = {row["way"]: row["loss"] for row in results["training"]}
+    assert list(losses.values()) == pytest.approx([losses["naive"]] * 3, rel=0.05)  # in bfloat16

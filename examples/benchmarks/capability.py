@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from examples.benchmarks.measuring import add_place
 from examples.small import fitting_adapter, output_file, sized
 from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model
@@ -34,7 +35,7 @@ def load_task() -> dict[str, Any]:
     return task
 
 
-def score(arm: str, alpha: float, reference: str | None, n_questions: int | None) -> list[dict[str, Any]]:
+def score(alpha: float, reference: str | None, n_questions: int | None, arm: str, args: Any) -> list[dict[str, Any]]:
     """Returns the questions, each with `acc`, which is 1 if its answer was right."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -43,11 +44,17 @@ def score(arm: str, alpha: float, reference: str | None, n_questions: int | None
 
     results = simple_evaluate(
         model="hf-genarm",
-        model_args={"pretrained": demo_model(), "arm": arm, "alpha": alpha, "reference": reference},
+        model_args={
+            "pretrained": demo_model(),
+            "dtype": args.dtype,
+            "arm": arm,
+            "alpha": alpha,
+            "reference": reference,
+        },
         tasks=[load_task()],
         task_manager=TaskManager(include_defaults=False),  # the harness's own tasks take seconds to list
         batch_size=16,
-        device="cpu",
+        device=args.device,
         limit=n_questions,
         bootstrap_iters=0,
     )
@@ -60,6 +67,7 @@ def main() -> None:
     parser.add_argument("--arm", default="model_cards/arm-smollm2-135m-sentiment", help="Hub id or folder")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0], help="strengths, in addition to 0")
     parser.add_argument("--seed", type=int, default=0, help="for the bootstrap")
+    add_place(parser)
     parser.add_argument(
         "--output",
         type=output_file,
@@ -73,7 +81,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     right_before = np.empty(0)
     for alpha, reference in settings:
-        samples = score(arm, alpha, reference, n_questions)
+        samples = score(alpha, reference, n_questions, arm, args)
         right = np.array([sample["acc"] for sample in samples], dtype=float)
         right_before = right if alpha == 0 else right_before
         by_kind: dict[str, list[float]] = {}

@@ -32,7 +32,16 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LogitsProcessor, PreTrainedModel
 
-from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from examples.benchmarks.measuring import (
+    add_place,
+    add_record,
+    cell,
+    forget_peak_memory,
+    load,
+    memory_mb,
+    run_for_memory,
+    spread,
+)
 from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.decoding.fusion import joint_cache, joint_network
@@ -199,15 +208,9 @@ def print_peak_memory(engine: str, names: list[str], args) -> None:
     path = demo_model()
     model, _tokenizer = load(path, args), AutoTokenizer.from_pretrained(path)
     processors: list[LogitsProcessor] = [make_processor(engine, model, names)] if engine != "unguided" else []
-    forget_peak_memory()  # of loading
+    forget_peak_memory(args.device)  # of loading
     run_engine(engine, model, processors, args.batch_sizes[0], args)
-    is_cuda = model.device.type == "cuda"
-    print(torch.cuda.max_memory_allocated() / 2**20 if is_cuda else memory_mb())
-
-
-def load(path: str, args: argparse.Namespace) -> PreTrainedModel:
-    """Loads the base, on the device and in the dtype of the arguments."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).to(args.device)
+    print(memory_mb(args.device))
 
 
 def profile(model: PreTrainedModel, names: list[str], args) -> None:
@@ -288,8 +291,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=sized(128, 4))
     parser.add_argument("--new-tokens", type=int, default=sized(128, 4))
     parser.add_argument("--rounds", type=int, default=sized(3, 1))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add_place(parser)
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
     parser.add_argument("--sentences", type=int, nargs="+", help="measure these numbers of sentences instead")

@@ -1,5 +1,6 @@
-"""What the benchmarks share: the machine they ran on, peak memory, and files of results."""
+"""What the benchmarks share: the device and the machine they run on, peak memory, and files of results."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,19 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that [`load`] reads: `--device` and `--dtype`."""
+    parser.add_argument("--device", default="cpu", help="where models are, such as cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
+def load(path: str | Path, args: argparse.Namespace) -> Any:
+    """Loads a model onto the device and in the dtype of the arguments."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).to(args.device)
+
+
+def wait(device: str | torch.device) -> None:
+    """Waits until the device has done what it was given, before a time is taken."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, str | int]:
-    """Returns what results depend on besides the code: processor, threads and versions."""
+    """Returns what results depend on besides the code: processor, GPU, threads and versions."""
     model = [
         line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
     ]
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
         "threads": torch.get_num_threads(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "other",
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **gpu,
     }
 
 
@@ -51,13 +72,20 @@ def module_of(script: str) -> str:
     return f"examples.benchmarks.{Path(script).stem}"
 
 
-def forget_peak_memory() -> None:
+def forget_peak_memory(device: str) -> None:
     """Lets the peak memory of this process be that from now on."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def memory_mb(name: str = "VmHWM") -> float:
-    """Returns the peak memory of this process in megabytes, or with `VmRSS` the memory in use."""
+def memory_mb(device: str, in_use: bool = False) -> float:
+    """Returns the peak memory of this process on a device in megabytes, or the memory in use."""
+    if device.startswith("cuda"):
+        of = torch.cuda.memory_allocated if in_use else torch.cuda.max_memory_allocated
+        return of(device) / 2**20
+    name = "VmRSS" if in_use else "VmHWM"
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[name].split()[0]) / 1024
 

@@ -27,12 +27,12 @@ from unittest import mock
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import utils
 
 from examples.benchmarks.drafting import MODES, Bench
 from examples.benchmarks.make_shallow import DISTILLED, shallow_reward_model
-from examples.benchmarks.measuring import add_record, cell
+from examples.benchmarks.measuring import add_place, add_record, cell, load
 from examples.pairs import DATA
 from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardModel
@@ -165,27 +165,28 @@ def main() -> None:
     parser.add_argument(
         "--acceptance", type=float, default=0.6, help="the rate for simulated drafts, as measured with the real pair"
     )
+    add_place(parser)
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--plot", type=output_file, help="PNG file, of all results in the JSON file")
     args = parser.parse_args()
 
     folder = shallow_reward_model()
-    arm = AutoregressiveRewardModel.from_pretrained(str(folder))
-    small = AutoModelForCausalLM.from_pretrained(folder / DISTILLED)
+    arm = AutoregressiveRewardModel.from_pretrained(str(folder), dtype=args.dtype, device_map=args.device)
+    small = load(folder / DISTILLED, args)
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    prompts = {n: conversations(tokenizer, n, args.rounds) for n in args.prompt_tokens}
+    prompts = {n: [x.to(args.device) for x in conversations(tokenizer, n, args.rounds)] for n in args.prompt_tokens}
     results: list[dict] = []
     if args.simulate:
         bar = tqdm(total=len(args.times) * len(prompts) * args.rounds, desc="rounds")
         for times in args.times:
-            bench = Bench(random_base(times, arm.model), arm, small, args)
+            bench = Bench(random_base(times, arm.model).to(small), arm, small, args)
             with mock.patch.object(utils, "_speculative_sampling", replay(args.acceptance)):
                 for n_tokens, of_length in prompts.items():
                     result = {"simulated": times, "prompt_tokens": n_tokens} | bench.compare("sampling", of_length, bar)
                     results.append(result)
             del bench
     else:
-        base = AutoModelForCausalLM.from_pretrained(demo_model())
+        base = load(demo_model(), args)
         bench = Bench(base, arm, small, args)
         bar = tqdm(total=len(MODES) * len(prompts) * args.rounds, desc="rounds")
         for n_tokens, of_length in prompts.items():

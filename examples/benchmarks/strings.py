@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 
+from examples.benchmarks.measuring import add_place, load, wait
 from examples.scorers import sentiment
 from examples.small import fitting_adapter, output_file, sized
 from hf_genarm import GenARMLogitsProcessor
@@ -58,6 +58,7 @@ def cost(steer: GenARMLogitsProcessor, base: Any, args: Any) -> dict:
             set_seed(turn)
             start = time.perf_counter()
             base.generate(**inputs, logits_processor=[steer] if is_guided else [], **options)
+            wait(base.device)
             times.setdefault(is_guided, []).append((time.perf_counter() - start) / args.tokens)
     ratios = [guided / alone for guided, alone in zip(times[True][1:], times[False][1:], strict=True)]
     return {"cost": statistics.median(ratios), "range": [min(ratios), max(ratios)], "turns": len(ratios)}
@@ -92,10 +93,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=sized(5, 1), help="number of pairs of passes that are timed")
     parser.add_argument("--tokens", type=int, default=sized(16, 2), help="tokens in each of them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the answers")
+    add_place(parser)
     parser.add_argument("--output", type=output_file, default="outputs/strings.jsonl", help="where answers are kept")
     args = parser.parse_args()
     name = demo_model() if is_smoke() else args.base
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    base = load(name, args)
     tokenizer = AutoTokenizer.from_pretrained(name)
     adapter = fitting_adapter(ADAPTER)
     steer = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base, reference="base", alpha=1.0)

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from examples.benchmarks.measuring import add_place, load
 from examples.pairs import held_out_prompts
 from examples.quickstart import Steering
 from examples.small import fitting_adapter, output_file, sized
@@ -70,11 +71,13 @@ def main() -> None:
     parser.add_argument("--min-tokens", type=int, default=sized(16, 1))
     parser.add_argument("--max-new-tokens", type=int, default=sized(48, 4))
     parser.add_argument("--seed", type=int, default=0)
+    add_place(parser)
     parser.add_argument("--plot", type=output_file, help="PNG file")
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    model = load(demo_model(), args)
     tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side="left")
     steer = Steering(model, tokenizer, held_out_prompts(args.n_prompts), args.max_new_tokens, args.seed)
+    steer.inputs = steer.inputs.to(args.device)
     runs: dict[str, list[np.ndarray]] = {}
     with tqdm(total=len(NAMES) * (1 + len(args.targets)), desc="Generating") as progress:
         for name in NAMES:

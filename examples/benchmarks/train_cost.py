@@ -15,16 +15,27 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
-from examples.benchmarks.measuring import add_record, cell, forget_peak_memory, memory_mb, run_for_memory, spread
+from examples.benchmarks.measuring import (
+    add_place,
+    add_record,
+    cell,
+    forget_peak_memory,
+    load,
+    memory_mb,
+    run_for_memory,
+    spread,
+    wait,
+)
 from examples.small import output_file, sized
 from hf_genarm import AutoregressiveRewardConfig, AutoregressiveRewardTrainer
 from hf_genarm.demo import demo_model
@@ -35,23 +46,32 @@ TARGETS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
 PAIR = {"prompt": ["A question?"], "chosen": [" Yes."], "rejected": [" No, not at all."]}
 
 
-def make_step(way: str, folder: str, args) -> Callable[[list[list[int]], list[list[int]], int], torch.Tensor]:
-    """Returns a function of chosen, rejected and the length of their prompts that returns the loss."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo_model()), AutoTokenizer.from_pretrained(demo_model())
+def step_of_demo(way: str, folder: str, args) -> Callable[[list[list[int]], list[list[int]], int], torch.Tensor]:
+    """Returns [`make_step`] for an adapter on the demo model."""
+    model = load(demo_model(), args)
     torch.manual_seed(args.seed)
     config = LoraConfig(r=args.rank, target_modules=TARGETS[args.targets], init_lora_weights=False)
-    model = get_peft_model(model, config)
-    options = {"output_dir": folder, "report_to": "none", "gradient_checkpointing": args.gradient_checkpointing}
+    model, tokenizer = get_peft_model(model, config), AutoTokenizer.from_pretrained(demo_model())
+    return make_step(way, model, tokenizer, folder, args.gradient_checkpointing)
+
+
+def make_step(
+    way: str, model: Any, tokenizer: Any, folder: str, checkpointing: bool
+) -> Callable[[list[list[int]], list[list[int]], int], torch.Tensor]:
+    """Returns a function of chosen, rejected and the length of their prompts that returns the loss."""
+    device = model.device
+    options = {"output_dir": folder, "report_to": "none", "gradient_checkpointing": checkpointing, "bf16": False}
+    options |= {"use_cpu": device.type == "cpu"}
     data = {"train_dataset": Dataset.from_dict(PAIR), "processing_class": tokenizer}
     if way == "naive":
         # The sigmoid loss of CPO without its likelihood term is that of an autoregressive reward model.
-        options |= {"loss_type": "sigmoid", "cpo_alpha": 0.0, "bf16": False, "beta": 0.05}
+        options |= {"loss_type": "sigmoid", "cpo_alpha": 0.0, "beta": 0.05}
         naive = CPOTrainer(model=model, args=CPOConfig(**options), **data)
 
         def naive_step(chosen, rejected, prompt_length):
             batch = {}
             for side, texts in (("chosen", chosen), ("rejected", rejected)):
-                ids = torch.tensor(texts)
+                ids = torch.tensor(texts, device=device)
                 labels = ids.clone()
                 labels[:, :prompt_length] = -100
                 parts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -69,7 +89,7 @@ def make_step(way: str, folder: str, args) -> Callable[[list[list[int]], list[li
             {"chosen_ids": one, "rejected_ids": other, "genarm_prompt_length": prompt_length}
             for one, other in zip(chosen, rejected, strict=True)
         ]
-        return trainer.compute_loss(trainer.model, trainer.data_collator(pairs))
+        return trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(pairs)))
 
     return step
 
@@ -85,7 +105,8 @@ def random_pairs(prompt_length: int, response_length: int, args) -> tuple[list[l
 def measure(args) -> list[dict]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        steps = {way: make_step(way, folder, args) for way in WAYS}
+        steps = {way: step_of_demo(way, folder, args) for way in WAYS}
+        tolerance = 1e-4 if args.dtype == "float32" else 0.05
         progress = tqdm(total=len(args.shapes) * (args.rounds + 1), desc="rounds")
         for shape in args.shapes:
             prompt_length, response_length = map(int, shape.split("+"))
@@ -97,9 +118,10 @@ def measure(args) -> list[dict]:
                     start = time.perf_counter()
                     loss = step(*pairs)
                     loss.backward()
+                    wait(args.device)
                     seconds[way], losses[way] = time.perf_counter() - start, loss.item()
                 for way, loss in losses.items():
-                    if abs(loss - losses["naive"]) > 1e-4 * losses["naive"]:
+                    if abs(loss - losses["naive"]) > tolerance * losses["naive"]:
                         raise RuntimeError(f"The loss of `{way}` is {loss}, and not {losses['naive']}, the naive one.")
                 for way in WAYS[1:] if number > 0 else ():  # the first round warms up
                     ratios[way].append(seconds["naive"] / seconds[way])
@@ -110,6 +132,7 @@ def measure(args) -> list[dict]:
         for way in WAYS:
             options = ["--peak-memory-of", way, "--shapes", row["shape"], "--pairs", str(args.pairs)]
             options += ["--rank", str(args.rank), "--targets", args.targets]
+            options += ["--device", args.device, "--dtype", args.dtype]
             options += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
             row["memory_mb"][way] = run_for_memory(__file__, options)
     return results
@@ -118,16 +141,16 @@ def measure(args) -> list[dict]:
 def print_peak_memory(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.peak_memory_of in WAYS:
-            loss_of = make_step(args.peak_memory_of, folder, args)
+            loss_of = step_of_demo(args.peak_memory_of, folder, args)
             pairs = random_pairs(*map(int, args.shapes[0].split("+")), args)
             loss_of(*random_pairs(8, 2, args)).backward()  # gradients and the buffers of libraries are there now
             step = lambda: loss_of(*pairs).backward()  # noqa: E731
         else:
             step = head_step(args.peak_memory_of, args)
-        forget_peak_memory()
-        before = memory_mb("VmRSS")
+        forget_peak_memory(args.device)
+        before = memory_mb(args.device, in_use=True)
         step()
-        print(memory_mb() - before)
+        print(memory_mb(args.device) - before)
 
 
 def heads() -> dict[str, Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor], torch.Tensor]]:
@@ -150,11 +173,12 @@ def heads() -> dict[str, Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor],
 
 def head_step(way: str, args) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Returns a function that runs the last layer forward and backward for all response tokens of a batch."""
-    head = AutoModelForCausalLM.from_pretrained(demo_model()).lm_head
+    head = load(demo_model(), args).lm_head
     head.weight.requires_grad_(False)
     n_tokens = 2 * args.pairs * int(args.shapes[0].split("+")[1])
-    hidden = torch.randn(n_tokens, head.in_features, requires_grad=True)
-    ids = torch.randint(0, head.out_features, (n_tokens,))
+    place = {"device": args.device, "dtype": head.weight.dtype}
+    hidden = torch.randn(n_tokens, head.in_features, requires_grad=True, **place)
+    ids = torch.randint(0, head.out_features, (n_tokens,), device=args.device)
     return lambda: torch.autograd.grad(heads()[way](hidden, head, ids).sum(), hidden)
 
 
@@ -165,11 +189,13 @@ def compare_heads(args) -> None:
         for way, step in steps.items():
             start = time.perf_counter()
             step()
+            wait(args.device)
             seconds[way].append(time.perf_counter() - start)
     print("Time, and peak memory in MB, of the last layer; ratios to `selected_log_probs`:")
     for way, times in seconds.items():
         ratios = [x / y for x, y in zip(times[1:], seconds["selected_log_probs"][1:], strict=True)]
         options = ["--peak-memory-of", way, "--shapes", args.shapes[0], "--pairs", str(args.pairs)]
+        options += ["--device", args.device, "--dtype", args.dtype]
         print(f"  {way:<28} {cell(spread(ratios))}   {run_for_memory(__file__, options):.0f}")
 
 
@@ -194,6 +220,7 @@ def main() -> None:
     parser.add_argument("--targets", choices=TARGETS, default="qv", help="layers with low-rank products")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=sized(9, 1))
+    add_place(parser)
     parser.add_argument("--heads", action="store_true", help="compare ways to compute log-probabilities instead")
     parser.add_argument("--output", type=output_file, help="JSON file that the results are added to")
     parser.add_argument("--seed", type=int, default=0)
