@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, relu
 
-# Bounds the float32 copies that are made of logits: 64 rows of 250k tokens are 64 MB.
-_ROWS_AT_ONCE = 64
+# Bound the float32 copies that are made of logits: on CPUs to what caches hold, elsewhere, where each part costs some
+# kernels, to 256 MB.
+_ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 64, 2**26
 
 
 def guided_log_probs(scores: Tensor, reward_log_probs: Sequence[Tensor], alphas: Sequence[float | Tensor]) -> Tensor:
@@ -284,12 +285,12 @@ def selected_log_probs(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
 class _SelectedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-        peak = logits.amax(dim=-1, keepdim=True).float()
+        peak, n_rows = logits.amax(dim=-1, keepdim=True).float(), _rows_at_once(logits)
         # Not added to the peak: next to a large number, the small logarithm of a confident row would be rounded away.
         log_sum = torch.cat(
             [
                 (part.float() - part_peak).exp_().sum(dim=-1, keepdim=True).log_()
-                for part, part_peak in zip(logits.split(_ROWS_AT_ONCE), peak.split(_ROWS_AT_ONCE), strict=True)
+                for part, part_peak in zip(logits.split(n_rows), peak.split(n_rows), strict=True)
             ]
         )
         ctx.save_for_backward(logits, rows, tokens, peak, log_sum)
@@ -302,14 +303,21 @@ class _SelectedLogProbs(torch.autograd.Function):
         # d log p(token) / d logits = one-hot(token) - softmax
         per_row = torch.zeros_like(log_sum).index_add(0, rows, gradient[:, None])
         result = torch.empty_like(logits)
-        for first in range(0, len(logits), _ROWS_AT_ONCE):
-            part = slice(first, first + _ROWS_AT_ONCE)
+        n_rows = _rows_at_once(logits)
+        for first in range(0, len(logits), n_rows):
+            part = slice(first, first + n_rows)
             exact = (logits[part].float() - peak[part]).sub_(log_sum[part]).exp_().mul_(-per_row[part])
             # Tokens of other parts add 0, so that the number of those in this part isn't read from the device.
             row = rows - first
             own = torch.where((row >= 0) & (row < len(exact)), gradient, 0.0)
             result[part] = exact.index_put_((row.clamp(0, len(exact) - 1), tokens), own, accumulate=True)
         return result, None, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    if logits.device.type == "cpu":
+        return _ROWS_AT_ONCE
+    return max(_NUMBERS_AT_ONCE // logits.shape[-1], _ROWS_AT_ONCE)
 
 
 def preference_loss(margin: Tensor, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:

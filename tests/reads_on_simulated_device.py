@@ -6,6 +6,7 @@ A read of the host makes it wait for the device, which then has nothing to do un
 
 import pytest
 import torch
+from helpers import batch
 from peft import LoraConfig, get_peft_model
 from simulated import DEVICE, SimulatedDevice, counting, put
 from tiny import left_padded, random_prompts, tiny_llama, tiny_tokenizer
@@ -13,6 +14,7 @@ from tiny import left_padded, random_prompts, tiny_llama, tiny_tokenizer
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.hub.causality import take_as_causal
 from hf_genarm.hub.sharing import frozen_twin
+from hf_genarm.training.prefix_sharing import PairBatch, PairLogProbs
 
 TOKENIZER = tiny_tokenizer()
 SIZE = {"vocab_size": len(TOKENIZER), "eos_token_id": None}
@@ -277,3 +279,28 @@ def test_launches():
 def test_launches_of_a_set_divergence():
     totals = [per_token(*prepared(**settings)).launches / N_COUNTED for settings in ({}, {"target_kl": 0.1})]
     assert 0 < totals[1] - totals[0] <= 110, totals
+
+
+def test_reads_of_a_training_step():
+    """One, of the batch: sizes and places are computed on the host. The gradient is that of the CPU."""
+    gradients = []
+    for is_on_device in (False, True):
+        base = a_base(attn_implementation="eager")  # the simulated `sdpa` has no gradient
+        model = an_adapter(base).train()
+        trained = [name for name, x in model.named_parameters() if "lora_" in name]
+        pairs = batch([(20, 9, 4), (13, 3, 6)])
+        if is_on_device:
+            put(base, model)
+            pairs = PairBatch(pairs.input_ids.to(DEVICE), pairs.attention_mask.to(DEVICE))
+        parameters = [model.get_parameter(name).requires_grad_() for name in trained]
+        method = PairLogProbs(model)
+        method(model, pairs, pairs.is_own)
+        assert method._may_share
+        with counting() as counts:
+            loss = method(model, pairs, pairs.is_own).sum()
+            found = torch.autograd.grad(loss, parameters)
+        gradients.append([x.cpu() for x in found])
+    assert sum(counts.reads.values()) == 1, counts.reads
+    for own, expected in zip(*gradients, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

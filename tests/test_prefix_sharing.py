@@ -168,9 +168,9 @@ class Spy:
         self.function, self.pairs = function, []
 
     def __get__(self, instance, owner):
-        def call(pairs, column):
+        def call(pairs, *others):
             self.pairs.append(pairs)
-            return self.function(instance, pairs, column)
+            return self.function(instance, pairs, *others)
 
         return call
 
@@ -217,6 +217,22 @@ def test_lower_precision(dtype):
     torch.testing.assert_close(result, expected, rtol=0, atol=0.05)
     bloom = tiny_model("bloom").to(torch.bfloat16)
     assert PairLogProbs(bloom)._why_not_shared(bloom, "cpu") is not None
+
+
+def test_all_layers_keep_one_mask():
+    """Other than one of booleans, of which each layer would make one of numbers for its backward pass."""
+    model, pairs = tiny_llama(num_hidden_layers=3).train(), batch([(40, 9, 9)])
+    method, masks = PairLogProbs(model), {}
+    method(model, pairs, pairs.is_own)
+
+    def kept(x):
+        if x.ndim == 4 and x.shape[1:] == (1, 58, 58):
+            masks[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+        method(model, pairs, pairs.is_own)
+    assert len(masks) == 1
 
 
 def test_prefixes_are_shared_only_where_it_saves(monkeypatch):

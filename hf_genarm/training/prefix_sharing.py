@@ -59,6 +59,24 @@ class PairBatch:
         return self.is_response.chunk(2)[0].sum().clamp(min=1)
 
 
+class OnHost:
+    """
+    Holds a batch on the host, where sizes and places are computed: of a batch on a device, it is read in one piece.
+
+    Args:
+        pairs ([`PairBatch`]):
+            The texts.
+        scored (`torch.BoolTensor` of shape `(2 * batch_size, length)`):
+            Which tokens are scored.
+    """
+
+    def __init__(self, pairs: PairBatch, scored: Tensor):
+        ids = pairs.input_ids.masked_fill(pairs.attention_mask == 0, -1)
+        ids, its_scored = torch.stack([ids, scored.to(ids.dtype)]).cpu()
+        self.scored = its_scored.bool()
+        self.pairs = PairBatch(ids.clamp(min=0), (ids >= 0).long())
+
+
 class PairLogProbs:
     r"""
     Computes $\log\pi_r(y_t \mid x, y_{<t})$ of the tokens of preference pairs, in one forward pass.
@@ -116,30 +134,36 @@ class PairLogProbs:
                 logger.log(level, "What the texts of a pair begin with is forwarded twice, because %s.", objection)
             self._may_share = objection is None
             self._head = self._chunked_head(model, pairs.input_ids.device)
-        column = _joint_columns(pairs, self._multiple)
+        on_host = OnHost(pairs, scored)
+        column = _joint_columns(on_host.pairs, self._multiple)
         width = int(column.max()) + 1
         is_shorter = width <= _WORTH_IT * 2 * pairs.input_ids.shape[1]
         is_within = self._window is None or width <= self._window
         shares = self._may_share and is_shorter and is_within
-        return self._forward(model, pairs, scored, column if shares else None, self._head)
+        return self._forward(model, pairs, on_host, column if shares else None, self._head)
 
     def _forward(
-        self, model: Module, pairs: PairBatch, scored: Tensor, column: Tensor | None, head: ChunkedHead | None = None
+        self,
+        model: Module,
+        pairs: PairBatch,
+        on_host: "OnHost",
+        column: Tensor | None,
+        head: ChunkedHead | None = None,
     ) -> Tensor:
         """
         Runs the model on joint rows with the given columns, or on two rows for each pair; with a head, this one is run
         outside of the model if the logits are large.
         """
-        n_texts, length = pairs.input_ids.shape
-        row = torch.arange(n_texts, device=scored.device)
+        (n_texts, length), device = pairs.input_ids.shape, pairs.input_ids.device
+        row = torch.arange(n_texts)
         inputs = {"input_ids": pairs.input_ids, "attention_mask": pairs.attention_mask}
         if column is None:
-            column = torch.arange(length, device=scored.device).expand(n_texts, -1)
+            column = torch.arange(length).expand(n_texts, -1)
         else:
             row = row % (n_texts // 2)
-            inputs = self._joint_inputs(pairs, column)
+            inputs = self._joint_inputs(pairs, on_host.pairs, column)
 
-        text, token = scored.nonzero(as_tuple=True)
+        text, token = on_host.scored.nonzero(as_tuple=True)
         predictor = column[text, token - 1]
         width = inputs["input_ids"].shape[1]
         # No logits for the columns before the first that predicts something.
@@ -147,32 +171,36 @@ class PairLogProbs:
         first = int(predictor.min()) // self._multiple * self._multiple if keeps_logits else 0
         # Places and not their number: a slice is not contiguous, so that PyTorch would copy the head for each row.
         # They are counted from the end, because prompt tuning adds virtual tokens before the text.
-        kept = {"logits_to_keep": torch.arange(first - width, 0, device=row.device)} if keeps_logits else {}
-        at, tokens = row[text] * (width - first) + predictor - first, pairs.input_ids[text, token]
+        kept = {"logits_to_keep": torch.arange(first - width, 0, device=device)} if keeps_logits else {}
+        at, tokens = row[text] * (width - first) + predictor - first, on_host.pairs.input_ids[text, token]
         head = head if head is not None and head.is_worth_it(len(tokens)) else None
         with nullcontext() if head is None else head.left_out():
             rows = model(**inputs, use_cache=False, **kept).logits[:, first - width :].flatten(0, 1)
+        text, token, at, tokens = (x.to(rows.device, non_blocking=True) for x in (text, token, at, tokens))
         log_probs = selected_log_probs(rows, at, tokens) if head is None else head.log_probs(rows[at], tokens)
         return torch.zeros(n_texts, length, device=rows.device).index_put((text, token), log_probs)
 
-    def _joint_inputs(self, pairs: PairBatch, column: Tensor) -> dict[str, Tensor]:
+    def _joint_inputs(self, pairs: PairBatch, on_host: PairBatch, column: Tensor) -> dict[str, Tensor]:
         """Returns token ids, positions, and a mask in which the two responses of a pair do not see each other."""
         n_pairs, width = len(column) // 2, int(column.max()) + 1
-        text, token = pairs.attention_mask.nonzero(as_tuple=True)
+        text, token = on_host.attention_mask.nonzero(as_tuple=True)
         at = (text % n_pairs, column[text, token])
-        input_ids, position_ids, part = column.new_zeros(3, n_pairs, width)
-        input_ids[at] = pairs.input_ids[text, token]
-        position_ids[at] = token
-        part -= 1  # padding
-        part[at] = torch.where(token < pairs.shared[text], 0, 1 + text // n_pairs)
+        inputs = column.new_zeros(3, n_pairs, width)
+        inputs[2] -= 1  # padding
+        for row, values in enumerate(
+            (on_host.input_ids[text, token], token, torch.where(token < on_host.shared[text], 0, 1 + text // n_pairs))
+        ):
+            inputs[row][at] = values
+        input_ids, position_ids, part = inputs.to(pairs.input_ids.device, non_blocking=True)
 
         seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
         seen &= (part >= 0)[:, None, :] & torch.ones_like(seen[0]).tril()
         seen |= torch.eye(width, dtype=torch.bool, device=seen.device)  # a softmax over nothing is NaN
-        mask = seen[:, None]
-        if self._network.config._attn_implementation == "eager":  # adds the mask to its scores
-            dtype = self._network.dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        # Numbers, which all layers share: each would make its own of booleans, and keep them for the backward pass.
+        # Rows begin at multiples of 8, as kernels of CUDA need.
+        dtype = self._network.dtype
+        mask = part.new_zeros(n_pairs, 1, width, width + -width % 8, dtype=dtype)[..., :width]
+        mask.masked_fill_(~seen[:, None], torch.finfo(dtype).min)
         return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
 
     @torch.no_grad()
@@ -190,8 +218,9 @@ class PairLogProbs:
         pairs = self._probe(device)
         try:
             with evaluating(model):  # dropout would make two passes differ
-                joint = self._forward(model, pairs, pairs.is_response, _joint_columns(pairs))
-                separate = self._forward(model, pairs, pairs.is_response, None)
+                on_host = OnHost(pairs, pairs.is_response)
+                joint = self._forward(model, pairs, on_host, _joint_columns(on_host.pairs))
+                separate = self._forward(model, pairs, on_host, None)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the model refused it: {error}"
         difference = float((joint - separate).abs().max())
@@ -205,8 +234,9 @@ class PairLogProbs:
         pairs = self._probe(device)
         try:
             with evaluating(model):
-                expected = self._forward(model, pairs, pairs.is_response, None)
-                found = self._forward(model, pairs, pairs.is_response, None, ChunkedHead(self._network, 0))
+                on_host = OnHost(pairs, pairs.is_response)
+                expected = self._forward(model, pairs, on_host, None)
+                found = self._forward(model, pairs, on_host, None, ChunkedHead(self._network, 0))
         except (RuntimeError, TypeError, ValueError):  # what stands where logits were has another shape
             return None
         is_same = float((found - expected).abs().max()) <= self._tolerance
