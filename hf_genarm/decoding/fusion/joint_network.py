@@ -43,8 +43,8 @@ class LowRankProduct(NamedTuple):
         dtype = weight.dtype if is_plain(weight) else dtype
         if self.a.dtype == self.b.dtype == dtype and self.a.device == self.b.device == weight.device:
             return self
-        place = {"device": weight.device, "dtype": dtype}
-        return LowRankProduct(self.a.to(**place), (self.b * self.scaling).to(**place), 1.0)
+        device = weight.device
+        return LowRankProduct(self.a.to(device, dtype), (self.b * self.scaling).to(device, dtype), 1.0)
 
     def add(self, x: Tensor, output: Tensor, rows: slice) -> None:
         """Adds scaling * B A x to some rows, in place."""
@@ -275,7 +275,8 @@ def _mixes_rows(module: nn.Module) -> bool:
 
 def _only_moves(module: nn.Module, forward: Any) -> bool:
     """Returns whether `forward` is that of the class and what moves its inputs, as accelerate spreads layers."""
-    hook, method = vars(module).get("_hf_hook"), vars(module).get("_old_forward")
+    hook: Any = vars(module).get("_hf_hook")
+    method = vars(module).get("_old_forward")
     is_own = getattr(method, "__func__", None) is type(module).forward
     is_hook = isinstance(forward, functools.partial) and forward.func.__module__ == AlignDevicesHook.__module__
     return is_hook and is_own and type(hook) is AlignDevicesHook and not hook.offload
