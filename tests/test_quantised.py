@@ -91,10 +91,9 @@ def test_layers_that_round_rows_together(folders, config, caplog):
     assert "quantised layers of the base round each row of a batch in view of the others" in caplog.text
 
 
-def test_an_adapter_is_trained_on_quantised_weights(quantised, tokenizer, tmp_path):
-    tiny_llama(0, **SIZE, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+def test_an_adapter_is_trained_on_quantised_weights(folders, tmp_path, tokenizer):
     trainer = AutoregressiveRewardTrainer(
-        model=str(tmp_path / "base"),
+        model=folders[0],
         args=AutoregressiveRewardConfig(
             str(tmp_path / "arm"), report_to="none", gradient_checkpointing=False, max_steps=2, learning_rate=1e-2
         ),
@@ -118,20 +117,18 @@ def test_a_quantised_cache_of_the_base():
     assert_same(output, generate(BASE, [oracle(BATCH)], BATCH, **options))
 
 
-def test_qlora(tmp_path, tokenizer):
+def test_qlora(folders, tmp_path, tokenizer):
     """
     An adapter on 4-bit weights, as `BitsAndBytesConfig` and `--load_in_4bit` make them: the loss is that of the same
     weights in full precision, it falls, and what is saved is what was trained.
     """
     import bitsandbytes
 
-    folder = str(tmp_path / "base")
-    tiny_llama(**SIZE, vocab_size=len(tokenizer)).save_pretrained(folder)
     config = AutoregressiveRewardConfig(
         str(tmp_path / "arm"), report_to="none", disable_tqdm=True, max_steps=8, learning_rate=1e-2, logging_steps=1
     )
     trainer = AutoregressiveRewardTrainer(
-        model=folder,
+        model=folders[0],
         args=config,
         train_dataset=Dataset.from_dict(STANDARD),
         processing_class=copy.deepcopy(tokenizer),
@@ -141,7 +138,7 @@ def test_qlora(tmp_path, tokenizer):
     layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
 
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folders[0])
     original = plain.model.layers[0].mlp.up_proj.weight.clone()
     for name, module in plain.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
