@@ -153,7 +153,14 @@ def test_qlora(folders, tmp_path, tokenizer):
         processing_class=copy.deepcopy(tokenizer),
     )
     expected = oracle_trainer.compute_loss(plain, dict(batch))
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected, rtol=1e-3, atol=1e-3)
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    # The adapter adds s B A to a weight, and B is 0: the gradient of B is s times that of the weight times A.
+    lora = trainer.model.get_base_model().model.layers[0].mlp.up_proj
+    (of_b,) = torch.autograd.grad(loss, lora.lora_B["default"].weight)
+    (of_weight,) = torch.autograd.grad(expected, plain.model.layers[0].mlp.up_proj.weight)
+    expected_of_b = lora.scaling["default"] * of_weight @ lora.lora_A["default"].weight.detach().float().T
+    assert float((of_b.float() - expected_of_b).abs().max() / expected_of_b.abs().max()) < 0.02  # it is in bfloat16
 
     trainer.train()
     losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]

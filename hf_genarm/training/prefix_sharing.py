@@ -259,6 +259,9 @@ def evaluating(model: Module) -> Iterator[None]:
     """Puts a model into evaluation mode, without dropout; at the end, restores the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, training in modes:
+        if type(module).__module__.startswith("bitsandbytes."):  # on CPUs, 4-bit layers have no gradients afterwards
+            module.training = training
     try:
         yield
     finally:
