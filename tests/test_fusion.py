@@ -25,6 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Recompute
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from support import ARCHITECTURES, BATCH, EXACT, MODES, ONE
 from tiny import PAD, left_padded, random_prompts, save_adapter, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StoppingCriteriaList
@@ -207,6 +210,39 @@ def test_one_log_line_names_the_engine_and_the_reason(base, folder, adapters, tm
         (message,) = [record.message for record in caplog.records if "engine" in record.message]
         assert message.startswith(name)
         assert re.search(words, message)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer whose weights are buffers of whole numbers, as those of GPTQ and AWQ are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scale = layer.weight.detach().abs().amax() / 127
+        self.register_buffer("qweight", (layer.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.qweight * self.scale)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_layers_of_peft_for_quantised_weights():
+    base, kinds = tiny_llama(0), {"gate_proj": AqlmLoraLinear, "up_proj": AwqLoraLinear, "down_proj": GPTQLoraLinear}
+    for layer in base.model.layers:
+        for name in kinds:
+            setattr(layer.mlp, name, Int8Linear(getattr(layer.mlp, name)).eval())
+    arm = twin(base)
+    torch.manual_seed(0)
+    options = {"config": LoraConfig(r=4, init_lora_weights=False), "r": 4, "init_lora_weights": False}
+    for layer in arm.model.layers:
+        for name, kind in kinds.items():
+            setattr(layer.mlp, name, kind(getattr(layer.mlp, name), "default", **options).eval())
+    processor = GenARMLogitsProcessor(arm, base_model=base)
+    output = generate(base, [processor], BATCH)
+    assert joint_passes(processor) == 9
+    assert_same(output, generate(base, [Recompute([arm], [1.0], BATCH["attention_mask"])], BATCH))
+    assert output.sequences.tolist() != generate(base, [], BATCH).sequences.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

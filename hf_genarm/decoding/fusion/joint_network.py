@@ -111,19 +111,22 @@ def products_of(reward_model: LockstepLM, base: PreTrainedModel) -> list[tuple[s
     # One test for all that PEFT can do, `layer_replication` too: nothing is in the model but these factors and what is
     # in the base, each weight where it is there.
     own = {
-        name.replace(".base_layer.", "."): id(x)
-        for name, x in network.named_parameters(remove_duplicate=False)
-        if x not in factors_of_all
+        _in_base(name): id(x) for name, x in network.named_parameters(remove_duplicate=False) if x not in factors_of_all
     }
     is_same = own == {name: id(x) for name, x in base.named_parameters(remove_duplicate=False)}
     # The rows of the reward model are computed with the buffers of the base, such as its rotary frequencies.
-    own_buffers = {name.replace(".base_layer.", "."): x for name, x in network.named_buffers(remove_duplicate=False)}
+    own_buffers = {_in_base(name): x for name, x in network.named_buffers(remove_duplicate=False)}
     if not is_same or not _are_equal(own_buffers, dict(base.named_buffers(remove_duplicate=False))):
         raise NotFusableError(
             f"`{network.config.name_or_path}` and the base differ in more than plain LoRA on linear layers (DoRA, "
             "trained biases, `modules_to_save`, embeddings, replicated layers, or a base that was changed)"
         )
     return products
+
+
+def _in_base(name: str) -> str:
+    """Returns what a tensor is called in the base; some of PEFT's layers hold the one that they wrap by two names."""
+    return name.replace(".base_layer.", ".").replace(".quant_linear_module.", ".")
 
 
 def _is_lora_on_linear(layer: nn.Module) -> bool:
