@@ -38,7 +38,7 @@ from hf_genarm.hub.sharing import follow, twin
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
 # Modes in which the base has no growing cache to be joined.
-APART = {"`use_cache=False`", "static cache of the base"}
+APART = {"`use_cache=False`"}
 
 
 def is_untouched(base, before):

@@ -1,6 +1,7 @@
 """The network of the base, with the low-rank products of reward adapters added to separate rows."""
 
 import functools
+import inspect
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,7 @@ class JointNetwork:
             for path, product in its_products:
                 by_path.setdefault(path, []).append((block, product))
         self._network = _other_modules(base, {})
+        self.takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
         self._paths = by_path.keys()
         for module in self._network.modules() if slow_for_few_rows(base.device) else ():
             if type(module) is nn.Linear:
@@ -171,6 +173,11 @@ class JointNetwork:
             return output
 
         return joint_forward
+
+    def prepared(self, rows: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """Returns rows as `generate` prepares them for a static cache, with masks over all of its columns."""
+        prepared = self._network.prepare_inputs_for_generation(**rows, **{CACHE: cache}, use_cache=True)
+        return {name: prepared.get(name) for name in rows}
 
     def __call__(self, inputs: dict, batch_size: int) -> ModelOutput | None:
         """Runs the network; `None` if it treats its batch in a way that products can't be added to rows."""

@@ -1,0 +1,98 @@
+"""One static cache for the rows of base and reward models, of which the base's own cache becomes a part."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+# More columns than the cache of the base has come in steps of this many, so that most prompts need as many.
+_MORE_COLUMNS = 64
+
+
+class JointStaticCache:
+    """
+    Keeps the keys and values of base and reward models in one static cache, whose buffers stay where they are.
+
+    The cache of the base gets their first rows in place of its own buffers, so that passes of the base alone read and
+    write the same memory. Those of reward models are views of what they have read. All texts end in the same column.
+
+    Args:
+        base ([`~transformers.StaticCache`]):
+            The cache of the base, which has read something.
+        lengths (sequence of `int`):
+            The number of tokens in each cache, that of the base first.
+    """
+
+    def __init__(self, base: StaticCache, lengths: Sequence[int]):
+        self._n_caches, self._n_before = len(lengths), _n_before(lengths)
+        self._cache: Any = object.__new__(StaticCache)
+        vars(self._cache).update(vars(base))
+        self._cache.layers = [StaticLayer(layer.max_cache_len + self._n_before) for layer in base.layers]
+        self._end = 0
+        self._left: list[Tensor] = []  # the keys of all caches after the last joint pass
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Returns whether caches of these lengths can be joined in it."""
+        return self._n_caches == len(lengths) and self._n_before == _n_before(lengths)
+
+    def n_columns(self, lengths: Sequence[int]) -> int:
+        """Returns the number of columns in which texts of these lengths are."""
+        return self._n_before + lengths[0]
+
+    def join(self, caches: Sequence[Any], lengths: Sequence[int]) -> StaticCache:
+        """
+        Returns the joint cache, into which what is elsewhere has been copied: all of it at first, later the rows that
+        were exchanged or read separately.
+
+        Args:
+            caches (sequence of [`~transformers.StaticCache`] and [`~transformers.DynamicCache`]):
+                The cache of the base and those of the reward models.
+            lengths (sequence of `int`):
+                The number of tokens in each of them.
+        """
+        end, keys, left = self.n_columns(lengths), _keys_of(caches), self._left
+        is_there = end == self._end and len(keys) == len(left) and all(map(operator.is_, keys, left))
+        self._end, self._left = end, []  # an interrupted pass leaves it unknown
+        for layer, *layers in () if is_there else zip(self._cache.layers, *(x.layers for x in caches), strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(*(x[:, :, :0].repeat(self._n_caches, 1, 1, 1) for x in (layers[0].keys, layers[0].values)))
+            for name in ("keys", "values"):
+                blocks = getattr(layer, name).chunk(self._n_caches)
+                for block, own, length in zip(blocks, layers, lengths, strict=True):
+                    _copy(getattr(own, name)[..., :length, :], block[..., end - length : end, :])
+                setattr(layers[0], name, blocks[0][..., self._n_before :, :])
+            layer.cumulative_length.fill_(end)
+        return self._cache
+
+    def split(self, caches: Sequence[Any], lengths: Sequence[int], n_new: int) -> None:
+        """Gives each cache its rows with the new tokens. If their number is 0, they stay as they are."""
+        if not n_new:
+            return
+        self._end += n_new
+        base, *others = caches
+        torch._foreach_add_([layer.cumulative_length for layer in base.layers], n_new)
+        for layer, *layers in zip(self._cache.layers, *(x.layers for x in others), strict=True):
+            keys, values = (x.chunk(self._n_caches)[1:] for x in (layer.keys, layer.values))
+            for own, length, its_keys, its_values in zip(layers, lengths[1:], keys, values, strict=True):
+                columns = slice(self._end - n_new - length, self._end)
+                own.keys, own.values = its_keys[..., columns, :], its_values[..., columns, :]
+        self._left = _keys_of(caches)
+
+
+def _n_before(lengths: Sequence[int]) -> int:
+    """Returns how many columns longer texts of reward models need before that of the base."""
+    return -(-(max(lengths) - lengths[0]) // _MORE_COLUMNS) * _MORE_COLUMNS
+
+
+def _keys_of(caches: Sequence[Any]) -> list[Tensor]:
+    return [layer.keys for cache in caches for layer in cache.layers]
+
+
+def _copy(part: Tensor, place: Tensor) -> None:
+    """Copies keys or values to their place, unless they are there."""
+    if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
+        place.copy_(part)
