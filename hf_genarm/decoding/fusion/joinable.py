@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ...hub.kv_cache import CACHE
 from ..lockstep import position_ids
@@ -24,8 +24,11 @@ def obstacle_in(cache: Any) -> str | None:
         return f"the base has a `{type(cache).__name__}`"
     if cache.offloading:
         return "the base offloads its cache"
-    other = next((x for x in cache.layers if type(x) is not StaticLayer), None) if type(cache) is StaticCache else None
-    return None if other is None else f"the static cache of the base has a `{type(other).__name__}`"
+    kinds = {type(x) for x in cache.layers} if type(cache) is StaticCache else {StaticLayer}
+    if StaticLayer not in kinds:
+        return "the static cache of the base doesn't keep whole texts in any layer"
+    others = kinds - {StaticLayer, StaticSlidingWindowLayer}
+    return f"the static cache of the base has a `{others.pop().__name__}`" if others else None
 
 
 def is_plain(step: Step, inputs: dict[str, Any]) -> bool:
@@ -80,4 +83,4 @@ def _can_be_joined(layer: Any, n_new: int) -> bool:
     """Returns whether the keys and values of a layer can be joined with those of other rows."""
     if type(layer) is DynamicSlidingWindowLayer:
         return layer.is_initialized and not layer.record_past and n_new < layer.sliding_window
-    return type(layer) in (DynamicLayer, StaticLayer) and layer.is_initialized
+    return type(layer) in (DynamicLayer, StaticLayer, StaticSlidingWindowLayer) and layer.is_initialized

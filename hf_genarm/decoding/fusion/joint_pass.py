@@ -131,11 +131,12 @@ class _ThreadState(threading.local):
 
 @dataclass
 class _JointPass:
-    """Holds a forward pass of the base that is about to be joined."""
+    """Holds a forward pass of the base that is about to be joined, and what its network was compiled to."""
 
     step: Step
     reward_models: list[FusedLM]
     network: JointNetwork
+    compiled: Callable | None = None
 
 
 class Fusion:
@@ -199,7 +200,8 @@ class Fusion:
             logger.info(_SEPARATELY, obstacle)
         for reward_model in fusable if obstacle is not None else ():
             reward_model.last_obstacle = obstacle
-        if (fusable or (is_hastened and not step.is_first)) and is_plain(step, inputs):
+        is_hastened = is_hastened and not step.is_first and type(inputs.get(CACHE)) is DynamicCache
+        if (fusable or is_hastened) and is_plain(step, inputs):
             network = self._network(fusable)
             if network is not None:
                 with self._lock:
@@ -248,6 +250,26 @@ class Fusion:
                 networks[key] = None
         return networks[key]
 
+    def compiled_call(self, compiled: Callable, config: CompileConfig | None) -> Callable:
+        """
+        Returns what `generate` calls in place of the compiled base: in a joint pass, the joint network is compiled.
+
+        Args:
+            compiled (callable):
+                The compiled base.
+            config ([`~transformers.CompileConfig`], *optional*):
+                How it was compiled.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            armed = self._armed.get(threading.get_ident())
+            if armed is None:
+                return compiled(*args, **kwargs)
+            armed.compiled = armed.network.compiled(config)
+            return self.base(*args, **kwargs)  # which ends in `_forward`
+
+        return call
+
     def _forward(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         """Takes the place of `base.forward` for one pass."""
         armed = self._disarm()
@@ -292,7 +314,7 @@ class Fusion:
         try:
             cache = joint.join(caches, lengths)
             rows = self._rows(armed, inputs, cache, joint.n_columns(lengths) + n_new)
-            output = armed.network(inputs | rows | {CACHE: cache}, batch_size)
+            output = armed.network(inputs | rows | {CACHE: cache}, armed.compiled)
         finally:
             joint.split(caches, lengths, 0 if output is None else n_new)
         if output is None:
@@ -303,9 +325,11 @@ class Fusion:
                 reward_model.last_obstacle = reason
             logger.info(_SEPARATELY, reason)
             return None
-        base_logits, *reward_logits = output["logits"].split(batch_size)
-        for reward_model, state, line, logits in zip(armed.reward_models, states, lines, reward_logits, strict=True):
-            state.extend(line, line.length - line.padding.n_columns, logits)
+        # What was compiled may write its next output in the same memory.
+        logits = output["logits"] if armed.compiled is None else output["logits"].clone()
+        base_logits, *reward_logits = logits.split(batch_size)
+        for reward_model, state, line, its_logits in zip(armed.reward_models, states, lines, reward_logits, strict=True):
+            state.extend(line, line.length - line.padding.n_columns, its_logits)
             reward_model.joint_passes += 1
             reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]

@@ -17,8 +17,10 @@ class JointStaticCache:
     """
     Keeps the keys and values of base and reward models in one static cache, whose buffers stay where they are.
 
-    The cache of the base gets their first rows in place of its own buffers, so that passes of the base alone read and
-    write the same memory. Those of reward models are views of what they have read. All texts end in the same column.
+    All texts end in the same column. The cache of the base gets the first rows in place of its own buffers, so that
+    passes of the base alone read and write the same memory; those of reward models are views of what they have read. A
+    layer with a sliding window keeps its own buffers, since these are too short: here it has whole texts, which the
+    mask alone limits, and what is new is also written there.
 
     Args:
         base ([`~transformers.StaticCache`]):
@@ -31,7 +33,7 @@ class JointStaticCache:
         self._n_caches, self._n_before = len(lengths), _n_before(lengths)
         self._cache: Any = object.__new__(StaticCache)
         vars(self._cache).update(vars(base))
-        self._cache.layers = [StaticLayer(layer.max_cache_len + self._n_before) for layer in base.layers]
+        self._cache.layers = [StaticLayer(base.get_max_length() + self._n_before) for _ in base.layers]
         self._end = 0
         self._left: list[Tensor] = []  # the keys of all caches after the last joint pass
 
@@ -57,28 +59,33 @@ class JointStaticCache:
         end, keys, left = self.n_columns(lengths), _keys_of(caches), self._left
         is_there = end == self._end and len(keys) == len(left) and all(map(operator.is_, keys, left))
         self._end, self._left = end, []  # an interrupted pass leaves it unknown
-        for layer, *layers in () if is_there else zip(self._cache.layers, *(x.layers for x in caches), strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(*(x[:, :, :0].repeat(self._n_caches, 1, 1, 1) for x in (layers[0].keys, layers[0].values)))
+        for joint, *layers in () if is_there else zip(self._cache.layers, *(x.layers for x in caches), strict=True):
+            base = layers[0]
+            if not joint.is_initialized:
+                no_columns = (x[:, :, :0].repeat(self._n_caches, 1, 1, 1) for x in (base.keys, base.values))
+                joint.lazy_initialization(*no_columns)
+            n_kept = [min(lengths[0], base.max_cache_len), *lengths[1:]]
             for name in ("keys", "values"):
-                blocks = getattr(layer, name).chunk(self._n_caches)
-                for block, own, length in zip(blocks, layers, lengths, strict=True):
-                    _copy(getattr(own, name)[..., :length, :], block[..., end - length : end, :])
-                setattr(layers[0], name, blocks[0][..., self._n_before :, :])
-            layer.cumulative_length.fill_(end)
+                blocks = getattr(joint, name).chunk(self._n_caches)
+                for block, own, n_columns in zip(blocks, layers, n_kept, strict=True):
+                    _copy(getattr(own, name)[..., :n_columns, :], block[..., end - n_columns : end, :])
+                if not base.is_sliding:
+                    setattr(base, name, blocks[0][..., self._n_before :, :])
+            joint.cumulative_length.fill_(end)
         return self._cache
 
     def split(self, caches: Sequence[Any], lengths: Sequence[int], n_new: int) -> None:
         """Gives each cache its rows with the new tokens. If their number is 0, they stay as they are."""
         if not n_new:
             return
-        self._end += n_new
-        base, *others = caches
-        torch._foreach_add_([layer.cumulative_length for layer in base.layers], n_new)
-        for layer, *layers in zip(self._cache.layers, *(x.layers for x in others), strict=True):
-            keys, values = (x.chunk(self._n_caches)[1:] for x in (layer.keys, layer.values))
-            for own, length, its_keys, its_values in zip(layers, lengths[1:], keys, values, strict=True):
-                columns = slice(self._end - n_new - length, self._end)
+        before, self._end = self._end, self._end + n_new
+        torch._foreach_add_([x.cumulative_length for x in caches[0].layers if not x.is_sliding], n_new)
+        for joint, base, *others in zip(self._cache.layers, *(x.layers for x in caches), strict=True):
+            keys, values = joint.keys.chunk(self._n_caches), joint.values.chunk(self._n_caches)
+            if base.is_sliding:
+                base.update(keys[0][..., before : self._end, :], values[0][..., before : self._end, :])
+            for own, length, its_keys, its_values in zip(others, lengths[1:], keys[1:], values[1:], strict=True):
+                columns = slice(before - length, self._end)
                 own.keys, own.values = its_keys[..., columns, :], its_values[..., columns, :]
         self._left = _keys_of(caches)
 
