@@ -59,6 +59,8 @@ def per_token(base, make, **options):
     return many - few
 
 
+STATIC = {"cache_implementation": "static"}
+
 CASES = {
     "fused": ({}, {}),
     "fused, batch": ({}, {"batch_size": 4}),
@@ -86,6 +88,9 @@ CASES = {
     "shared": ({"engine": "shared"}, {}),
     "own prompts": ({"engine": "separate", "prompts": 7}, {"batch_size": 2}),
     "fused, own prompts": ({"prompts": 7}, {"batch_size": 2}),
+    "fused, static cache": ({}, {"batch_size": 2} | STATIC),
+    "fused, static cache, two rewards": ({"n_arms": 2}, STATIC),
+    "fused, static cache, left-padded": ({}, {"batch_size": 4, "is_padded": True} | STATIC),
     "a sentence": ({"engine": "sentence", "prompts": 7, "reference": "base"}, {"batch_size": 2}),
 }
 

@@ -73,7 +73,9 @@ def detach(cache: DynamicCache | StaticCache) -> None:
             continue
         keys, values = (x.clone() if _is_part(x) else x for x in (layer.keys, layer.values))
         if isinstance(layer, StaticLayer) and keys is not layer.keys:
-            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])  # buffers whose addresses compiled code can rely on
+            layer.lazy_initialization(
+                keys[:, :, :0], values[:, :, :0]
+            )  # buffers whose addresses compiled code can rely on
             layer.keys.copy_(keys)
             layer.values.copy_(values)
         else:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
@@ -310,7 +309,7 @@ class Fusion:
         """Runs the joint network on the rows of the base and of the reward models, which have read these texts."""
         caches, (batch_size, n_new) = [inputs[CACHE], *(state.cache for state in states)], inputs["input_ids"].shape
         lengths = [armed.step.input_ids.shape[1] - n_new, *(state.length for state in states)]
-        joint, output = self._joint_cache(inputs[CACHE], lengths), None
+        joint, output = self._joint_cache(caches, lengths), None
         try:
             cache = joint.join(caches, lengths)
             rows = self._rows(armed, inputs, cache, joint.n_columns(lengths) + n_new)
@@ -328,21 +327,23 @@ class Fusion:
         # What was compiled may write its next output in the same memory.
         logits = output["logits"] if armed.compiled is None else output["logits"].clone()
         base_logits, *reward_logits = logits.split(batch_size)
-        for reward_model, state, line, its_logits in zip(armed.reward_models, states, lines, reward_logits, strict=True):
+        for reward_model, state, line, its_logits in zip(
+            armed.reward_models, states, lines, reward_logits, strict=True
+        ):
             state.extend(line, line.length - line.padding.n_columns, its_logits)
             reward_model.joint_passes += 1
             reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]
         return output
 
-    def _joint_cache(self, cache: Any, lengths: Sequence[int]) -> JointDynamicCache | JointStaticCache:
-        """Returns what joins the caches of base and reward models, of which the base's is given."""
-        if type(cache) is DynamicCache:
+    def _joint_cache(self, caches: Sequence[Any], lengths: Sequence[int]) -> JointDynamicCache | JointStaticCache:
+        """Returns what joins the caches of base and reward models, which hold so many tokens."""
+        base, known = caches[0], self._local.static_caches
+        if type(base) is DynamicCache:
             return JointDynamicCache()
-        known = self._local.static_caches.get(cache)
-        if known is None or not known.fits(lengths):
-            known = self._local.static_caches[cache] = JointStaticCache(cache, lengths)
-        return known
+        if base not in known or not known[base].is_of(caches, lengths):
+            known[base] = JointStaticCache(caches, lengths)
+        return known[base]
 
     def _rows(self, armed: _JointPass, inputs: dict[str, Any], cache: Any, n_columns: int) -> dict[str, Any]:
         """Returns what all rows read, whose texts have so many columns in the joint cache."""

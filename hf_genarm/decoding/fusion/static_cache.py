@@ -1,6 +1,7 @@
 """One static cache for the rows of base and reward models, of which the base's own cache becomes a part."""
 
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +24,15 @@ class JointStaticCache:
     mask alone limits, and what is new is also written there.
 
     Args:
-        base ([`~transformers.StaticCache`]):
-            The cache of the base, which has read something.
+        caches (sequence of [`~transformers.StaticCache`] and [`~transformers.DynamicCache`]):
+            The cache of the base, which has read something, and those of the reward models.
         lengths (sequence of `int`):
-            The number of tokens in each cache, that of the base first.
+            The number of tokens in each of them.
     """
 
-    def __init__(self, base: StaticCache, lengths: Sequence[int]):
+    def __init__(self, caches: Sequence[Any], lengths: Sequence[int]):
+        base, *others = caches
+        self._others = [weakref.ref(cache) for cache in others]
         self._n_caches, self._n_before = len(lengths), _n_before(lengths)
         self._cache: Any = object.__new__(StaticCache)
         vars(self._cache).update(vars(base))
@@ -37,9 +40,14 @@ class JointStaticCache:
         self._end = 0
         self._left: list[Tensor] = []  # the keys of all caches after the last joint pass
 
-    def fits(self, lengths: Sequence[int]) -> bool:
-        """Returns whether caches of these lengths can be joined in it."""
-        return self._n_caches == len(lengths) and self._n_before == _n_before(lengths)
+    def is_of(self, caches: Sequence[Any], lengths: Sequence[int]) -> bool:
+        """
+        Returns whether it joins these caches, whose lengths are given. What a reward model has read stays in its rows,
+        so that no other can have them.
+        """
+        others = [known() for known in self._others]
+        is_same = len(others) == len(caches) - 1 and all(map(operator.is_, others, caches[1:]))
+        return is_same and self._n_before == _n_before(lengths)
 
     def n_columns(self, lengths: Sequence[int]) -> int:
         """Returns the number of columns in which texts of these lengths are."""
@@ -51,10 +59,8 @@ class JointStaticCache:
         were exchanged or read separately.
 
         Args:
-            caches (sequence of [`~transformers.StaticCache`] and [`~transformers.DynamicCache`]):
-                The cache of the base and those of the reward models.
-            lengths (sequence of `int`):
-                The number of tokens in each of them.
+            caches, lengths:
+                As for the class.
         """
         end, keys, left = self.n_columns(lengths), _keys_of(caches), self._left
         is_there = end == self._end and len(keys) == len(left) and all(map(operator.is_, keys, left))
