@@ -6,6 +6,7 @@ A read of the host makes it wait for the device, which then has nothing to do un
 
 import pytest
 import torch
+from helpers import joint_passes
 from peft import LoraConfig, get_peft_model
 from simulated import DEVICE, SimulatedDevice, counting, put
 from tiny import left_padded, random_prompts, tiny_llama, tiny_tokenizer
@@ -166,12 +167,15 @@ def test_reads_for_each_token(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fused", "separate", "fused, strengths per request", "separate, aligned vocabularies"]
+    "name",
+    ["fused", "separate", "fused, strengths per request", "fused, static cache", "separate, aligned vocabularies"],
 )
 def test_the_text_is_that_of_the_cpu(name):
     settings, options = CASES[name]
     base, make = prepared(**settings)
-    _, output = spent(base, make(), 12, do_sample=False, **options)
+    processor = make()
+    _, output = spent(base, processor, 12, do_sample=False, **options)
+    assert joint_passes(processor) == ("fused" in name) * 11
     _, unguided = spent(base, None, 12, do_sample=False, **options)
     assert output.tolist() != unguided.tolist()
     base, make = prepared(**settings, is_on_device=False)

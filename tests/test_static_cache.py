@@ -65,7 +65,7 @@ def test_one_processor_in_all_ways(base, processor, models):
 
 
 def test_passes_of_the_base_alone_in_between(tmp_path):
-    """It reads on in the same memory, its windows, shorter than the text, have followed, and rewards keep their rows."""
+    """It reads on in the same memory, its windows, shorter than the text, have followed, rewards keep their rows."""
     (family,) = (x for x in ARCHITECTURES if x.name == "Gemma 3")
     base, adapter = saved_with_adapter(family, tmp_path)
     other = save_adapter(tmp_path / "base", tmp_path / "other", 1)
