@@ -183,13 +183,14 @@ def test_the_text_is_that_of_the_cpu(name):
     assert output.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["fused", "fused, reference", "fused, own prompts", "separate"])
+@pytest.mark.parametrize("name", ["fused", "fused, reference", "fused, own prompts", "fused, static cache", "separate"])
 def test_ids_on_the_cpu(name):
     """`generate` moves them to the base at each pass; processors are then called with scores on the CPU."""
     settings, _ = CASES[name]
     base, make = prepared(**settings)
     prompts = random_prompts(2, 12)
     options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    options |= STATIC if "static" in name else {}
     processor = make()
     texts = [base.generate(ids, logits_processor=[processor], **options) for ids in (prompts, prompts.to(DEVICE))]
     assert str(texts[0].device) == "cpu"

@@ -61,10 +61,11 @@ def joint_rows(masks: Sequence[Tensor], n_columns: int) -> dict[str, Tensor]:
 def _holds(cache: Any, step: Step, length: int) -> bool:
     """Returns whether a cache holds so many tokens; for a static one, that is known to the device alone."""
     run, name = step.run, "length of the static cache"
-    if type(cache) is StaticCache and run.uses(cache) and name in run.agreed:
+    is_known = type(cache) is StaticCache and run.uses(cache) and run.depth > 0  # `generate` goes on as it has begun
+    if is_known and name in run.agreed:
         return True
     is_held = int(cache.get_seq_length()) == length
-    if is_held and run.depth > 0:  # `generate` goes on as it has begun
+    if is_known and is_held:
         run.agreed[name] = None
     return is_held
 

@@ -10,60 +10,52 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 
-class JointDynamicCache:
-    """Makes one growing cache with the rows of all caches, and gives each its rows back."""
+def join(caches: Sequence[DynamicCache], lengths: Sequence[int]) -> DynamicCache:
+    """
+    Makes one cache with the rows of all caches, those of the base first, of which the shorter ones are padded on the
+    left.
 
-    def join(self, caches: Sequence[DynamicCache], lengths: Sequence[int]) -> DynamicCache:
-        """
-        Returns a cache with the rows of all caches, those of the base first, of which the shorter ones are padded on
-        the left.
+    The keys and values are taken out of the caches, so that those of a layer are freed as soon as it has grown;
+    [`split`] gives them back.
 
-        The keys and values are taken out of the caches, so that those of a layer are freed as soon as it has grown;
-        [`~JointDynamicCache.split`] gives them back.
+    Args:
+        caches (sequence of [`~transformers.DynamicCache`]):
+            The caches.
+        lengths (sequence of `int`):
+            The number of tokens in each of them.
+    """
+    joint, longest = copy.copy(caches[0]), max(lengths)
+    joint.layers = []
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layer: Any = copy.copy(layers[0])
+        length = longest
+        if type(layer) is DynamicSlidingWindowLayer:  # which the caches of reward models don't have
+            length = min(longest, layer.sliding_window - 1)
+            layer.cumulative_length = longest
+        layer.keys = _concatenate([x.keys for x in layers], length)
+        layer.values = _concatenate([x.values for x in layers], length)
+        joint.layers.append(layer)
+        for x in layers if type(layer) is DynamicLayer else ():
+            x.keys = x.values = None
+    return joint
 
-        Args:
-            caches (sequence of [`~transformers.DynamicCache`]):
-                The caches.
-            lengths (sequence of `int`):
-                The number of tokens in each of them.
-        """
-        joint, longest = copy.copy(caches[0]), self.n_columns(lengths)
-        self._cache, joint.layers = joint, []
-        for layers in zip(*(cache.layers for cache in caches), strict=True):
-            layer: Any = copy.copy(layers[0])
-            length = longest
-            if type(layer) is DynamicSlidingWindowLayer:  # which the caches of reward models don't have
-                length = min(longest, layer.sliding_window - 1)
-                layer.cumulative_length = longest
-            layer.keys = _concatenate([x.keys for x in layers], length)
-            layer.values = _concatenate([x.values for x in layers], length)
-            joint.layers.append(layer)
-            for x in layers if type(layer) is DynamicLayer else ():
-                x.keys = x.values = None
-        return joint
 
-    def n_columns(self, lengths: Sequence[int]) -> int:
-        """Returns the number of columns in which texts of these lengths are."""
-        return max(lengths)
-
-    def split(self, caches: Sequence[DynamicCache], lengths: Sequence[int], n_new: int) -> None:
-        """Gives each cache its rows of the joint one, with the new tokens, or without them if their number is 0."""
-        end = max(lengths) + n_new
-        for layer, *layers in zip(self._cache.layers, *(cache.layers for cache in caches), strict=True):
-            keys, values = layer.keys.chunk(len(caches)), layer.values.chunk(len(caches))
-            if type(layer) is DynamicLayer:
-                for own, length, its_keys, its_values in zip(layers, lengths, keys, values, strict=True):
-                    first = end - n_new - length  # after its padding
-                    own.keys, own.values = its_keys[..., first:end, :], its_values[..., first:end, :]
-            elif n_new:
-                n_read = lengths[0] + n_new
-                kept = min(n_read, layer.sliding_window - 1)
-                its_keys, its_values = (x[0][..., -kept:, :] for x in (keys, values))
-                vars(layers[0]).update(
-                    vars(layer) | {"keys": its_keys, "values": its_values, "cumulative_length": n_read}
-                )
-                for own, its_keys, its_values in zip(layers[1:], keys[1:], values[1:], strict=True):
-                    own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
+def split(joint: DynamicCache, caches: Sequence[DynamicCache], lengths: Sequence[int], n_new: int) -> None:
+    """Gives each cache its rows of the joint one, with the new tokens, or without them if their number is 0."""
+    end = max(lengths) + n_new
+    for layer, *layers in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
+        keys, values = layer.keys.chunk(len(caches)), layer.values.chunk(len(caches))
+        if type(layer) is DynamicLayer:
+            for own, length, its_keys, its_values in zip(layers, lengths, keys, values, strict=True):
+                first = end - n_new - length  # after its padding
+                own.keys, own.values = its_keys[..., first:end, :], its_values[..., first:end, :]
+        elif n_new:
+            n_read = lengths[0] + n_new
+            kept = min(n_read, layer.sliding_window - 1)
+            its_keys, its_values = (x[0][..., -kept:, :] for x in (keys, values))
+            vars(layers[0]).update(vars(layer) | {"keys": its_keys, "values": its_values, "cumulative_length": n_read})
+            for own, its_keys, its_values in zip(layers[1:], keys[1:], values[1:], strict=True):
+                own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
 
 
 def detach(cache: DynamicCache | StaticCache) -> None:
@@ -73,9 +65,8 @@ def detach(cache: DynamicCache | StaticCache) -> None:
             continue
         keys, values = (x.clone() if _is_part(x) else x for x in (layer.keys, layer.values))
         if isinstance(layer, StaticLayer) and keys is not layer.keys:
-            layer.lazy_initialization(
-                keys[:, :, :0], values[:, :, :0]
-            )  # buffers whose addresses compiled code can rely on
+            # Compilers are told of the addresses of new buffers.
+            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
             layer.keys.copy_(keys)
             layer.values.copy_(values)
         else:

@@ -27,7 +27,7 @@ from ..own_prompt import OwnPrompt
 from ..step import Step
 from ..step_watch import StepWatch
 from .joinable import is_plain, joint_rows, obstacle_in
-from .joint_cache import JointDynamicCache, detach
+from .joint_cache import detach, join, split
 from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_hooks, slow_for_few_rows
 from .static_cache import JointStaticCache
 
@@ -309,13 +309,17 @@ class Fusion:
         """Runs the joint network on the rows of the base and of the reward models, which have read these texts."""
         caches, (batch_size, n_new) = [inputs[CACHE], *(state.cache for state in states)], inputs["input_ids"].shape
         lengths = [armed.step.input_ids.shape[1] - n_new, *(state.length for state in states)]
-        joint, output = self._joint_cache(caches, lengths), None
+        static, output = self._static_cache(caches, lengths), None
+        joint = join(caches, lengths) if static is None else static.join(caches, lengths)
         try:
-            cache = joint.join(caches, lengths)
-            rows = self._rows(armed, inputs, cache, joint.n_columns(lengths) + n_new)
-            output = armed.network(inputs | rows | {CACHE: cache}, armed.compiled)
+            rows = self._rows(armed, inputs, joint, n_new + (max(lengths) if static is None else static.end))
+            output = armed.network(inputs | rows | {CACHE: joint}, armed.compiled)
         finally:
-            joint.split(caches, lengths, 0 if output is None else n_new)
+            n_read = 0 if output is None else n_new
+            if static is None:
+                split(joint, caches, lengths, n_read)
+            else:
+                static.split(caches, lengths, n_read)
         if output is None:
             self._local.networks[tuple(armed.reward_models)] = None
             name = type(self.base).__name__
@@ -336,11 +340,11 @@ class Fusion:
         output["logits"], output[CACHE] = base_logits, caches[0]
         return output
 
-    def _joint_cache(self, caches: Sequence[Any], lengths: Sequence[int]) -> JointDynamicCache | JointStaticCache:
-        """Returns what joins the caches of base and reward models, which hold so many tokens."""
+    def _static_cache(self, caches: Sequence[Any], lengths: Sequence[int]) -> JointStaticCache | None:
+        """Returns what joins the caches of base and reward models if that of the base is static."""
         base, known = caches[0], self._local.static_caches
         if type(base) is DynamicCache:
-            return JointDynamicCache()
+            return None
         if base not in known or not known[base].is_of(caches, lengths):
             known[base] = JointStaticCache(caches, lengths)
         return known[base]

@@ -28,6 +28,10 @@ class JointStaticCache:
             The cache of the base, which has read something, and those of the reward models.
         lengths (sequence of `int`):
             The number of tokens in each of them.
+
+    Attributes:
+        end (`int`):
+            The column in which all texts end.
     """
 
     def __init__(self, caches: Sequence[Any], lengths: Sequence[int]):
@@ -37,7 +41,7 @@ class JointStaticCache:
         self._cache: Any = object.__new__(StaticCache)
         vars(self._cache).update(vars(base))
         self._cache.layers = [StaticLayer(base.get_max_length() + self._n_before) for _ in base.layers]
-        self._end = 0
+        self.end = 0
         self._left: list[Tensor] = []  # the keys of all caches after the last joint pass
 
     def is_of(self, caches: Sequence[Any], lengths: Sequence[int]) -> bool:
@@ -49,10 +53,6 @@ class JointStaticCache:
         is_same = len(others) == len(caches) - 1 and all(map(operator.is_, others, caches[1:]))
         return is_same and self._n_before == _n_before(lengths)
 
-    def n_columns(self, lengths: Sequence[int]) -> int:
-        """Returns the number of columns in which texts of these lengths are."""
-        return self._n_before + lengths[0]
-
     def join(self, caches: Sequence[Any], lengths: Sequence[int]) -> StaticCache:
         """
         Returns the joint cache, into which what is elsewhere has been copied: all of it at first, later the rows that
@@ -62,9 +62,9 @@ class JointStaticCache:
             caches, lengths:
                 As for the class.
         """
-        end, keys, left = self.n_columns(lengths), _keys_of(caches), self._left
-        is_there = end == self._end and len(keys) == len(left) and all(map(operator.is_, keys, left))
-        self._end, self._left = end, []  # an interrupted pass leaves it unknown
+        end, keys, left = self._n_before + lengths[0], _keys_of(caches), self._left
+        is_there = end == self.end and len(keys) == len(left) and all(map(operator.is_, keys, left))
+        self.end, self._left = end, []  # an interrupted pass leaves it unknown
         for joint, *layers in () if is_there else zip(self._cache.layers, *(x.layers for x in caches), strict=True):
             base = layers[0]
             if not joint.is_initialized:
@@ -84,14 +84,14 @@ class JointStaticCache:
         """Gives each cache its rows with the new tokens. If their number is 0, they stay as they are."""
         if not n_new:
             return
-        before, self._end = self._end, self._end + n_new
+        before, self.end = self.end, self.end + n_new
         torch._foreach_add_([x.cumulative_length for x in caches[0].layers if not x.is_sliding], n_new)
         for joint, base, *others in zip(self._cache.layers, *(x.layers for x in caches), strict=True):
             keys, values = joint.keys.chunk(self._n_caches), joint.values.chunk(self._n_caches)
             if base.is_sliding:
-                base.update(keys[0][..., before : self._end, :], values[0][..., before : self._end, :])
+                base.update(keys[0][..., before : self.end, :], values[0][..., before : self.end, :])
             for own, length, its_keys, its_values in zip(others, lengths[1:], keys[1:], values[1:], strict=True):
-                columns = slice(before - length, self._end)
+                columns = slice(before - length, self.end)
                 own.keys, own.values = its_keys[..., columns, :], its_values[..., columns, :]
         self._left = _keys_of(caches)
 
