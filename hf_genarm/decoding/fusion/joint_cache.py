@@ -61,12 +61,11 @@ def split(joint: DynamicCache, caches: Sequence[DynamicCache], lengths: Sequence
 def detach(cache: DynamicCache | StaticCache) -> None:
     """Copies keys and values that are part of a joint cache, whose other rows can then be freed."""
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer | StaticLayer) or layer.keys is None:
+        if not isinstance(layer, DynamicLayer | StaticLayer) or layer.keys is None or layer.values is None:
             continue
         keys, values = (x.clone() if _is_part(x) else x for x in (layer.keys, layer.values))
         if isinstance(layer, StaticLayer) and keys is not layer.keys:
-            # Compilers are told of the addresses of new buffers.
-            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])  # which marks new addresses for compilers
             layer.keys.copy_(keys)
             layer.values.copy_(values)
         else:

@@ -125,7 +125,7 @@ class _ThreadState(threading.local):
         self.is_hastened = False
         self.products: dict[FusedLM, list[tuple[str, LowRankProduct]] | None] = {}
         self.networks: dict[tuple[FusedLM, ...], JointNetwork | None] = {}
-        self.static_caches = weakref.WeakKeyDictionary[StaticCache, JointStaticCache]()
+        self.static_caches = weakref.WeakKeyDictionary[Any, JointStaticCache]()
 
 
 @dataclass
@@ -310,7 +310,7 @@ class Fusion:
         caches, (batch_size, n_new) = [inputs[CACHE], *(state.cache for state in states)], inputs["input_ids"].shape
         lengths = [armed.step.input_ids.shape[1] - n_new, *(state.length for state in states)]
         static, output = self._static_cache(caches, lengths), None
-        joint = join(caches, lengths) if static is None else static.join(caches, lengths)
+        joint: Any = join(caches, lengths) if static is None else static.join(caches, lengths)
         try:
             rows = self._rows(armed, inputs, joint, n_new + (max(lengths) if static is None else static.end))
             output = armed.network(inputs | rows | {CACHE: joint}, armed.compiled)
@@ -331,10 +331,8 @@ class Fusion:
         # What was compiled may write its next output in the same memory.
         logits = output["logits"] if armed.compiled is None else output["logits"].clone()
         base_logits, *reward_logits = logits.split(batch_size)
-        for reward_model, state, line, its_logits in zip(
-            armed.reward_models, states, lines, reward_logits, strict=True
-        ):
-            state.extend(line, line.length - line.padding.n_columns, its_logits)
+        for reward_model, state, line, of_rows in zip(armed.reward_models, states, lines, reward_logits, strict=True):
+            state.extend(line, line.length - line.padding.n_columns, of_rows)
             reward_model.joint_passes += 1
             reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]
