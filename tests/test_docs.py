@@ -43,10 +43,14 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\b[^\n]*\n(.*?)^```", text_of(page), flags=re.DOTALL | re.MULTILINE)
 
 
-def session(page):
-    """All Python blocks of a page, from top to bottom, after those of the quickstart if the page continues it."""
-    continues = re.search(r"\bcontinues? from the \[quickstart\]", " ".join(text_of(page).split()))
-    return "\n".join([*(blocks(QUICKSTART, "python") if continues else []), *blocks(page, "python")])
+def continues_the_quickstart(page):
+    """Whether its code needs that of the quickstart to have been run."""
+    return re.search(r"\bcontinues? from the \[quickstart\]", " ".join(text_of(page).split())) is not None
+
+
+def code(page):
+    """All Python blocks of a page, from top to bottom."""
+    return "\n".join(blocks(page, "python"))
 
 
 def commands(page):
@@ -158,7 +162,8 @@ def test_the_two_lines_are_the_same_everywhere():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_examples_use_no_name_that_the_page_or_the_quickstart_lacks(page):
-    nodes = list(ast.walk(ast.parse(session(page))))
+    before = code(QUICKSTART) if continues_the_quickstart(page) else ""
+    nodes = list(ast.walk(ast.parse(f"{before}\n{code(page)}")))
     known = set(dir(builtins))
     known |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     known |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
@@ -222,7 +227,7 @@ def workspace(tmp_path):
     for name in ("model_cards", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     lines = text_of(PAIRS / "train.jsonl").splitlines()
-    for name, part in (("pairs", lines[:12]), ("other-pairs", lines[12:16]), ("prompts", lines[16:22])):
+    for name, part in (("pairs", lines[:12]), ("other-pairs", lines[12:16]), ("prompts", lines[16:19])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     return tmp_path
 
@@ -237,13 +242,31 @@ def save_small_reward_model(folder):
     AutoTokenizer.from_pretrained(demo.demo_model()).save_pretrained(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_python_runs_as_printed(page, workspace, hub_cache):
+@pytest.fixture
+def python(workspace, hub_cache):
+    """Runs code as a reader does who has a clone, a trained adapter and a small reward model."""
     shutil.copytree(ROOT / "model_cards" / "arm-smollm2-135m-sentiment", workspace / "my-arm")
-    if "a-small-reward-model" in text_of(page):
-        save_small_reward_model(workspace / "a-small-reward-model")
-    run_command(sys.executable, "-c", session(page), cwd=workspace, HF_HUB_CACHE=hub_cache)
+    save_small_reward_model(workspace / "a-small-reward-model")
+    return lambda code: run_command(sys.executable, "-c", code, cwd=workspace, HF_HUB_CACHE=hub_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [x for x in PAGES if blocks(x, "python") and x not in (README, QUICKSTART) and not continues_the_quickstart(x)],
+    ids=lambda page: page.stem,
+)
+def test_python_runs_as_printed(page, python):
+    python(code(page))
+
+
+@pytest.mark.slow
+def test_python_runs_as_printed_after_the_quickstart(python):
+    """Each page continues from a copy of the variables of the quickstart, which begins with the code of the README."""
+    pages = {page.name: code(page) for page in PAGES if blocks(page, "python") and continues_the_quickstart(page)}
+    assert len(pages) > 5
+    each = "".join(f"exec(compile({text!r}, {name!r}, 'exec'), dict(quickstart))\n" for name, text in pages.items())
+    python(f"quickstart = {{}}\nexec({code(QUICKSTART)!r}, quickstart)\n{each}")
 
 
 @pytest.mark.slow

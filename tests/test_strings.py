@@ -1,6 +1,8 @@
 """Rewards of strings: reward models whose tokens are other strings than those of the base, against enumeration."""
 
+import asyncio
 import copy
+import itertools
 import json
 import logging
 import pickle
@@ -13,6 +15,7 @@ from helpers import assert_same, generate, run, write
 from oracle import next_token_log_probs
 from support import ARCHITECTURES, BASE, BATCH, EXACT, MODES, ONE
 from tiny import EOS, left_padded, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_tokenizers import (
     BASE_TOKENIZER,
     REWARD_TOKENIZER,
@@ -28,11 +31,12 @@ from two_tokenizers import (
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning
 from hf_genarm.decoding.strings.byte_map import ByteMap
 from hf_genarm.decoding.strings.prompt_reader import PromptReader
-from hf_genarm.decoding.strings.spellings import NO_PRUNING, PrefixProbabilities
+from hf_genarm.decoding.strings.spellings import NO_PRUNING, PRUNING, PrefixProbabilities
 from hf_genarm.decoding.strings.starting_model import StartingModel
 from hf_genarm.decoding.strings.string_rewards import Candidates, StringRewards
 from hf_genarm.decoding.strings.text_tree import Node, TextTree
 from hf_genarm.decoding.vocab import VocabMap
+from hf_genarm.demo import demo_model
 from hf_genarm.hub.sharing import without_adapter
 from hf_genarm.hub.token_bytes import spelled, token_bytes
 
@@ -408,3 +412,40 @@ def test_the_shipped_adapter_gives_strings_the_rewards_of_their_tokens():
     np.testing.assert_allclose(of_string, of_tokens, atol=0.1)
     assert (of_string >= np.array(of_tokens) - 1e-2).all()
     assert of_string[0] - of_string[1] == pytest.approx(of_tokens[0] - of_tokens[1], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*sparse:UserWarning")
+def test_genlm_bytes_gives_strings_the_same_probabilities():
+    """Another implementation of the same sum, which goes byte by byte."""
+    genlm = pytest.importorskip("genlm.bytes", reason="needs genlm-bytes, of the extra `slow`")
+    from genlm.backend.llm import AsyncTransformer
+
+    model, tokenizer = (x.from_pretrained(demo_model()) for x in (AutoModelForCausalLM, AutoTokenizer))
+    chat = [{"role": "user", "content": "How was the hotel?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    text = "The hôtel was lovely".encode()
+
+    async def log_probs():
+        network = AsyncTransformer(model, tokenizer)
+        trie = genlm.AsyncTokenByteTrie.from_vocab(network.byte_vocab)
+        begun = genlm.StatefulTokenizedLM.initial(network, prompt)
+        state = await genlm.LazyTrieState(begun, trie, trie.trie.root, 0.0).materialize()
+        beam = genlm.ByteBeamState([state], genlm.BeamParams(K=8, prune_threshold=1e-3, heal=False))
+        for byte in text:
+            beam = await (beam.prune() << byte)
+            yield beam.logZ
+        await beam.cleanup()
+
+    async def collected():
+        return [x async for x in log_probs()]
+
+    theirs = asyncio.run(collected())
+    ends = {tokenizer.eos_token_id}
+    byte_map = ByteMap(tokenizer, tokenizer, ends, ends, len(tokenizer))
+    tree = TextTree(model)
+    probabilities = PrefixProbabilities(byte_map, tree, PRUNING)
+    spellings = probabilities.begin(tree.root.after(prompt))
+    for start, end in itertools.pairwise([0, 3, 6, 9, 14, len(text)]):  # also within a character, and within tokens
+        (spellings,) = probabilities.advance([spellings], [text[start:end]])
+        assert spellings.log_prob[0] == pytest.approx(theirs[end - 1], abs=5e-3)

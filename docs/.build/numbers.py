@@ -111,6 +111,7 @@ def decode_times() -> dict[tuple[str, bool, int, int], dict[str, str]]:
         }
         for run in runs("decode_cost")
         for result in run["results"]
+        if "adapters" in result
     }
 
 
@@ -132,6 +133,18 @@ def decode_cost() -> str:
             for (maker, of_all, batch_size, n), cells in sorted(
                 times.items(), key=lambda row: (row[0][0] != INTEL, row)
             )
+        ],
+    )
+
+
+def sentence_cost() -> str:
+    """The times per token of the base with sentences, over the base alone and over as many unguided rows."""
+    results = [(processor(run), x) for run in runs("decode_cost") for x in run["results"] if "sentences" in x]
+    return table(
+        ["processor", "sentences", "over unguided", "over unguided with as many rows"],
+        [
+            [maker, str(x["sentences"]), *(spread(x["time_over"][y]) for y in ("unguided", "rows"))]
+            for maker, x in results
         ],
     )
 
@@ -314,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "capability": capability,
     "cost": cost,
     "decode_cost": decode_cost,
+    "sentence_cost": sentence_cost,
     "train_cost": train_cost,
     "differences": differences,
     "differences_detox": partial(differences, "Detoxification"),
@@ -327,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sentence_brevity": partial(of_report, OF_SENTENCE, "### For short answers, by strength"),
     "sentence_differences": partial(differences, OF_SENTENCE),
     "sentence_on_qwen": partial(of_report, ON_QWEN, "### For positive answers, by strength"),
+    "sentence_brevity_on_qwen": partial(of_report, ON_QWEN, "### For short answers, by strength"),
     "sequence_law": sequence_law,
     "serving": serving,
     "speculation": speculation,
