@@ -117,7 +117,7 @@ MODES = [
     Mode(
         "static cache of the base",
         {"cache_implementation": "static"},
-        why="fused, and compiled as `generate` compiles the base; separate if all layers have windows",
+        why="fused, and compiled as `generate` compiles the base; separate if all layers have windows that it outgrows",
     ),
     Mode("quantised cache of the base (quanto)", elsewhere="test_a_quantised_cache_of_the_base"),
     Mode("`past_key_values` that continues a chat", chat_continues, ONE),

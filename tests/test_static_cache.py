@@ -1,6 +1,7 @@
 """A static cache of the base, which `generate` compiles for: adapters are rows of it, and no pass is compiled again."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -86,16 +87,19 @@ def test_passes_of_the_base_alone_in_between(tmp_path):
     assert_same(output, generate(base, [Change(), oracle], **options))
 
 
-def test_windows_alone_are_read_separately(tmp_path, caplog):
-    """Such a cache doesn't show how long texts may become."""
+@pytest.mark.parametrize("window", [4, 64])
+def test_windows_in_all_layers(tmp_path, caplog, window):
+    """A cache of windows that texts outgrow doesn't show how long these may become: they are read separately."""
     caplog.set_level("INFO", "hf_genarm")
     (family,) = (x for x in ARCHITECTURES if x.name == "Mistral")
+    family = dataclasses.replace(family, sizes=family.sizes | {"sliding_window": window})
     base, adapter = saved_with_adapter(family, tmp_path)
     processor = GenARMLogitsProcessor.from_pretrained(adapter, base_model=base)
     output = generate(base, [processor], **STATIC)
-    assert joint_passes(processor) == 0
-    assert processor.engine == "shared"
-    assert sum("run separately, because the static cache" in x.message for x in caplog.records) == 1
+    is_outgrown = window == 4
+    assert joint_passes(processor) == (0 if is_outgrown else N_JOINT)
+    assert processor.engine == ("shared" if is_outgrown else "fused")
+    assert sum("run separately, because no layer of" in x.message for x in caplog.records) == is_outgrown
     oracle = Recompute([separate(tmp_path / "base", adapter)], [1.0], BATCH["attention_mask"])
     assert_same(output, generate(base, [oracle], **STATIC))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ...hub.kv_cache import CACHE
@@ -16,29 +16,33 @@ from ..step import Step
 _STEP_INPUTS = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict", "logits_to_keep"}
 
 
-def obstacle_in(cache: Any) -> str | None:
-    """Returns why no pass with a cache like this can be joined; `None` if some can."""
+def obstacle_in(cache: Any, config: PreTrainedConfig) -> str | None:
+    """Returns why no pass with a cache like this can be joined, given the config of the base; `None` if some can."""
     if cache is None:
         return "the base keeps no cache"
     if type(cache) not in (DynamicCache, StaticCache):
         return f"the base has a `{type(cache).__name__}`"
     if cache.offloading:
         return "the base offloads its cache"
-    kinds = {type(x) for x in cache.layers} if type(cache) is StaticCache else {StaticLayer}
-    if StaticLayer not in kinds:
-        return "the static cache of the base doesn't keep whole texts in any layer"
+    kinds = {type(x) for x in cache.layers} if type(cache) is StaticCache else set()
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if kinds == {StaticSlidingWindowLayer} and (window is None or cache.get_max_length() >= window):
+        return "no layer of the base's static cache is known to hold whole texts"
     others = kinds - {StaticLayer, StaticSlidingWindowLayer}
     return f"the static cache of the base has a `{others.pop().__name__}`" if others else None
 
 
 def is_plain(step: Step, inputs: dict[str, Any]) -> bool:
-    """Returns whether these are the inputs of a plain step that extends a cache of known tokens."""
+    """
+    Returns whether these are the inputs of a plain step that extends a cache of known tokens, in which there is no
+    obstacle.
+    """
     new, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     cache: Any = inputs.get(CACHE)
     extra = [name for name, value in inputs.items() if name not in _STEP_INPUTS and value is not None]
     if torch.is_grad_enabled() or not inputs.get("use_cache") or any(inputs[name] is not False for name in extra):
         return False
-    if new is None or inputs.get("return_dict") is False or obstacle_in(cache) is not None:
+    if new is None or inputs.get("return_dict") is False:
         return False
     n_new, shape = new.shape[1], step.input_ids.shape
     if not all(_can_be_joined(layer, n_new) for layer in cache.layers) or step.attention_mask.shape != shape:

@@ -194,13 +194,15 @@ class Fusion:
         waiting, is_hastened = self._local.waiting, self._local.is_hastened
         self._local.waiting, self._local.is_hastened = [], False
         fusable = [x for x in waiting if self._products(x) is not None] if not step.is_first else []
-        obstacle = obstacle_in(inputs.get(CACHE)) if fusable else None
+        is_hastened = is_hastened and not step.is_first and type(inputs.get(CACHE)) is DynamicCache
+        if not fusable and not is_hastened:
+            return
+        obstacle = obstacle_in(inputs.get(CACHE), self.base.config)
         if obstacle is not None and any(x.last_obstacle != obstacle for x in fusable):
             logger.info(_SEPARATELY, obstacle)
         for reward_model in fusable if obstacle is not None else ():
             reward_model.last_obstacle = obstacle
-        is_hastened = is_hastened and not step.is_first and type(inputs.get(CACHE)) is DynamicCache
-        if (fusable or is_hastened) and is_plain(step, inputs):
+        if obstacle is None and is_plain(step, inputs):
             network = self._network(fusable)
             if network is not None:
                 with self._lock:

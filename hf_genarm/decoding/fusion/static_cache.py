@@ -85,7 +85,9 @@ class JointStaticCache:
         if not n_new:
             return
         before, self.end = self.end, self.end + n_new
-        torch._foreach_add_([x.cumulative_length for x in caches[0].layers if not x.is_sliding], n_new)
+        counters = [x.cumulative_length for x in caches[0].layers if not x.is_sliding]
+        if counters:
+            torch._foreach_add_(counters, n_new)
         for joint, base, *others in zip(self._cache.layers, *(x.layers for x in caches), strict=True):
             keys, values = joint.keys.chunk(self._n_caches), joint.values.chunk(self._n_caches)
             if base.is_sliding:
