@@ -1,4 +1,5 @@
 import copy
+import gc
 import os
 import tempfile
 
@@ -26,6 +27,13 @@ def one_thread_per_worker():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """`Trainer.train` collects garbage, which takes long if it looks through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

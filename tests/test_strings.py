@@ -347,8 +347,11 @@ def test_two_lines(saved, caplog):
     (line,) = [x.getMessage() for x in caplog.records if "`strings`" in x.getMessage()]
     assert "minus those of the model it was trained from, for the 64 likeliest tokens" in line
     assert (processor.engine, processor.reference) == ("strings", "base")
-    output = generate(base, [exact(processor)], BATCH, max_new_tokens=2)
-    assert_same(output, generate(BASE, [enumerated(BATCH, 1.0)], BATCH, max_new_tokens=2))
+    arm = AutoregressiveRewardModel.from_pretrained(saved[1])
+    constructed = GenARMLogitsProcessor(arm, base_model=base, tokenizer=BASE_TOKENIZER, reference="base")
+    expected = generate(BASE, [enumerated(BATCH, 1.0)], BATCH, max_new_tokens=2)
+    for each in (processor, constructed):
+        assert_same(generate(base, [exact(each)], BATCH, max_new_tokens=2), expected)
 
 
 def test_commands(saved, tmp_path, capsys):

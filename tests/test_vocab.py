@@ -11,7 +11,7 @@ from tiny import CORPUS, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_genarm import GenARMLogitsProcessor, GuidanceWarning, RewardInfo
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
 from hf_genarm.decoding.vocab import VocabMap
 from hf_genarm.functional import fill_unscored, guided_log_probs
 from hf_genarm.hub.info import chat_template_fingerprint
@@ -63,6 +63,19 @@ def test_permuted_ids_are_aligned_by_string(setup, options):
     assert output.sequences.tolist() == expected.sequences.tolist()
     for ours, theirs in zip(output.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_tokenizer_of_a_reward_model_is_the_default(setup):
+    """Where it is the same as that of the base, nothing is aligned, nor if it says nothing about the base's."""
+    tokenizer, base, arm = setup
+    other, order = permuted(tokenizer)
+    own = AutoregressiveRewardModel(renumbered(arm, order, len(tokenizer)), other)
+    for options in ({"base_model": base}, {}):
+        (aligned,) = GenARMLogitsProcessor(own, tokenizer=tokenizer, **options)._vocab_maps
+        ids, mask = torch.arange(len(tokenizer))[None], torch.ones(1, len(tokenizer), dtype=torch.long)
+        assert aligned.reward_ids(ids, mask)[0].tolist() == order.tolist()
+        same = AutoregressiveRewardModel(arm, tokenizer)
+        assert GenARMLogitsProcessor([same, arm], tokenizer=tokenizer, **options)._vocab_maps == [None, None]
 
 
 @pytest.mark.parametrize("larger", ["base", "reward model"])

@@ -140,12 +140,10 @@ def decode_cost() -> str:
 def sentence_cost() -> str:
     """The times per token of the base with sentences, over the base alone and over as many unguided rows."""
     results = [(processor(run), x) for run in runs("decode_cost") for x in run["results"] if "sentences" in x]
+    heads = {"unguided": "over unguided", "rows": "over unguided with as many rows"}
     return table(
-        ["processor", "sentences", "over unguided", "over unguided with as many rows"],
-        [
-            [maker, str(x["sentences"]), *(spread(x["time_over"][y]) for y in ("unguided", "rows"))]
-            for maker, x in results
-        ],
+        ["processor", "sentences", *heads.values()],
+        [[maker, str(x["sentences"]), *(spread(x["time_over"][name]) for name in heads)] for maker, x in results],
     )
 
 

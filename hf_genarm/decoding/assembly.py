@@ -34,7 +34,7 @@ class Assembly:
             The tokenizer of the base.
         reward_tokenizer (list of [`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of each reward model, `None` where its ids are those of the base; `None` instead of a list if
-            all ids are.
+            all ids are, and the tokenizer of the base isn't known.
     """
 
     reward_model: list[AutoregressiveRewardModel]
@@ -74,7 +74,7 @@ def assemble(
     left_open = {x for x, is_open in (("alpha", alpha is None), ("reference", is_auto)) if is_open}
     log_recommended_settings(reward_models, names, left_open)
     aligned = tokenizers_to_align(reward_models, names, base_model, tokenizer)
-    to_align = aligned if any(x is not None for x in aligned) else None
+    to_align = None if tokenizer is None and not any(aligned) else aligned
     return Assembly(
         reward_model=list(reward_models),
         alpha=recommended_alpha([x.info for x in reward_models]) if alpha is None else alpha,

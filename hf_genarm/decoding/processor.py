@@ -10,9 +10,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arguments import shown
+from ..arguments import refuse_no_tokenizer, shown
 from ..functional import guided_product
-from ..hub.compatibility import prompt_format
+from ..hub.compatibility import prompt_format, tokenizer_to_align
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
@@ -77,10 +77,11 @@ class GenARMLogitsProcessor(GuidanceSettings):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the base model, needed only if that of a reward model is another one.
         reward_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or a list of them, *optional*):
-            The tokenizer of each reward model. Tokens are then aligned by their strings; those that a reward model
-            can't score keep the probability that the base model gives them. If its tokens are other strings, its
-            rewards are those of strings, for the likeliest tokens of the base. They are contrasted with the model that
-            it was trained from if `reference` is `"base"`.
+            The tokenizer of each reward model. Defaults to those that [`AutoregressiveRewardModel`]s have, if
+            `tokenizer` is given. Tokens are then aligned by their strings; those that a reward model can't score keep
+            the probability that the base model gives them. If its tokens are other strings, its rewards are those of
+            strings, for the likeliest tokens of the base. They are contrasted with the model that it was trained from
+            if `reference` is `"base"`.
 
     Raises:
         TypeError: if an argument is of another type, or a reward model is not a decoder-only causal LM.
@@ -137,6 +138,10 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizers = [x.tokenizer if isinstance(x, AutoregressiveRewardModel) else None for x in given]
         own = next((x for x in self._tokenizers if x is not None), None)
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
+        refuse_no_tokenizer("tokenizer", tokenizer)
+        if tokenizer is not None and reward_tokenizer is None:
+            arms = [x if isinstance(x, AutoregressiveRewardModel) else None for x in given]
+            reward_tokenizer = [None if x is None else tokenizer_to_align(x, base_model, tokenizer) for x in arms]
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, self._models, base_model)
         are_foreign = [isinstance(x, ByteMap) for x in self._vocab_maps]
         self._starting_models = [

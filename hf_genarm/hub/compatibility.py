@@ -50,6 +50,17 @@ def tokenizers_to_align(
     return tokenizers
 
 
+def tokenizer_to_align(
+    reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of a reward model if it has one, and its ids are not those of the base."""
+    own = reward_model.tokenizer
+    if base_model is None or own is None:
+        return None if own is None or tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer) else own
+    is_same = shares_weights(reward_model.model, base_model) or _has_embeddings_of(reward_model, base_model)
+    return None if is_same or has_same_ids(reward_model, n_embeddings(base_model), tokenizer) else own
+
+
 def _has_embeddings_of(reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel) -> bool:
     if input_embeddings(reward_model.model) is None or input_embeddings(base_model) is None:
         return False

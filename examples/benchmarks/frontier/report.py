@@ -201,11 +201,14 @@ def sentences(about: dict, rows: pd.DataFrame, folder: Path) -> str:
     if len(positive.runs) > 1:
         frontier(positive, targets, figures / f"{name}_and_adapter.png", about["title"])
         pairs = [(one, other) for other in (ADAPTER, TRAINED) for one in (SENTENCE, BOTH)] + [(BOTH, SENTENCE)]
+        others = "It was trained on SmolLM2, so that its rewards are those of strings."
+        if TRAINED in positive.runs:
+            others = f"*{TRAINED}* are the runs of *DPO loss, ratio* above."
         parts += [
             "### A sentence or an adapter, at matched divergence",
             f"*{ADAPTER.capitalize()}* is [this one](../../../model_cards/arm-smollm2-135m-sentiment/README.md); its "
-            f"runs differ in the samples only. *{TRAINED}* are the runs of *DPO loss, ratio* above. In *{BOTH}* "
-            "each has half the strength that it has alone; the strength shown is that of the sentence alone.",
+            f"runs differ in the samples only. {others} In *{BOTH}* each has half the strength that it has alone; the "
+            "strength shown is that of the sentence alone.",
             f"![Reward against divergence](figures/{name}_and_adapter.png)",
             matched(positive, "reward", targets, "sentences or runs"),
             "Differences, paired by prompt:",

@@ -47,8 +47,8 @@ def experiments(
         "two_objectives": (partial(two_objectives.task, size), [two_objectives.steps]),
         "detox": (partial(detox.task, size), [dev_steps, test_steps]),
         "harmlessness": (partial(harmlessness.task, size, bench, hh_rlhf), [test_steps, accuracies]),
-        "sentences": (partial(sentences.task, size), [partial(sentences.steps, has_adapter=True)]),
-        "sentences_on_base": (partial(sentences.task, size, base), [partial(sentences.steps, has_adapter=False)]),
+        "sentences": (partial(sentences.task, size), [sentences.steps]),
+        "sentences_on_base": (partial(sentences.task, size, base), [sentences.steps]),
     }
 
 

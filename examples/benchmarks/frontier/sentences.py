@@ -37,19 +37,18 @@ def task(size: Size, base: str | None = None) -> Task:
     )
 
 
-def steps(bench: Bench, task: Task, has_adapter: bool) -> list[Step]:
+def steps(bench: Bench, task: Task) -> list[Step]:
     """
-    Returns the steps of each sentence, for positive and for short answers, at all strengths; with `has_adapter` also
-    those of the published adapter, and of sentences together with it. The number of the sentence, or of the sample, is
-    the `seed`.
+    Returns the steps of each sentence, for positive and for short answers, and of the published adapter, alone and
+    together with sentences, at all strengths. The number of the sentence, or of the sample, is the `seed`.
     """
     size, alone, add = task.size, SENTENCE_STRENGTHS, partial(step, bench, task)
     work = [base_step(bench, task, "test", "base", [Point(0.0)] * _N_SAMPLES)]
     work += [add(SENTENCE, i, alone, SENTENCES["sentiment"][i]) for i in range(size.n_sentences)]
     work += [add(BRIEF, i, alone, SENTENCES["brevity"][i]) for i in range(size.n_sentences)]
-    if has_adapter:  # with fewer runs of what has the adapter: samples of it alone, and some of the sentences
-        work += [add(ADAPTER, seed, PUBLISHED_STRENGTHS, adapter=PUBLISHED) for seed in size.dev_seeds]
-        work += [add(BOTH, i, alone, SENTENCES["sentiment"][i], PUBLISHED) for i in size.few_seeds]
+    # With fewer runs of what has the adapter: samples of it alone, and some of the sentences
+    work += [add(ADAPTER, seed, PUBLISHED_STRENGTHS, adapter=PUBLISHED) for seed in size.dev_seeds]
+    work += [add(BOTH, i, alone, SENTENCES["sentiment"][i], PUBLISHED) for i in size.few_seeds]
     return work
 
 
