@@ -148,7 +148,8 @@ class Fusion:
 
     The modules of the base are never changed. When `generate` has prepared a pass that can be joined, `base.forward` is
     replaced on the instance, and put back as the first thing when it is called. What replaces it runs other modules
-    around the same weights, and acts only on exactly the inputs that were prepared, in that thread.
+    around the same weights, and acts only on exactly the inputs that were prepared, in that thread. Where `generate`
+    compiles the base, these other modules are compiled in its place.
 
     Args:
         watch ([`StepWatch`]):

@@ -1,5 +1,6 @@
 """One static cache for the rows of base and reward models, of which the base's own cache becomes a part."""
 
+import copy
 import operator
 import weakref
 from collections.abc import Sequence
@@ -38,8 +39,7 @@ class JointStaticCache:
         base, *others = caches
         self._others = [weakref.ref(cache) for cache in others]
         self._n_caches, self._n_before = len(lengths), _n_before(lengths)
-        self._cache: Any = object.__new__(StaticCache)
-        vars(self._cache).update(vars(base))
+        self._cache: Any = copy.copy(base)
         self._cache.layers = [StaticLayer(base.get_max_length() + self._n_before) for _ in base.layers]
         self.end = 0
         self._left: list[Tensor] = []  # the keys of all caches after the last joint pass
