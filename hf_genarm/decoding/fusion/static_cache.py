@@ -41,6 +41,7 @@ class JointStaticCache:
         self._n_caches, self._n_before = len(lengths), _n_before(lengths)
         self._cache: Any = copy.copy(base)
         self._cache.layers = [StaticLayer(base.get_max_length() + self._n_before) for _ in base.layers]
+        self._rows: list[list[tuple[Tensor, Tensor]]] = []  # by layer and cache, its rows of keys and values
         self.end = 0
         self._left: list[Tensor] = []  # the keys of all caches after the last joint pass
 
@@ -65,20 +66,24 @@ class JointStaticCache:
         end, keys, left = self._n_before + lengths[0], _keys_of(caches), self._left
         is_there = end == self.end and len(keys) == len(left) and all(map(operator.is_, keys, left))
         self.end, self._left = end, []  # an interrupted pass leaves it unknown
-        for joint, *layers in () if is_there else zip(self._cache.layers, *(x.layers for x in caches), strict=True):
-            base = layers[0]
-            if not joint.is_initialized:
-                no_columns = (x[:, :, :0].repeat(self._n_caches, 1, 1, 1) for x in (base.keys, base.values))
-                joint.lazy_initialization(*no_columns)
-            n_kept = [min(lengths[0], base.max_cache_len), *lengths[1:]]
-            for name in ("keys", "values"):
-                blocks = getattr(joint, name).chunk(self._n_caches)
-                for block, own, n_columns in zip(blocks, layers, n_kept, strict=True):
-                    _copy(getattr(own, name)[..., :n_columns, :], block[..., end - n_columns : end, :])
-                if not base.is_sliding:
-                    setattr(base, name, blocks[0][..., self._n_before :, :])
-            joint.cumulative_length.fill_(end)
+        for index, layers in enumerate(() if is_there else zip(*(cache.layers for cache in caches), strict=True)):
+            base, n_kept = layers[0], [min(lengths[0], layers[0].max_cache_len), *lengths[1:]]
+            if index == len(self._rows):
+                self._rows.append(self._allocate(index, base))
+            for own, n_columns, (keys, values) in zip(layers, n_kept, self._rows[index], strict=True):
+                columns = slice(end - n_columns, end)
+                _copy(own.keys[:, :, :n_columns], keys[:, :, columns])
+                _copy(own.values[:, :, :n_columns], values[:, :, columns])
+            if not base.is_sliding:
+                base.keys, base.values = (x[:, :, self._n_before :] for x in self._rows[index][0])
+            self._cache.layers[index].cumulative_length.fill_(end)
         return self._cache
+
+    def _allocate(self, index: int, base: Any) -> list[tuple[Tensor, Tensor]]:
+        """Makes the buffers of a layer, and returns the rows of each cache in them."""
+        joint = self._cache.layers[index]
+        joint.lazy_initialization(*(x[:, :, :0].repeat(self._n_caches, 1, 1, 1) for x in (base.keys, base.values)))
+        return list(zip(joint.keys.chunk(self._n_caches), joint.values.chunk(self._n_caches), strict=True))
 
     def split(self, caches: Sequence[Any], lengths: Sequence[int], n_new: int) -> None:
         """Gives each cache its rows with the new tokens. If their number is 0, they stay as they are."""
@@ -88,13 +93,12 @@ class JointStaticCache:
         counters = [x.cumulative_length for x in caches[0].layers if not x.is_sliding]
         if counters:
             torch._foreach_add_(counters, n_new)
-        for joint, base, *others in zip(self._cache.layers, *(x.layers for x in caches), strict=True):
-            keys, values = joint.keys.chunk(self._n_caches), joint.values.chunk(self._n_caches)
-            if base.is_sliding:
-                base.update(keys[0][..., before : self.end, :], values[0][..., before : self.end, :])
-            for own, length, its_keys, its_values in zip(others, lengths[1:], keys[1:], values[1:], strict=True):
+        for rows, *layers in zip(self._rows, *(cache.layers for cache in caches), strict=True):
+            if layers[0].is_sliding:
+                layers[0].update(*(x[:, :, before : self.end] for x in rows[0]))
+            for own, length, (keys, values) in zip(layers[1:], lengths[1:], rows[1:], strict=True):
                 columns = slice(before - length, self.end)
-                own.keys, own.values = its_keys[..., columns, :], its_values[..., columns, :]
+                own.keys, own.values = keys[:, :, columns], values[:, :, columns]
         self._left = _keys_of(caches)
 
 
