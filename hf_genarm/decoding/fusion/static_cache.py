@@ -63,8 +63,8 @@ class JointStaticCache:
             caches, lengths:
                 As for the class.
         """
-        end, keys, left = self._n_before + lengths[0], _keys_of(caches), self._left
-        is_there = end == self.end and len(keys) == len(left) and all(map(operator.is_, keys, left))
+        end, given, left = self._n_before + lengths[0], _keys_of(caches), self._left
+        is_there = end == self.end and len(given) == len(left) and all(map(operator.is_, given, left))
         self.end, self._left = end, []  # an interrupted pass leaves it unknown
         for index, layers in enumerate(() if is_there else zip(*(cache.layers for cache in caches), strict=True)):
             base, n_kept = layers[0], [min(lengths[0], layers[0].max_cache_len), *lengths[1:]]
