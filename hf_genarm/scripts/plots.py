@@ -104,12 +104,12 @@ def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, p
         return
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        kinds.setdefault((row["temperature"], row["reference"] if row["alpha"] else "unguided"), []).append(row)
-    colors = iter(COLORS * len(kinds))
-    for (temperature, reference), of_kind in kinds.items():
-        label = {"unguided": "unguided", "base": 'reference "base"', None: "no reference (Eq. 7)"}[reference]
-        label += f", temperature {temperature:g}" if len({row["temperature"] for row in rows}) > 1 else ""
-        color = GREY if reference == "unguided" else next(colors)
+        kinds.setdefault((row["reference"], row["temperature"]) if row["alpha"] else (), []).append(row)
+    colors, several = iter(COLORS * len(kinds)), len({row["temperature"] for row in rows}) > 1
+    for kind, of_kind in kinds.items():
+        label = {(): "unguided", ("base",): 'reference "base"', (None,): "no reference (Eq. 7)"}[kind[:1]]
+        label += f", temperature {kind[1]:g}" if kind and several else ""
+        color = next(colors) if kind else GREY
         for axis, measure in zip(axes, ("kl", "perplexity"), strict=True):
             (x, low, high), (y, lower, upper) = (
                 np.array([row[name] for row in of_kind]).T for name in (measure, "reward")
@@ -118,12 +118,12 @@ def plot_settings(rows: list[dict[str, Any]], max_kl: float, reward_name: str, p
             errors = [np.maximum([at - first, last - at], 0) for at, first, last in ((x, low, high), (y, lower, upper))]
             axis.errorbar(x, y, errors[1], errors[0], fmt="o-", color=color, capsize=3, alpha=0.8, label=label)
             for at, reward, row in zip(x, y, of_kind, strict=True):
-                if row["alpha"]:
-                    axis.annotate(f"{row['alpha']:g}", (at, reward), xytext=(4, 4), textcoords="offset points")
+                text = f"{row['alpha']:g}" if kind else f"T {row['temperature']:g}" * several
+                axis.annotate(text, (at, reward), xytext=(4, 4), textcoords="offset points")
     axes[0].axvline(max_kl, color=GREY, linestyle=":", label="limit")
     axes[0].set(xlabel="divergence from the base, nats per answer", ylabel=reward_name)
     axes[1].set(xlabel="perplexity under the base", ylabel=reward_name, xscale="log")
-    _save(figure, axes, path)
+    _save(figure, axes, path, one_legend=True)
 
 
 def _figure(path: str, kind: str) -> tuple[Any, Any]:
@@ -140,12 +140,18 @@ def _figure(path: str, kind: str) -> tuple[Any, Any]:
     return plt.subplots(1, 2, figsize=(10, 4), dpi=130)
 
 
-def _save(figure: Any, axes: Any, path: str) -> None:
+def _save(figure: Any, axes: Any, path: str, one_legend: bool = False) -> None:
+    """Writes the picture, with a legend in each part, or with one for both below them."""
     from matplotlib import pyplot as plt
 
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        if not one_legend:
+            axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path)
+    if one_legend:
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0)
+        )
+    figure.savefig(path, bbox_inches="tight" if one_legend else None)
     plt.close(figure)
