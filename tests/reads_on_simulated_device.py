@@ -6,7 +6,7 @@ A read of the host makes it wait for the device, which then has nothing to do un
 
 import pytest
 import torch
-from helpers import batch
+from helpers import batch, joint_passes
 from peft import LoraConfig, get_peft_model
 from simulated import DEVICE, SimulatedDevice, counting, put
 from tiny import left_padded, random_prompts, tiny_llama, tiny_tokenizer
@@ -61,6 +61,8 @@ def per_token(base, make, **options):
     return many - few
 
 
+STATIC = {"cache_implementation": "static"}
+
 CASES = {
     "fused": ({}, {}),
     "fused, batch": ({}, {"batch_size": 4}),
@@ -88,6 +90,9 @@ CASES = {
     "shared": ({"engine": "shared"}, {}),
     "own prompts": ({"engine": "separate", "prompts": 7}, {"batch_size": 2}),
     "fused, own prompts": ({"prompts": 7}, {"batch_size": 2}),
+    "fused, static cache": ({}, {"batch_size": 2} | STATIC),
+    "fused, static cache, two rewards": ({"n_arms": 2}, STATIC),
+    "fused, static cache, left-padded": ({}, {"batch_size": 4, "is_padded": True} | STATIC),
     "a sentence": ({"engine": "sentence", "prompts": 7, "reference": "base"}, {"batch_size": 2}),
 }
 
@@ -163,12 +168,15 @@ def test_reads_for_each_token(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fused", "separate", "fused, strengths per request", "separate, aligned vocabularies"]
+    "name",
+    ["fused", "separate", "fused, strengths per request", "fused, static cache", "separate, aligned vocabularies"],
 )
 def test_the_text_is_that_of_the_cpu(name):
     settings, options = CASES[name]
     base, make = prepared(**settings)
-    _, output = spent(base, make(), 12, do_sample=False, **options)
+    processor = make()
+    _, output = spent(base, processor, 12, do_sample=False, **options)
+    assert joint_passes(processor) == ("fused" in name) * 11
     _, unguided = spent(base, None, 12, do_sample=False, **options)
     assert output.tolist() != unguided.tolist()
     base, make = prepared(**settings, is_on_device=False)
@@ -176,13 +184,14 @@ def test_the_text_is_that_of_the_cpu(name):
     assert output.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["fused", "fused, reference", "fused, own prompts", "separate"])
+@pytest.mark.parametrize("name", ["fused", "fused, reference", "fused, own prompts", "fused, static cache", "separate"])
 def test_ids_on_the_cpu(name):
     """`generate` moves them to the base at each pass; processors are then called with scores on the CPU."""
     settings, _ = CASES[name]
     base, make = prepared(**settings)
     prompts = random_prompts(2, 12)
     options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    options |= STATIC if "static" in name else {}
     processor = make()
     texts = [base.generate(ids, logits_processor=[processor], **options) for ids in (prompts, prompts.to(DEVICE))]
     assert str(texts[0].device) == "cpu"

@@ -114,7 +114,11 @@ MODES = [
         why="one particle is guided sampling, many are the optimum over whole texts",
     ),
     Mode("`use_cache=False`", {"use_cache": False}),
-    Mode("static cache of the base", {"cache_implementation": "static"}),
+    Mode(
+        "static cache of the base",
+        {"cache_implementation": "static"},
+        why="fused, and compiled as `generate` compiles the base; separate if all layers have windows that it outgrows",
+    ),
     Mode("quantised cache of the base (quanto)", elsewhere="test_a_quantised_cache_of_the_base"),
     Mode("`past_key_values` that continues a chat", chat_continues, ONE),
     Mode("`inputs_embeds` together with `input_ids`", embeddings, ONE),

@@ -40,8 +40,8 @@ from hf_genarm.hub.sharing import follow, twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
-# Modes in which the base has no growing cache to be joined.
-APART = {"`use_cache=False`", "static cache of the base"}
+# Modes in which the base has no cache to be joined.
+APART = {"`use_cache=False`"}
 
 
 def is_untouched(base, before):
@@ -74,15 +74,15 @@ def test_joint_passes_equal_recomputation(mode, base, adapters, models):
 
 
 def test_the_engine_is_what_was_done(base, adapters, caplog):
-    """With a static cache it is `shared`, which is logged once; later calls can be joined again."""
+    """Without a cache of the base it is `shared`, which is logged once; later calls can be joined again."""
     caplog.set_level("INFO", "hf_genarm")
     processor = GenARMLogitsProcessor.from_pretrained(adapters, base_model=base)
-    for options, engine in (({}, "fused"), ({"cache_implementation": "static"}, "shared"), ({}, "fused")):
+    for options, engine in (({}, "fused"), ({"use_cache": False}, "shared"), ({}, "fused")):
         caplog.clear()
         generate(base, [processor], min_new_tokens=4, max_new_tokens=4, **options)
         assert processor.engine == engine
         lines = [x.message for x in caplog.records if "run separately, because" in x.message]
-        assert [("StaticCache" in line) for line in lines] == [True] * (engine == "shared")
+        assert [("keeps no cache" in line) for line in lines] == [True] * (engine == "shared")
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])

@@ -28,7 +28,7 @@ def test_on_a_simulated_device():
     command += [str(folder / f"{name}_on_simulated_device.py") for name in ("guided", "reads")]
     done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "49 passed" in done.stdout
+    assert "54 passed" in done.stdout
 
 
 @pytest.fixture

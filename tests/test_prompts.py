@@ -19,8 +19,8 @@ from hf_genarm.hub.sharing import twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_genarm.GuidanceWarning")
 
-# Modes in which the base has no growing cache to be joined.
-APART = {"`use_cache=False`", "static cache of the base"}
+# Modes in which the base has no cache to be joined.
+APART = {"`use_cache=False`"}
 LISTED = [mode for mode in MODES if mode.expected == EXACT and not mode.elsewhere]
 
 

@@ -298,7 +298,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         passes over the weights of the base; `"separate"`, with weights of their own; `"strings"`, with weights and
         tokens of their own, which gives rewards of strings. Several names, in the order of the
         reward models and separated by commas, if they differ. It makes no difference except in time and memory. After
-        `generate`, it is how they were run there: a base with a static cache, or without one, is not fused.
+        `generate`, it is how they were run there: a base without a cache, for example, is not fused.
         """
         engines = [engine for engine, _ in self._machine.rewards.engines]
         return engines[0] if len(set(engines)) == 1 else ", ".join(engines)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from ..hub.kv_cache import CACHE, n_read
 from .instance_patch import InstancePatch
@@ -80,6 +80,7 @@ class StepWatch:
             _PreparePatch(model, self),
             InstancePatch(model, "generate", self._generate),
             InstancePatch(model, "generate_batch", _refuse_continuous_batching),
+            InstancePatch(model, "get_compiled_call", self._get_compiled_call),
         ]
         self._keeps_logits = False
 
@@ -160,6 +161,11 @@ class StepWatch:
             local.n_prompts.pop()
             if not local.n_prompts:
                 self._finish(local)
+
+    def _get_compiled_call(self, method: Callable, compile_config: CompileConfig | None) -> Callable:
+        """Returns what `generate` calls after the prompt if it compiles the model."""
+        compiled = method(compile_config)
+        return compiled if self.fusion is None else self.fusion.compiled_call(compiled, compile_config)
 
     def call_when_over(self, function: Callable[[], None]) -> bool:
         """

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 
 def join(caches: Sequence[DynamicCache], lengths: Sequence[int]) -> DynamicCache:
@@ -58,15 +58,23 @@ def split(joint: DynamicCache, caches: Sequence[DynamicCache], lengths: Sequence
                 own.update(its_keys[..., -n_new:, :], its_values[..., -n_new:, :])
 
 
-def detach(cache: DynamicCache) -> None:
+def detach(cache: DynamicCache | StaticCache) -> None:
     """Copies keys and values that are part of a joint cache, whose other rows can then be freed."""
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer):
+        if not isinstance(layer, DynamicLayer | StaticLayer) or layer.keys is None or layer.values is None:
             continue
-        for name in ("keys", "values"):
-            x = getattr(layer, name)
-            if x is not None and x.untyped_storage().nbytes() > x.numel() * x.element_size():
-                setattr(layer, name, x.clone())
+        keys, values = (x.clone() if _is_part(x) else x for x in (layer.keys, layer.values))
+        if isinstance(layer, StaticLayer) and keys is not layer.keys:
+            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])  # which marks new addresses for compilers
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
+        else:
+            layer.keys, layer.values = keys, values
+
+
+def _is_part(x: Tensor) -> bool:
+    """Returns whether memory is held for more than this tensor."""
+    return x.untyped_storage().nbytes() > x.numel() * x.element_size()
 
 
 def _concatenate(parts: Sequence[Tensor], length: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The network of the base, with the low-rank products of reward adapters added to separate rows."""
 
 import functools
+import inspect
 import itertools
 import platform
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...hub.kv_cache import CACHE, network_of
@@ -24,6 +25,9 @@ from ..step_watch import StepWatch
 _FEW_ROWS = 32
 # All layers in these modules of PEFT are LoRA on a linear layer with quantised weights.
 _ON_QUANTISED = {f"peft.tuners.lora.{name}" for name in ("aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "torchao")}
+# What is replaced on the instance of a base, or bound to it
+_OWN = ("forward", "prepare_inputs_for_generation", "generate", "generate_batch", "get_compiled_call", "_compiled_call")
+_OWN += ("_old_forward",)
 
 
 class LowRankProduct(NamedTuple):
@@ -73,10 +77,10 @@ class StackedProducts:
                 self._a[index, :, : len(product.a)] = product.a.T
                 self._b[index, : len(product.a)] = product.b.T * product.scaling
 
-    def add(self, x: Tensor, output: Tensor, batch_size: int) -> None:
+    def add(self, x: Tensor, output: Tensor) -> None:
         """Adds them to the rows that follow those of the base, in place."""
         n_blocks = len(self._a)
-        x = x.to(self._a.dtype).contiguous()
+        batch_size, x = len(x) // (1 + n_blocks), x.to(self._a.dtype).contiguous()
         own, of_output = (t[batch_size:].view(n_blocks, -1, t.shape[-1]) for t in (x, output))
         of_output.baddbmm_(torch.bmm(own, self._a).to(output.dtype), self._b.to(output.dtype))
 
@@ -156,12 +160,14 @@ class JointNetwork:
     """
 
     def __init__(self, base: PreTrainedModel, products: Sequence[Sequence[tuple[str, LowRankProduct]]]):
-        self._batch_size, self._shape, self._seen = 0, torch.Size(), set[str]()
+        # A tensor, since code is compiled again for other numbers, but not for tensors of another shape.
+        self._input_ids, self._seen = torch.empty(0, 0), set[str]()
         by_path: dict[str, list[tuple[int, LowRankProduct]]] = {}
         for block, its_products in enumerate(products, start=1):
             for path, product in its_products:
                 by_path.setdefault(path, []).append((block, product))
         self._network = _other_modules(base, {})
+        self.takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
         self._paths = by_path.keys()
         for module in self._network.modules() if slow_for_few_rows(base.device) else ():
             if type(module) is nn.Linear and type(module.weight) is nn.Parameter:  # not quantised
@@ -175,12 +181,12 @@ class JointNetwork:
                 vars(module)["forward"] = functools.partial(_moved, module._hf_hook, module, module.forward)
 
     def _with_products(
-        self, path: str, forward: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor, int], None]
+        self, path: str, forward: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor], None]
     ) -> Callable[[Tensor], Tensor]:
         is_one_of_many = sum(part.isdigit() for part in path.split(".")) > 1  # in its layer, as an expert is
 
         def joint_forward(x: Tensor) -> Tensor:
-            n_rows, n_new = self._shape
+            n_rows, n_new = self._input_ids.shape
             # The tokens of all rows in one dimension are in the order of the rows if each has only one; experts get
             # them in an order of their own.
             is_row_by_row = len(x) == n_rows and (x.ndim > 2 or (n_new == 1 and not is_one_of_many))
@@ -188,16 +194,28 @@ class JointNetwork:
                 raise _NotRowByRowError
             self._seen.add(path)
             output = forward(x)
-            add(x, output, self._batch_size)
+            add(x, output)
             return output
 
         return joint_forward
 
-    def __call__(self, inputs: dict, batch_size: int) -> ModelOutput | None:
-        """Runs the network; `None` if it treats its batch in a way that products can't be added to rows."""
-        self._batch_size, self._shape, self._seen = batch_size, inputs["input_ids"].shape, set()
+    def prepared(self, rows: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """Returns rows as `generate` prepares them for a static cache, with masks over all of its columns."""
+        prepared = self._network.prepare_inputs_for_generation(**rows, **{CACHE: cache}, use_cache=True)
+        return {name: prepared.get(name) for name in rows}
+
+    def compiled(self, config: CompileConfig | None) -> Callable:
+        """Returns the network, compiled as `generate` compiles the base."""
+        return self._network.get_compiled_call(config)
+
+    def __call__(self, inputs: dict, compiled: Callable | None = None) -> ModelOutput | None:
+        """
+        Runs the network, or what it was compiled to; `None` if it treats its batch in a way that products can't be
+        added to rows.
+        """
+        self._input_ids, self._seen = inputs["input_ids"], set()
         try:
-            output = self._network(**inputs)
+            output = (self._network if compiled is None else compiled)(**inputs)
         except _NotRowByRowError:
             return None
         # A layer that was not called had its weights used in another way, without its products.
@@ -206,15 +224,14 @@ class JointNetwork:
         return output
 
 
-def _adding(
-    products: Sequence[tuple[int, LowRankProduct]], n_reward_models: int
-) -> Callable[[Tensor, Tensor, int], None]:
+def _adding(products: Sequence[tuple[int, LowRankProduct]], n_reward_models: int) -> Callable[[Tensor, Tensor], None]:
     """Returns what adds the products of one layer, with the number of the reward model of each, counted from 1."""
     if len(products) > 1 and products[0][1].a.device.type != "cpu":  # where kernels are few, not where they are small
         of = dict(products)
         return StackedProducts([of.get(block) for block in range(1, n_reward_models + 1)]).add
 
-    def add(x: Tensor, output: Tensor, batch_size: int) -> None:
+    def add(x: Tensor, output: Tensor) -> None:
+        batch_size = len(x) // (1 + n_reward_models)
         for block, product in products:
             product.add(x, output, slice(block * batch_size, (block + 1) * batch_size))
 
@@ -315,10 +332,8 @@ def _other_modules(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
     if module not in made:
         other = made[module] = object.__new__(type(module))
         vars(other).update(vars(module))
-        vars(other).pop("forward", None)  # a base that is compiled, patched or spread has some on its instance
-        vars(other).pop("_old_forward", None)
-        vars(other).pop("prepare_inputs_for_generation", None)
-        vars(other).pop("generate", None)
+        for name in _OWN:  # what a base that is compiled, patched or spread has on its instance
+            vars(other).pop(name, None)
         children = {name: child and _other_modules(child, made) for name, child in module._modules.items()}
         # Some networks grow their buffers as they read on; that must not reach the base.
         vars(other).update(_modules=children, _buffers=dict(module._buffers))

@@ -8,34 +8,32 @@ each reward model, and the low-rank products of its adapter are added to its row
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from ...hub.kv_cache import CACHE
 from ...hub.sharing import follow
 from ..instance_patch import InstancePatch
 from ..line import Line
-from ..lockstep import LockstepLM, State, position_ids
+from ..lockstep import LockstepLM, State
 from ..own_prompt import OwnPrompt
 from ..step import Step
 from ..step_watch import StepWatch
+from .joinable import is_plain, joint_rows, obstacle_in
 from .joint_cache import detach, join, split
 from .joint_network import JointNetwork, LowRankProduct, NotFusableError, products_of, refuse_unusual, slow_for_few_rows
+from .static_cache import JointStaticCache
 
 logger = logging.getLogger(__name__)
 
 _SEPARATELY = "Base and reward model run separately, because %s."
-# What a decoding step passes to the base, in addition to what is `None` or `False`.
-_STEP_INPUTS = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"}
-_STEP_INPUTS |= {"logits_to_keep"}
 
 
 class FusedLM(LockstepLM):
@@ -67,11 +65,6 @@ class FusedLM(LockstepLM):
     def why_not_fused(self) -> str | None:
         """Returns why it takes separate passes in the present state; `None` if it doesn't."""
         return self.last_obstacle or self._fusion.why_not(self)
-
-    @property
-    def takes_positions(self) -> bool:
-        """Whether positions are an argument of its forward pass."""
-        return "position_ids" in self._forward_args
 
     def follow_base(self) -> None:
         """Moves what is not shared to the device of the base."""
@@ -123,6 +116,8 @@ class _ThreadState(threading.local):
             The low-rank products of each reward model, `None` if it can't be fused.
         networks (`dict`):
             The joint network for each tuple of reward models, `None` if there can't be one.
+        static_caches (`weakref.WeakKeyDictionary`):
+            For each static cache of the base, the one that it is a part of.
     """
 
     def __init__(self) -> None:
@@ -130,15 +125,17 @@ class _ThreadState(threading.local):
         self.is_hastened = False
         self.products: dict[FusedLM, list[tuple[str, LowRankProduct]] | None] = {}
         self.networks: dict[tuple[FusedLM, ...], JointNetwork | None] = {}
+        self.static_caches = weakref.WeakKeyDictionary[Any, JointStaticCache]()
 
 
 @dataclass
 class _JointPass:
-    """Holds a forward pass of the base that is about to be joined."""
+    """Holds a forward pass of the base that is about to be joined, and what its network was compiled to."""
 
     step: Step
     reward_models: list[FusedLM]
     network: JointNetwork
+    compiled: Callable | None = None
 
 
 class Fusion:
@@ -151,7 +148,8 @@ class Fusion:
 
     The modules of the base are never changed. When `generate` has prepared a pass that can be joined, `base.forward` is
     replaced on the instance, and put back as the first thing when it is called. What replaces it runs other modules
-    around the same weights, and acts only on exactly the inputs that were prepared, in that thread.
+    around the same weights, and acts only on exactly the inputs that were prepared, in that thread. Where `generate`
+    compiles the base, these other modules are compiled in its place.
 
     Args:
         watch ([`StepWatch`]):
@@ -197,12 +195,15 @@ class Fusion:
         waiting, is_hastened = self._local.waiting, self._local.is_hastened
         self._local.waiting, self._local.is_hastened = [], False
         fusable = [x for x in waiting if self._products(x) is not None] if not step.is_first else []
-        obstacle = _obstacle(inputs.get(CACHE)) if fusable else None
+        is_hastened = is_hastened and not step.is_first and type(inputs.get(CACHE)) is DynamicCache
+        if not fusable and not is_hastened:
+            return
+        obstacle = obstacle_in(inputs.get(CACHE), self.base.config)
         if obstacle is not None and any(x.last_obstacle != obstacle for x in fusable):
             logger.info(_SEPARATELY, obstacle)
         for reward_model in fusable if obstacle is not None else ():
             reward_model.last_obstacle = obstacle
-        if (fusable or (is_hastened and not step.is_first)) and _is_plain(step, inputs):
+        if obstacle is None and is_plain(step, inputs):
             network = self._network(fusable)
             if network is not None:
                 with self._lock:
@@ -223,7 +224,8 @@ class Fusion:
 
     def release(self, cache: Any) -> None:
         """Leaves a cache of the base that outlives its `generate` call with its own rows only."""
-        if isinstance(cache, DynamicCache):
+        if isinstance(cache, DynamicCache | StaticCache):
+            self._local.static_caches.pop(cache, None)
             detach(cache)
 
     def _products(self, reward_model: FusedLM) -> list[tuple[str, LowRankProduct]] | None:
@@ -249,6 +251,26 @@ class Fusion:
                     logger.info(_SEPARATELY, error)
                 networks[key] = None
         return networks[key]
+
+    def compiled_call(self, compiled: Callable, config: CompileConfig | None) -> Callable:
+        """
+        Returns what `generate` calls in place of the compiled base: in a joint pass, the joint network is compiled.
+
+        Args:
+            compiled (callable):
+                The compiled base.
+            config ([`~transformers.CompileConfig`], *optional*):
+                How it was compiled.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            armed = self._armed.get(threading.get_ident())
+            if armed is None:
+                return compiled(*args, **kwargs)
+            armed.compiled = armed.network.compiled(config)
+            return self.base(*args, **kwargs)  # which ends in `_forward`
+
+        return call
 
     def _forward(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         """Takes the place of `base.forward` for one pass."""
@@ -288,23 +310,19 @@ class Fusion:
         inputs: dict[str, Any],
     ) -> ModelOutput | None:
         """Runs the joint network on the rows of the base and of the reward models, which have read these texts."""
-        caches = [inputs[CACHE], *(state.cache for state in states)]
-        rows = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
-        rows = {name: value.repeat(len(caches), 1) for name, value in rows.items() if value is not None}
-        batch_size, n_new = inputs["input_ids"].shape
-        if any(x.own_prompt is not None for x in armed.reward_models):
-            masks = [x.mask_of(armed.step) for x in armed.reward_models]
-            padded = _padded([armed.step.attention_mask, *masks], n_new)
-            place = inputs["input_ids" if inputs.get("position_ids") is None else "position_ids"].device
-            rows |= {name: x.to(place, non_blocking=True) for name, x in padded.items()}
-            if not armed.reward_models[0].takes_positions:  # it counts by the mask
-                del rows["position_ids"]
-        lengths = [int(cache.get_seq_length()) for cache in caches]
-        joint, output = join(caches, lengths), None
+        caches, (batch_size, n_new) = [inputs[CACHE], *(state.cache for state in states)], inputs["input_ids"].shape
+        lengths = [armed.step.input_ids.shape[1] - n_new, *(state.length for state in states)]
+        static, output = self._static_cache(caches, lengths), None
+        joint: Any = join(caches, lengths) if static is None else static.join(caches, lengths)
         try:
-            output = armed.network(inputs | rows | {CACHE: joint}, batch_size)
+            rows = self._rows(armed, inputs, joint, n_new + (max(lengths) if static is None else static.end))
+            output = armed.network(inputs | rows | {CACHE: joint}, armed.compiled)
         finally:
-            split(joint, caches, lengths, 0 if output is None else n_new)
+            n_read = 0 if output is None else n_new
+            if static is None:
+                split(joint, caches, lengths, n_read)
+            else:
+                static.split(caches, lengths, n_read)
         if output is None:
             self._local.networks[tuple(armed.reward_models)] = None
             name = type(self.base).__name__
@@ -313,58 +331,38 @@ class Fusion:
                 reward_model.last_obstacle = reason
             logger.info(_SEPARATELY, reason)
             return None
-        base_logits, *reward_logits = output["logits"].split(batch_size)
-        for reward_model, state, line, logits in zip(armed.reward_models, states, lines, reward_logits, strict=True):
-            state.extend(line, line.length - line.padding.n_columns, logits)
+        # What was compiled may write its next output in the same memory.
+        logits = output["logits"] if armed.compiled is None else output["logits"].clone()
+        base_logits, *reward_logits = logits.split(batch_size)
+        for reward_model, state, line, of_rows in zip(armed.reward_models, states, lines, reward_logits, strict=True):
+            state.extend(line, line.length - line.padding.n_columns, of_rows)
             reward_model.joint_passes += 1
             reward_model.last_obstacle = None
         output["logits"], output[CACHE] = base_logits, caches[0]
         return output
 
+    def _static_cache(self, caches: Sequence[Any], lengths: Sequence[int]) -> JointStaticCache | None:
+        """Returns what joins the caches of base and reward models if that of the base is static."""
+        base, known = caches[0], self._local.static_caches
+        if type(base) is DynamicCache:
+            return None
+        if base not in known or not known[base].is_of(caches, lengths):
+            known[base] = JointStaticCache(caches, lengths)
+        return known[base]
 
-def _padded(masks: Sequence[Tensor], n_new: int) -> dict[str, Tensor]:
-    """Returns mask and positions of rows that have read texts of different lengths, the shorter padded on the left."""
-    length = max(mask.shape[1] for mask in masks)
-    mask = torch.cat([nn.functional.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
-    return {"attention_mask": mask, "position_ids": position_ids(mask)[:, -n_new:]}
-
-
-def _obstacle(cache: Any) -> str | None:
-    """Returns why no pass with a cache like this can be joined; `None` if some can."""
-    if cache is None:
-        return "the base keeps no cache"
-    return None if type(cache) is DynamicCache else f"the base has a `{type(cache).__name__}`, which doesn't grow"
-
-
-def _is_plain(step: Step, inputs: dict[str, Any]) -> bool:
-    """Returns whether these are the inputs of a plain step that extends a growing cache of known tokens."""
-    new, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    cache: Any = inputs.get(CACHE)
-    extra = [name for name, value in inputs.items() if name not in _STEP_INPUTS and value is not None]
-    if torch.is_grad_enabled() or not inputs.get("use_cache") or any(inputs[name] is not False for name in extra):
-        return False
-    if new is None or inputs.get("return_dict") is False or type(cache) is not DynamicCache or cache.offloading:
-        return False
-    n_new, shape = new.shape[1], step.input_ids.shape
-    if not all(_can_be_joined(layer, n_new) for layer in cache.layers):
-        return False
-    if shape != (len(new), int(cache.get_seq_length()) + n_new) or step.attention_mask.shape != shape:
-        return False
-    return (mask is None or mask.shape == shape) and _has_usual_positions(step, inputs.get("position_ids"), n_new)
-
-
-def _has_usual_positions(step: Step, positions: Tensor | None, n_new: int) -> bool:
-    """Returns whether the tokens of a step are numbered as a reward model numbers them, one row for each text."""
-    if positions is None or step.run.has_usual_positions:
-        return True
-    usual = position_ids(step.attention_mask)[:, -n_new:].to(positions.device)
-    is_usual = torch.equal(positions, usual)
-    step.run.has_usual_positions = is_usual and step.run.depth > 0  # `generate` goes on as it has begun
-    return is_usual
-
-
-def _can_be_joined(layer: Any, n_new: int) -> bool:
-    """Returns whether the keys and values of a layer can be joined with those of other rows."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        return layer.is_initialized and not layer.record_past and n_new < layer.sliding_window
-    return type(layer) is DynamicLayer and layer.is_initialized
+    def _rows(self, armed: _JointPass, inputs: dict[str, Any], cache: Any, n_columns: int) -> dict[str, Any]:
+        """Returns what all rows read, whose texts have so many columns in the joint cache."""
+        new, n_texts = inputs["input_ids"], 1 + len(armed.reward_models)
+        rows: dict[str, Any] = {"input_ids": new.repeat(n_texts, 1)}
+        is_static = type(cache) is StaticCache
+        if not is_static and all(x.own_prompt is None for x in armed.reward_models):
+            known = {name: inputs.get(name) for name in ("attention_mask", "position_ids")}
+            return rows | {name: value.repeat(n_texts, 1) for name, value in known.items() if value is not None}
+        masks = [armed.step.attention_mask, *(x.mask_of(armed.step) for x in armed.reward_models)]
+        place = (new if inputs.get("position_ids") is None else inputs["position_ids"]).device
+        rows |= {name: x.to(place, non_blocking=True) for name, x in joint_rows(masks, n_columns).items()}
+        if not armed.network.takes_positions:  # it counts by the mask
+            del rows["position_ids"]
+        elif not is_static:
+            rows["position_ids"] = rows["position_ids"][:, -new.shape[1] :]
+        return armed.network.prepared(rows, cache) if is_static else rows

@@ -304,7 +304,7 @@ class _Pass:
         if keeps:
             inputs["logits_to_keep"] = torch.tensor(places, device=device)
         inputs |= {CACHE: self._cache, "use_cache": True}
-        output: Any = self._model(**inputs) if self._joint is None else self._joint(inputs, 1)
+        output: Any = self._model(**inputs) if self._joint is None else self._joint(inputs)
         refuse_unfilled_cache(self._network, self._cache, mask.shape[1])
         logits = output.logits if keeps else output.logits[:, places]
         return logits if self._joint is None else logits.flip(0)
@@ -320,7 +320,7 @@ def _both_in_one(model: LockstepLM) -> JointNetwork | None:
     except NotFusableError:
         return None
     ids = torch.zeros(2, 2, dtype=torch.long, device=base.device)
-    return joint if joint({"input_ids": ids, "use_cache": False}, 1) is not None else None
+    return joint if joint({"input_ids": ids, "use_cache": False}) is not None else None
 
 
 def why_no_tree(model: PreTrainedModel | PeftModel) -> str | None:
