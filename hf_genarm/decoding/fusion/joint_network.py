@@ -26,8 +26,8 @@ _FEW_ROWS = 32
 # All layers in these modules of PEFT are LoRA on a linear layer with quantised weights.
 _ON_QUANTISED = {f"peft.tuners.lora.{name}" for name in ("aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "torchao")}
 # What is replaced on the instance of a base, or bound to it
-_OWN = ("forward", "prepare_inputs_for_generation", "generate", "generate_batch", "get_compiled_call", "_compiled_call")
-_OWN += ("_old_forward",)
+_OWN = {"forward", "_old_forward", "prepare_inputs_for_generation", "generate", "generate_batch"}
+_OWN |= {"get_compiled_call", "_compiled_call"}
 
 
 class LowRankProduct(NamedTuple):
