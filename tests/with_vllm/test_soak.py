@@ -101,7 +101,7 @@ def metric(url, name):
     return sum(float(x) for x in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("slots", [None, 2], ids=["all texts fit", "two texts fit"])
+@pytest.mark.parametrize("slots", [None, 1], ids=["all texts fit", "one long text fits"])
 def test_soak(tmp_path, capsys, slots):
     base, adapters = save_tiny(tmp_path, n_adapters=2, max_position_embeddings=LENGTH)
     generator = random.Random(0)
@@ -180,7 +180,7 @@ def test_soak(tmp_path, capsys, slots):
     assert counters["guided_requests"] > N_REQUESTS // 2
     assert counters["refused_requests"] > 0
     assert counters["reward_tokens"] > n_tokens // 2
-    assert (counters["dropped_texts"] > N_REQUESTS) == (slots is not None)
+    assert (counters["dropped_texts"] > N_REQUESTS // 10) == (slots is not None)
     assert (counters["found_tokens"] > 0) or slots is not None
     assert after < 1.02 * before + 20
     assert process.returncode == 0
