@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -78,11 +79,21 @@ def differences(section: str = "Sentiment") -> str:
 
 def other_tokens() -> str:
     """The sentiment and the divergence of answers of another family, by strength."""
-    cells = [[f"{row['alpha']:g}", spread(row["sentiment"]), spread(row["kl"])] for row in runs("strings")]
+    cells = [[f"{row['alpha']:g}", spread(row["sentiment"]), spread(row["kl"])] for row in runs("strings")["answers"]]
     return table(["α", "sentiment", "KL per answer, nats"], cells)
 
 
-def runs(name: str) -> list[dict]:
+def other_tokens_cost() -> str:
+    """The time that rewards of strings take per token."""
+    spent = runs("strings")["cost"]
+    rows = [
+        ["time per token, over that of the base", spread(spent["over_base"])],
+        ["what guidance adds, over that with the tokens of the reward model", spread(spent["over_own_tokens"])],
+    ]
+    return table([f"SmolLM2-135M on Qwen2.5-Coder-0.5B, {processor(spent)}", ""], rows)
+
+
+def runs(name: str) -> Any:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -333,6 +344,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "judges": partial(of_report, "Harmlessness", "### Judges"),
     "matched_kl": matched_kl,
     "other_tokens": other_tokens,
+    "other_tokens_cost": other_tokens_cost,
     "matched_kl_harmlessness": partial(matched_kl_and_base, "Harmlessness"),
     "sentence": partial(of_report, OF_SENTENCE, "### For positive answers, by strength"),
     "sentence_and_adapter": partial(of_report, OF_SENTENCE, "### A sentence or an adapter"),

@@ -4,14 +4,13 @@ How far the shipped sentiment adapter on SmolLM2 steers a base of another family
     python -m examples.benchmarks.strings         # about ten minutes on 2 cores
 
 Questions are answered at temperature 1 under one seed, at several strengths. Printed are the mean sentiment (VADER) and
-the mean divergence from the base per answer, with 95 % bootstrap intervals over questions, and the time per token over
-that of the base, batch 1, the median of passes that alternate. Answers are kept in `--output`, where a run that was
-killed continues, and the means in a `.json` next to it.
+the mean divergence from the base per answer, with 95 % bootstrap intervals over questions, and the time per token, one
+text at a time, in turns that alternate. Answers are kept in `--output`, where a run that was killed continues, and the
+means and times in a `.json` next to it.
 """
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 
-from examples.benchmarks.measuring import add_place, load, wait
+from examples.benchmarks.measuring import add_place, cell, load, machine, spread, wait
 from examples.scorers import sentiment
 from examples.small import fitting_adapter, output_file, sized
-from hf_genarm import GenARMLogitsProcessor
+from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor
 from hf_genarm.bootstrap import mean_with_interval
 from hf_genarm.demo import demo_model, is_smoke
 from hf_genarm.hub.compatibility import chat_of
@@ -48,20 +47,30 @@ def answers_at(alpha: float, steer: GenARMLogitsProcessor, base: Any, tokenizer:
     return [{"alpha": alpha} | dict(zip(names, row, strict=True)) for row in columns]
 
 
-def cost(steer: GenARMLogitsProcessor, base: Any, args: Any) -> dict:
-    """Returns the time per token with guidance over that without, and the passes of the reward model per token."""
-    inputs, times = steer.encode(chat_of(QUESTIONS[0])), dict[bool, list[float]]()
-    steer.alpha = 1.0
+def time_per_token(model: Any, steer: GenARMLogitsProcessor, is_guided: bool, turn: int, args: Any) -> float:
+    """Returns the seconds for each token of an answer to the first question, one text at a time."""
+    inputs = steer.encode(chat_of(QUESTIONS[0]))
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
-    for turn in range(args.turns + 1):  # the first one warms up
-        for is_guided in (False, True):
-            set_seed(turn)
-            start = time.perf_counter()
-            base.generate(**inputs, logits_processor=[steer] if is_guided else [], **options)
-            wait(base.device)
-            times.setdefault(is_guided, []).append((time.perf_counter() - start) / args.tokens)
-    ratios = [guided / alone for guided, alone in zip(times[True][1:], times[False][1:], strict=True)]
-    return {"cost": statistics.median(ratios), "range": [min(ratios), max(ratios)], "turns": len(ratios)}
+    set_seed(turn)
+    start = time.perf_counter()
+    model.generate(**inputs, logits_processor=[steer] if is_guided else [], **options)
+    wait(model.device)
+    return (time.perf_counter() - start) / args.tokens
+
+
+def cost(steer: GenARMLogitsProcessor, base: Any, own: GenARMLogitsProcessor, own_base: Any, args: Any) -> dict:
+    """
+    Returns the time per token with guidance over that without, and what guidance adds over what the same reward model
+    and its starting model add to a base with their tokens, in two passes. Medians and ranges.
+    """
+    steer.alpha, over_base, over_own_tokens = 1.0, [], []
+    for turn in range(args.turns + 1):
+        alone, guided = (time_per_token(base, steer, x, turn, args) for x in (False, True))
+        own_alone, own_guided = (time_per_token(own_base, own, x, turn, args) for x in (False, True))
+        over_base.append(guided / alone)
+        over_own_tokens.append((guided - alone) / (own_guided - own_alone))
+    ratios = {"over_base": over_base, "over_own_tokens": over_own_tokens}
+    return {name: spread(values[1:]) for name, values in ratios.items()}  # the first turn warms up
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -110,11 +119,17 @@ def main() -> None:
         with output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
         rows += new
-    means = summary(rows)
-    output.with_suffix(".json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
-    print(f"Engine: {steer.engine}\n\n{table(means)}")
-    spent = cost(steer, base, args)
-    print(f"\nTime per token over the base: {spent['cost']:.2f} {spent['range']}, {spent['turns']} pairs of passes")
+    means, own_base = summary(rows), load(demo_model(), args)
+    arm = AutoregressiveRewardModel.from_pretrained(adapter, dtype=base.dtype, device_map=base.device)
+    own_tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    own = GenARMLogitsProcessor(arm, base_model=own_base, tokenizer=own_tokenizer, reference=arm.reference)
+    spent = cost(steer, base, own, own_base, args) | {"turns": args.turns, "machine": machine()}
+    text = json.dumps({"answers": means, "cost": spent}, indent=1)
+    output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    print(
+        f"Engine: {steer.engine}\n\n{table(means)}\n\nTime per token over that of the base: {cell(spent['over_base'])}"
+    )
+    print(f"What guidance adds, over that with the tokens of the reward model: {cell(spent['over_own_tokens'])}")
 
 
 if __name__ == "__main__":
