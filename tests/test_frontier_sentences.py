@@ -50,11 +50,10 @@ def test_methods_have_as_many_settings_and_both_have_half_strengths(bench):
     assert strengths(Point(2.0), "Be kind.", PUBLISHED) == [1.0, PUBLISHED_STRENGTHS[2] / 2]
     assert strengths(Point(2.0), None, PUBLISHED) == strengths(Point(2.0), "Be kind.", None) == [2.0]
     of = task(SIZES["smoke"])
-    names = [step.about["method"] for step in steps(bench, of, has_adapter=True)]
+    names = [step.about["method"] for step in steps(bench, of)]
     assert {name: names.count(name) for name in names} == {"base": 1, SENTENCE: 2, ADAPTER: 1, BOTH: 2, BRIEF: 2}
-    work = [step.path.name for step in steps(bench, of, has_adapter=True)]
+    work = [step.path.name for step in steps(bench, of)]
     assert len(set(work)) == len(work)
-    assert {step.about["method"] for step in steps(bench, of, has_adapter=False)} == {"base", SENTENCE, BRIEF}
 
 
 def answers_of(method, seed, strength, rewards, sentence=None):
