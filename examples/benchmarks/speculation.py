@@ -179,7 +179,7 @@ def main() -> None:
     if args.simulate:
         bar = tqdm(total=len(args.times) * len(prompts) * args.rounds, desc="rounds")
         for times in args.times:
-            bench = Bench(random_base(times, arm.model).to(small), arm, small, args)
+            bench = Bench(random_base(times, arm.model).to(small.device, small.dtype), arm, small, args)
             with mock.patch.object(utils, "_speculative_sampling", replay(args.acceptance)):
                 for n_tokens, of_length in prompts.items():
                     result = {"simulated": times, "prompt_tokens": n_tokens} | bench.compare("sampling", of_length, bar)
