@@ -212,6 +212,11 @@ def headline() -> str:
                 "the same, `--only detox`",
             ],
             [
+                "sentiment of Qwen2.5-Coder-0.5B-Instruct, whose tokens are other strings",
+                f"{on_qwen()} ([results](docs/results.md#steering-by-a-sentence))",
+                "the same, `--only sentences_on_base`",
+            ],
+            [
                 "sentiment (VADER, −1 to 1) of answers on topics that the reward model never saw",
                 f"unguided {effect['unguided']}, guided at α = 1 without a reference {effect['α = 1.0']}, "
                 f"control (guided by an untrained adapter) {control}",
@@ -235,6 +240,19 @@ def headline() -> str:
             ],
         ],
     )
+
+
+def on_qwen() -> str:
+    """The sentiment of answers of Qwen, unguided and by what steers it."""
+    rows = (line.split(" | ") for line in of_report(ON_QWEN, "### Every setting").splitlines())
+    rewards = {(method.strip("| "), strength): reward for method, strength, reward, *_ in rows}
+    names = {
+        "unguided": ("base", ""),
+        "prompted with a sentence": ("a sentence", "α = 1"),
+        "steered by it at α = 3": ("a sentence", "α = 3"),
+        "by the SmolLM2-135M adapter at α = 1": ("the published adapter", "α = 1"),
+    }
+    return ", ".join(f"{name} {rewards[key]}" for name, key in names.items())
 
 
 def capability() -> str:
