@@ -307,14 +307,19 @@ def speculation() -> str:
 
 
 def serving() -> str:
-    return table(
-        ["requests at once", "guided / unguided throughput", "ideal", "share of the ideal"],
+    names = ("guided_over_unguided", "ideal", "of_ideal")
+    rows = [
         [
-            [str(row["requests"]), *(spread(row[name]) for name in ("guided_over_unguided", "ideal", "of_ideal"))]
-            for run in runs("serving")
-            for row in run["results"]
-        ],
-    )
+            processor(run).split(",")[0],
+            "pages" if "of_ideal_with_the_cost_of_pages" in row else "a slot for each text",
+            str(row["requests"]),
+            *(spread(row[name]) for name in names),
+        ]
+        for run in runs("serving")
+        for row in run["results"]
+    ]
+    head = ["processor", "keys and values in", "requests at once"]
+    return table([*head, "guided / unguided throughput", "ideal", "share of the ideal"], rows)
 
 
 def training_defaults() -> str:
