@@ -58,3 +58,54 @@ class Recompute(LogitsProcessor):
             base = scores[index].double()
             rows.append(guided(base.log_softmax(dim=-1), rewards, alphas) if any(alphas) else base)
         return torch.stack(rows).to(scores.dtype)
+
+
+class Alone(LogitsProcessor):
+    """
+    log π_base + Σ α (log π_r - log π_ref), each model on its own prompt and the answer: without a cache, without
+    padding, in float64. `prompts` has an entry for each model, `None` where it reads the base's prompt.
+    """
+
+    def __init__(self, models, alphas, inputs, prompts, reference=None, reference_prompts=None):
+        self.models, self.alphas, self.inputs, self.prompts = models, alphas, inputs, prompts
+        self.reference, self.reference_prompts = reference, reference_prompts
+
+    def log_probs(self, model, prompts, row, index, n_rows):
+        prompts = self.inputs if prompts is None else prompts
+        request = index // (n_rows // len(prompts["input_ids"]))
+        kept = prompts["attention_mask"][request].bool()
+        answer = row[self.inputs["input_ids"].shape[1] :]
+        return next_token_log_probs(model, torch.cat([prompts["input_ids"][request][kept], answer]))
+
+    def rewards(self, row, index, n_rows):
+        rewards = [
+            self.log_probs(model, prompts, row, index, n_rows)
+            for model, prompts in zip(self.models, self.prompts, strict=True)
+        ]
+        if self.reference is None:
+            return rewards
+        reference = self.log_probs(self.reference, self.reference_prompts, row, index, n_rows)
+        return [reward - reference for reward in rewards]
+
+    def __call__(self, input_ids, scores):
+        rows = []
+        for index, row in enumerate(input_ids):
+            guided, alphas = scores[index].double().log_softmax(-1), self.alphas
+            if isinstance(alphas, torch.Tensor):
+                alphas = alphas[index // (len(input_ids) // len(alphas))].tolist()
+            for reward, alpha in zip(self.rewards(row, index, len(input_ids)), alphas, strict=True):
+                guided = guided + alpha * reward
+            rows.append(guided.log_softmax(-1))
+        return torch.stack(rows).to(scores.dtype)
+
+
+def naive(model, pairs, scored):
+    """Text by text, without padding, over whole logits."""
+    rows = []
+    for ids, mask, wanted in zip(pairs.input_ids, pairs.attention_mask, scored, strict=True):
+        ids = ids[mask == 1][None]
+        log_probs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, -ids.shape[1] : -1]
+        row = torch.zeros(len(mask))
+        row[1 : ids.shape[1]] = log_probs.gather(1, ids[0, 1:, None])[:, 0]
+        rows.append(torch.where(wanted, row, 0.0))
+    return torch.stack(rows)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import batch
+from helpers import batch, gradients
+from oracle import naive
 from peft import LoraConfig, get_peft_model
-from test_prefix_sharing import gradients, naive
 from tiny import tiny_llama, tiny_model
 
 from hf_genarm.training import chunked_head

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import batch
+from helpers import batch, gradients
+from oracle import naive
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_llama, tiny_model
 from torch.nn.functional import pad
@@ -14,24 +15,6 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_genarm.functional import selected_log_probs
 from hf_genarm.training.prefix_sharing import PairBatch, PairLogProbs
-
-
-def naive(model, pairs, scored):
-    """Text by text, without padding, over whole logits."""
-    rows = []
-    for ids, mask, wanted in zip(pairs.input_ids, pairs.attention_mask, scored, strict=True):
-        ids = ids[mask == 1][None]
-        log_probs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, -ids.shape[1] : -1]
-        row = torch.zeros(len(mask))
-        row[1 : ids.shape[1]] = log_probs.gather(1, ids[0, 1:, None])[:, 0]
-        rows.append(torch.where(wanted, row, 0.0))
-    return torch.stack(rows)
-
-
-def gradients(model, log_probs):
-    weights = torch.linspace(-1, 2, log_probs.numel()).view_as(log_probs)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.autograd.grad((log_probs * weights).sum(), parameters, allow_unused=True)
 
 
 def assert_like_naive(model, shares, pairs, scored):

@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 from helpers import assert_same, generate, joint_passes, saved_with_adapter, ways_to_read
-from oracle import next_token_log_probs
+from oracle import Alone
 from support import ARCHITECTURES, ARM, BASE, BATCH, EXACT, MODES, ONE, SAMPLING
-from test_vocab import permuted, renumbered
-from tiny import EOS, left_padded, tiny_llama
+from tiny import EOS, left_padded, own_prompts, tiny_llama
 from transformers import BatchEncoding, LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from two_tokenizers import permuted, renumbered
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, smc_sample
 from hf_genarm.functional import kl_divergence
@@ -24,12 +24,6 @@ APART = {"`use_cache=False`"}
 LISTED = [mode for mode in MODES if mode.expected == EXACT and not mode.elsewhere]
 
 
-def own_prompts(inputs, seed, longest=13):
-    """A prompt of another length for each request, left-padded."""
-    n_requests = len(inputs["input_ids"])
-    return left_padded([(longest, 3, 7, 5)[index % 4] for index in range(n_requests)], seed=20 + seed)
-
-
 def options_of(mode, base):
     """The options of a mode; an assistant adapts its number of drafts to each call, so that each gets a new one."""
     options = mode.kwargs()
@@ -38,45 +32,6 @@ def options_of(mode, base):
     elif "assistant_model" in options:
         options["assistant_model"] = copy.deepcopy(options["assistant_model"])
     return options
-
-
-class Alone(LogitsProcessor):
-    """
-    log π_base + Σ α (log π_r - log π_ref), each model on its own prompt and the answer: without a cache, without
-    padding, in float64. `prompts` has an entry for each model, `None` where it reads the base's prompt.
-    """
-
-    def __init__(self, models, alphas, inputs, prompts, reference=None, reference_prompts=None):
-        self.models, self.alphas, self.inputs, self.prompts = models, alphas, inputs, prompts
-        self.reference, self.reference_prompts = reference, reference_prompts
-
-    def log_probs(self, model, prompts, row, index, n_rows):
-        prompts = self.inputs if prompts is None else prompts
-        request = index // (n_rows // len(prompts["input_ids"]))
-        kept = prompts["attention_mask"][request].bool()
-        answer = row[self.inputs["input_ids"].shape[1] :]
-        return next_token_log_probs(model, torch.cat([prompts["input_ids"][request][kept], answer]))
-
-    def rewards(self, row, index, n_rows):
-        rewards = [
-            self.log_probs(model, prompts, row, index, n_rows)
-            for model, prompts in zip(self.models, self.prompts, strict=True)
-        ]
-        if self.reference is None:
-            return rewards
-        reference = self.log_probs(self.reference, self.reference_prompts, row, index, n_rows)
-        return [reward - reference for reward in rewards]
-
-    def __call__(self, input_ids, scores):
-        rows = []
-        for index, row in enumerate(input_ids):
-            guided, alphas = scores[index].double().log_softmax(-1), self.alphas
-            if isinstance(alphas, torch.Tensor):
-                alphas = alphas[index // (len(input_ids) // len(alphas))].tolist()
-            for reward, alpha in zip(self.rewards(row, index, len(input_ids)), alphas, strict=True):
-                guided = guided + alpha * reward
-            rows.append(guided.log_softmax(-1))
-        return torch.stack(rows).to(scores.dtype)
 
 
 # --- every mode ---

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import assert_same, generate, joint_passes, log_prob
-from test_prompts import Alone
+from oracle import Alone
 from tiny import save_adapter, save_llama, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

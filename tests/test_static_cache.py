@@ -15,11 +15,10 @@ from helpers import (
     saved_with_adapter,
     separate,
 )
-from oracle import Recompute
+from oracle import Alone, Recompute
 from peft import LoraConfig, get_peft_model
 from support import ARCHITECTURES, BATCH, ONE, SAMPLING
-from test_prompts import Alone, own_prompts
-from tiny import left_padded, save_adapter, tiny_llama
+from tiny import left_padded, own_prompts, save_adapter, tiny_llama
 from transformers import CompileConfig, LogitsProcessor, StaticCache
 from transformers.cache_utils import StaticLayer
 

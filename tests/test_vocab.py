@@ -1,7 +1,6 @@
 """Reward models whose tokenizer is another one: permuted, padded to another size, with tokens of its own."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -10,36 +9,12 @@ from oracle import Recompute, guided, next_token_log_probs
 from tiny import CORPUS, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from two_tokenizers import permuted, renumbered
 
 from hf_genarm import AutoregressiveRewardModel, GenARMLogitsProcessor, GuidanceWarning, RewardInfo
 from hf_genarm.decoding.vocab import VocabMap
 from hf_genarm.functional import fill_unscored, guided_log_probs
 from hf_genarm.hub.info import chat_template_fingerprint
-
-
-def permuted(tokenizer, seed=0):
-    """The same tokens and merges, numbered otherwise, and the permutation from old to new ids."""
-    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed))
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = state["model"]["vocab"]
-    state["model"]["vocab"] = {token: int(order[index]) for token, index in vocab.items()}
-    for token in state["added_tokens"]:
-        token["id"] = int(order[token["id"]])
-    tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **tokens)
-    return other, order
-
-
-def renumbered(model, order, vocab_size):
-    """The same distribution over strings, with the ids of the permuted tokenizer and some rows of padding."""
-    twin = tiny_llama(9, vocab_size=vocab_size)
-    state = model.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        rows = twin.state_dict()[name].clone()
-        rows[order] = state[name][: len(order)]
-        state[name] = rows
-    twin.load_state_dict(state)
-    return twin
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Tiny tokenizers that cut the same texts into other tokens, and what models give to strings, by enumeration."""
 
 import itertools
+import json
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -185,3 +186,28 @@ class Enumerated(LogitsProcessor):
             after = before + self._alpha * torch.tensor([rewards[x] for x in scored], dtype=torch.float64)
             log_probs[row, scored] = after - after.logsumexp(-1) + before.logsumexp(-1)
         return log_probs.to(scores.dtype)
+
+
+def permuted(tokenizer, seed=0):
+    """The same tokens and merges, numbered otherwise, and the permutation from old to new ids."""
+    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: int(order[index]) for token, index in vocab.items()}
+    for token in state["added_tokens"]:
+        token["id"] = int(order[token["id"]])
+    tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **tokens)
+    return other, order
+
+
+def renumbered(model, order, vocab_size):
+    """The same distribution over strings, with the ids of the permuted tokenizer and some rows of padding."""
+    twin = tiny_llama(9, vocab_size=vocab_size)
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = twin.state_dict()[name].clone()
+        rows[order] = state[name][: len(order)]
+        state[name] = rows
+    twin.load_state_dict(state)
+    return twin

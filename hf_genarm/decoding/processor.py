@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arguments import refuse_no_tokenizer, shown
 from ..functional import guided_product
-from ..hub.compatibility import prompt_format, tokenizer_to_align
+from ..hub.compatibility import other_tokenizer, prompt_format
 from ..hub.info import RewardInfo
 from ..hub.kv_cache import network_of, uncompiled
 from ..hub.reward_model import AutoregressiveRewardModel
@@ -140,8 +140,7 @@ class GenARMLogitsProcessor(GuidanceSettings):
         self._tokenizer = own if tokenizer is None else tokenizer  # to show tokens as text, and to encode prompts
         refuse_no_tokenizer("tokenizer", tokenizer)
         if tokenizer is not None and reward_tokenizer is None:
-            arms = [x if isinstance(x, AutoregressiveRewardModel) else None for x in given]
-            reward_tokenizer = [None if x is None else tokenizer_to_align(x, base_model, tokenizer) for x in arms]
+            reward_tokenizer = [other_tokenizer(x, base_model, tokenizer) for x in given]
         self._vocab_maps = vocab_maps(tokenizer, reward_tokenizer, self._models, base_model)
         are_foreign = [isinstance(x, ByteMap) for x in self._vocab_maps]
         self._starting_models = [

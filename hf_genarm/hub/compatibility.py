@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -50,12 +51,12 @@ def tokenizers_to_align(
     return tokenizers
 
 
-def tokenizer_to_align(
-    reward_model: AutoregressiveRewardModel, base_model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+def other_tokenizer(
+    reward_model: Any, base_model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of a reward model if it has one, and its ids are not those of the base."""
-    own = reward_model.tokenizer
-    if base_model is None or own is None:
+    """Returns the tokenizer that a reward model has, unless its ids are those of the base."""
+    own = reward_model.tokenizer if isinstance(reward_model, AutoregressiveRewardModel) else None
+    if own is None or base_model is None:
         return None if own is None or tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer) else own
     is_same = shares_weights(reward_model.model, base_model) or _has_embeddings_of(reward_model, base_model)
     return None if is_same or has_same_ids(reward_model, n_embeddings(base_model), tokenizer) else own
